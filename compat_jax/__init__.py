@@ -1,0 +1,3 @@
+"""Compatible representations in JAX: upgrade a retrieval model without re-indexing its gallery."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,197 @@
+"""Every version of a chain tried against every older one: the compatibility matrix."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from compat_jax import compatibility
+from compat_jax.chain import Chain, Version
+from compat_jax.data.dataset import Dataset
+from compat_jax.errors import UserError, unknown
+from compat_jax.files import write_json, write_npy
+from compat_jax.retrieval import (
+    class_templates,
+    extract,
+    identification,
+    mean_average_precision,
+    recall_at_k,
+)
+
+
+def _everything(features, labels):
+    return features, labels
+
+
+# name: (what is kept of a gallery, score of queries against what was kept)
+METRICS = {
+    "identification": (class_templates, identification),
+    "recall@1": (_everything, lambda *four: recall_at_k(*four, ks=(1,))[1]),
+    "map": (_everything, lambda *four: mean_average_precision(*four).value),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What comes out of an evaluation.
+
+    Attributes:
+      metric: name of the retrieval metric.
+      matrix: float64[T, T], rows = query version, columns = gallery version, 0 above the diagonal.
+      tasks: label of each version, e.g. its task number.
+      replaced: whether each version started from a pre-trained replacement.
+      incomparable: pairs whose features have different sizes; they count as 0.
+    """
+
+    metric: str
+    matrix: np.ndarray
+    tasks: tuple[str, ...]
+    replaced: tuple[bool, ...]
+    incomparable: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def average_compatibility(self) -> float:
+        """AC, in 0..1."""
+        return compatibility.average_compatibility(self.matrix)
+
+    @property
+    def average_accuracy(self) -> float:
+        """AA, in 0..1."""
+        return compatibility.average_accuracy(self.matrix)
+
+    def summary(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        several = len(self.matrix) > 1
+        return {
+            "metric": self.metric,
+            "matrix": self.matrix.tolist(),
+            "tasks": list(self.tasks),
+            "replaced": list(self.replaced),
+            "incomparable": [list(pair) for pair in self.incomparable],
+            "average_compatibility": self.average_compatibility,
+            "average_accuracy": self.average_accuracy,
+            "average_accuracy_per_step": [
+                float(x) for x in compatibility.average_accuracy_per_step(self.matrix)
+            ],
+            "backward_compatibility": (
+                float(compatibility.backward_compatibility(self.matrix)) if several else None
+            ),
+            "forward_compatibility": (
+                float(compatibility.forward_compatibility(self.matrix)) if several else None
+            ),
+        }
+
+
+def evaluate(
+    chain: Chain,
+    query: Dataset,
+    gallery: Dataset,
+    metric: str = "identification",
+    numbers: Sequence[int] | None = None,
+    mesh: Mesh | None = None,
+    batch_size: int = 256,
+    dtype: str = "float32",
+    cache: epath.Path | None = None,
+    progress: str | None = None,
+) -> Evaluation:
+    """The compatibility matrix of a chain, from two extractions a version.
+
+    Args:
+      chain: to evaluate.
+      query: images that ask; embedded by the newer version of each pair.
+      gallery: images that answer; embedded by the older one.
+      metric: a name in METRICS.
+      numbers: versions to take; all by default.
+      mesh: devices.
+      batch_size: images a batch.
+      dtype: of the networks' computation.
+      cache: folder for what has been computed; a stopped evaluation goes on from there.
+      progress: label of the progress bars; None for none.
+
+    Returns:
+      An Evaluation.
+
+    Raises:
+      UserError: unknown metric, classes of query and gallery that differ, corrupt versions.
+
+    Source: `evaluate` in `src/iamcl2r/eval.py`, which extracts T + T(T+1)/2 times.
+    """
+    if metric not in METRICS:
+        raise unknown("metric", metric, METRICS)
+    if query.class_names != gallery.class_names:
+        raise UserError("query and gallery have different classes: declare the same ones for both")
+    keep, score = METRICS[metric]
+    numbers = list(chain.require().numbers() if numbers is None else numbers)
+    store = _Store(cache, metric, query, gallery)
+    galleries, rows, records, incomparable = [], [], [], []
+    bar = tqdm(numbers, progress, disable=progress is None, unit="version")
+    for t, number in enumerate(bar):
+        version = chain.open(number)
+        records.append(version.record)
+        label = None if progress is None else f"embedding with version {number}"
+
+        def embed(data, version=version, label=label):
+            return extract(version, data.images, mesh, batch_size, dtype, label)
+
+        galleries.append(store.gallery(version, lambda e=embed: keep(e(gallery), gallery.labels)))
+        row = store.row(version, number)
+        if row is None:
+            features = embed(query)
+            row = []
+            for kept in galleries:
+                same_size = kept[0].shape[1] == features.shape[1]
+                row.append(score(features, query.labels, *kept) if same_size else None)
+            store.add_row(version, number, row)
+        incomparable += [(t, k) for k, value in enumerate(row) if value is None]
+        rows.append([0.0 if value is None else float(value) for value in row])
+    matrix = np.zeros((len(rows), len(rows)))
+    for t, row in enumerate(rows):
+        matrix[t, : len(row)] = row
+    return Evaluation(
+        metric,
+        matrix,
+        tuple(str(n if r.task is None else r.task) for n, r in zip(numbers, records, strict=True)),
+        tuple(r.replaced_by is not None and t > 0 for t, r in enumerate(records)),
+        tuple(incomparable),
+    )
+
+
+class _Store:
+    """What an evaluation has computed, on disk, addressed by what it was computed from."""
+
+    def __init__(self, folder, metric, query, gallery):
+        self.folder = None if folder is None else epath.Path(folder)
+        if self.folder is not None:
+            prints = f"{metric}-{query.fingerprint()[:12]}-{gallery.fingerprint()[:12]}"
+            self.folder = self.folder / prints.replace("@", "")
+
+    def gallery(self, version, compute):
+        if self.folder is None:
+            return compute()
+        paths = [self._path(version, f"{part}.npy") for part in ("gallery", "labels")]
+        if not all(p.exists() for p in paths):
+            for path, array in zip(paths, compute(), strict=True):
+                write_npy(path, np.asarray(array))
+        return tuple(_read_npy(path) for path in paths)
+
+    def row(self, version, number):
+        if self.folder is None or not self._path(version, f"row{number}.json").exists():
+            return None
+        return json.loads(self._path(version, f"row{number}.json").read_text())
+
+    def add_row(self, version, number, row):
+        if self.folder is not None:
+            write_json(self._path(version, f"row{number}.json"), row)
+
+    def _path(self, version: Version, name):
+        return self.folder / f"{version.sha256[:16]}-{name}"
+
+
+def _read_npy(path):
+    with path.open("rb") as file:
+        return np.load(file, allow_pickle=False)

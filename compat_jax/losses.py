@@ -1,0 +1,191 @@
+"""The losses, as pure functions: arrays in, one loss an example out; the caller takes the mean.
+
+Features come in as the network gives them and are L2-normalised inside where a term needs it.
+Everything stays finite, in value and gradient, for zero features, for batches of one and for batches
+of a single class.
+"""
+
+import math
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from compat_jax import simplex
+from compat_jax.errors import unknown
+
+SameClass = Literal["exclude", "as_coded"]
+SAME_CLASS = ("exclude", "as_coded")
+
+
+def normalize(features: jax.Array) -> jax.Array:
+    """Features divided by their L2 norm, in float32.
+
+    Args:
+      features: float[..., d].
+
+    Returns:
+      float32[..., d] (wider if the input is). A feature whose norm is below 1e-12 counts as zero: it
+      gives zeros, with gradient zero.
+    """
+    wide = features.astype(np.promote_types(features.dtype, np.float32))
+    square = jnp.sum(wide * wide, axis=-1, keepdims=True)
+    # The inner where keeps the gradient of rsqrt near zero, which overflows, out of the graph.
+    is_zero = square < 1e-24
+    return wide * jnp.where(is_zero, 0.0, jax.lax.rsqrt(jnp.where(is_zero, 1.0, square)))
+
+
+def simplex_cross_entropy(features: jax.Array, labels: jax.Array) -> jax.Array:
+    """Cross-entropy of a softmax over the fixed d-Simplex prototypes.
+
+    Args:
+      features: float[batch, d], d = K-1, not normalised.
+      labels: int[batch], prototype rows in 0..K-1 (see `simplex.prototype_rows`).
+
+    Returns:
+      float32[batch].
+
+    Source: L_SCE of the paper; `CrossEntropyLoss` on `fc2` with fixed weights in the reference.
+    """
+    chex.assert_rank([features, labels], [2, 1])
+    chex.assert_equal_shape_prefix([features, labels], 1)
+    # Two pieces, not one row of K: with features sharded over devices, K-1 divides and K does not.
+    body, last = simplex.split_logits(features)
+    partition = jnp.logaddexp(jax.nn.logsumexp(body, axis=-1), last)
+    return partition - simplex.label_logit(features, labels)
+
+
+def info_nce(
+    new: jax.Array,
+    old: jax.Array,
+    labels: jax.Array,
+    mu: float = 10.0,
+    same_class: SameClass = "exclude",
+    positive_in_denominator: bool = False,
+) -> jax.Array:
+    """Contrast between the new model's features and the frozen previous model's, of the same images.
+
+    The positive of image i is (old_i, new_i); its negatives are the pairs (old_i, new_j) with j of
+    another class.
+
+    Args:
+      new: float[batch, d], features of the model in training.
+      old: float[batch, d], features of the previous model; no gradient flows into them.
+      labels: int[batch], any class numbers.
+      mu: inverse temperature.
+      same_class: "exclude" leaves pairs of the same class out of the denominator, as the paper
+        describes; "as_coded" counts each of them as exp(0), as the reference's code does.
+      positive_in_denominator: whether exp(mu * positive) stands in the denominator as well.
+
+    Returns:
+      float32[batch]. An image without a negative (and, for "exclude", without a positive in the
+      denominator) contributes its positive part only.
+
+    Raises:
+      UserError: unknown `same_class`.
+
+    Source: L_iNCE, Equation 4 of the CVPR 2024 paper; `HocLoss` in `src/iamcl2r/methods/hoc.py`.
+    """
+    chex.assert_rank([new, old, labels], [2, 2, 1])
+    chex.assert_equal_shape([new, old])
+    if same_class not in SAME_CLASS:
+        raise unknown("same_class", same_class, SAME_CLASS)
+    new, old = normalize(new), normalize(jax.lax.stop_gradient(old))
+    similarity = mu * (old @ new.T)
+    positive = mu * jnp.sum(old * new, axis=-1)
+    same = labels[:, None] == labels[None, :]
+    if same_class == "as_coded":
+        terms = jnp.where(same, 0.0, similarity)
+    else:
+        terms = jnp.where(same, -jnp.inf, similarity)
+    if positive_in_denominator:
+        terms = jnp.where(jnp.eye(len(labels), dtype=bool), positive[:, None], terms)
+    has_term = jnp.any(terms > -jnp.inf, axis=-1)
+    # A row of -inf would give NaN gradients: hand logsumexp zeros there and drop its answer.
+    negative = jax.nn.logsumexp(jnp.where(has_term[:, None], terms, 0.0), axis=-1)
+    return jnp.where(has_term, negative, 0.0) - positive
+
+
+def hoc(
+    new: jax.Array,
+    old: jax.Array,
+    labels: jax.Array,
+    lam: float = 0.1,
+    mu: float = 10.0,
+    same_class: SameClass = "exclude",
+) -> jax.Array:
+    """The HOC loss: lam * simplex cross-entropy + (1 - lam) * contrast against the previous model.
+
+    Args:
+      new: float[batch, d], d = K-1, features of the model in training.
+      old: float[batch, d], features of the frozen previous model on the same images.
+      labels: int[batch], prototype rows in 0..K-1.
+      lam: weight of the cross-entropy, in [0, 1].
+      mu: inverse temperature of the contrast.
+      same_class: see `info_nce`.
+
+    Returns:
+      float32[batch].
+
+    Source: Equation 3 of the CVPR 2024 paper; `src/iamcl2r/train.py`.
+    """
+    contrast = info_nce(new, old, labels, mu, same_class)
+    return lam * simplex_cross_entropy(new, labels) + (1.0 - lam) * contrast
+
+
+def feature_distillation(new: jax.Array, old: jax.Array) -> jax.Array:
+    """1 - cos(new, old): how far a feature moved from the previous model's.
+
+    Args:
+      new: float[batch, d].
+      old: float[batch, d]; no gradient flows into them.
+
+    Returns:
+      float32[batch] in [0, 2]; 1 where a feature is zero.
+
+    Source: `EmbeddingsSimilarity` in `src/cl2r/train.py` of CompatibleLifelongRepresentation.
+    """
+    chex.assert_equal_shape([new, old])
+    return 1.0 - jnp.sum(normalize(new) * normalize(jax.lax.stop_gradient(old)), axis=-1)
+
+
+def distillation_weight(new_classes: int, seen_classes: int, base: float = 5.0) -> float:
+    """Weight of `feature_distillation` at a task: base * sqrt(new classes / classes seen before).
+
+    Args:
+      new_classes: classes of the task that begins, >= 0.
+      seen_classes: classes of the tasks before it; 0 gives weight 0, since there is no memory.
+      base: the weight for as many new classes as old ones.
+
+    Returns:
+      A float.
+
+    Source: `update_criterion_weight` in `src/cl2r/utils.py`.
+    """
+    return base * math.sqrt(new_classes / seen_classes) if seen_classes else 0.0
+
+
+def softmax_cross_entropy(logits: jax.Array, labels: jax.Array, num_seen: jax.Array) -> jax.Array:
+    """Cross-entropy of a learnable head that has grown to `num_seen` classes.
+
+    The head is allocated for all classes at once so that its growth compiles nothing; columns of
+    classes not yet seen are left out of the softmax.
+
+    Args:
+      logits: float[batch, classes].
+      labels: int[batch] in 0..num_seen-1.
+      num_seen: int[] classes seen so far.
+
+    Returns:
+      float32[batch].
+    """
+    chex.assert_rank([logits, labels], [2, 1])
+    wide = logits.astype(np.promote_types(logits.dtype, np.float32))
+    unseen = jnp.arange(logits.shape[-1]) >= num_seen
+    lowest = jnp.finfo(wide.dtype).min
+    return optax.losses.softmax_cross_entropy_with_integer_labels(
+        jnp.where(unseen, lowest, wide), labels
+    )

@@ -1,0 +1,147 @@
+"""Layers of the backbones, with PyTorch's conventions where the two libraries differ."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from compat_jax.models.conv import conv
+
+# PyTorch's kaiming_normal_(mode="fan_out", nonlinearity="relu").
+kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+# PyTorch's default for nn.Linear and nn.Conv2d: uniform in +-1/sqrt(fan_in).
+linear_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+
+
+class Conv(nn.Module):
+    """Square 2-D convolution with symmetric padding, computed by `conv`.
+
+    Attributes:
+      features: output channels.
+      size: kernel side.
+      stride: in both directions.
+      padding: zeros on each side.
+      groups: channel groups.
+      use_bias: whether a bias is added.
+      dtype: of the computation; parameters are float32.
+      kernel_init: initialiser of the kernel.
+    """
+
+    features: int
+    size: int
+    stride: int = 1
+    padding: int = 0
+    groups: int = 1
+    use_bias: bool = False
+    dtype: jnp.dtype = jnp.float32
+    kernel_init: nn.initializers.Initializer = kaiming_fan_out
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float[batch, h, w, in] -> float[batch, h', w', features]."""
+        shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        out = conv(
+            x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding, self.groups
+        )
+        if self.use_bias:
+            out += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return out
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation as PyTorch computes it.
+
+    Normalises by the biased variance of the batch and keeps a running mean of the *unbiased* one,
+    where flax.linen.BatchNorm keeps the biased. Under `jit` with the batch sharded over devices the
+    statistics are those of the global batch. Variables have Flax's names: params scale, bias;
+    batch_stats mean, var.
+
+    Attributes:
+      momentum: weight of the old running value (PyTorch's momentum is 1 minus this).
+      epsilon: added to the variance.
+      dtype: of the result; statistics are float32 or wider.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """float[..., channels] -> the same shape."""
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        if train:
+            axes = tuple(range(x.ndim - 1))
+            wide = x.astype(np.promote_types(x.dtype, np.float32))
+            mean = wide.mean(axes)
+            # E[x^2] - E[x]^2 reads the map once; clipped, since rounding can take it below zero.
+            var = jnp.maximum((wide * wide).mean(axes) - mean * mean, 0.0)
+            if not self.is_initializing():
+                count = x.size // x.shape[-1]
+                unbiased = var * (count / max(count - 1, 1))
+                keep = self.momentum
+                running_mean.value = keep * running_mean.value + (1 - keep) * mean
+                running_var.value = keep * running_var.value + (1 - keep) * unbiased
+        else:
+            mean, var = running_mean.value, running_var.value
+        factor = scale * lax.rsqrt(var + self.epsilon)
+        return (x * factor.astype(x.dtype) + (bias - mean * factor).astype(x.dtype)).astype(
+            self.dtype
+        )
+
+
+def max_pool(x: jax.Array, size: int, stride: int, padding: int) -> jax.Array:
+    """Maximum over windows, as a maximum of shifted slices (faster than reduce_window on CPU).
+
+    Args:
+      x: float[batch, h, w, c].
+      size: window side.
+      stride: in both directions.
+      padding: of -infinity on each side.
+
+    Returns:
+      float[batch, h', w', c].
+    """
+    pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    padded = jnp.pad(x, pads, constant_values=-jnp.inf)
+    batch, height, width, channels = padded.shape
+    out_h, out_w = ((s - size) // stride + 1 for s in (height, width))
+    out = None
+    for i in range(size):
+        for j in range(size):
+            window = lax.slice(
+                padded,
+                (0, i, j, 0),
+                (batch, i + stride * (out_h - 1) + 1, j + stride * (out_w - 1) + 1, channels),
+                (1, stride, stride, 1),
+            )
+            out = window if out is None else jnp.maximum(out, window)
+    return out
+
+
+def global_average_pool(x: jax.Array) -> jax.Array:
+    """float[batch, h, w, c] -> float[batch, c]."""
+    return x.mean((1, 2))
+
+
+def squeeze_excite(x: jax.Array, reduce: nn.Module, expand: nn.Module) -> jax.Array:
+    """Each channel of a picture times a gate in (0, 1) that its channel averages decide.
+
+    Args:
+      x: float[batch, h, w, c].
+      reduce: layer from float[batch, 1, 1, c] to fewer channels.
+      expand: layer from those back to c.
+
+    Returns:
+      float[batch, h, w, c].
+
+    Source: Hu, Shen, Sun, "Squeeze-and-Excitation Networks", CVPR 2018.
+    """
+    averages = x.mean((1, 2), keepdims=True)
+    return x * nn.sigmoid(expand(nn.relu(reduce(averages))))

@@ -1,0 +1,241 @@
+"""Exact nearest neighbours by inner product, in blocks and over any number of devices."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from compat_jax.errors import UserError
+
+# On CPU the scores are made TILE gallery rows at a time, small enough to stay in cache until they
+# are reduced to one maximum for each GROUP of neighbouring rows.
+TILE = 1024
+GROUP = 64
+
+
+def search(
+    query: np.ndarray | jax.Array,
+    gallery: np.ndarray | jax.Array,
+    k: int,
+    *,
+    mesh: Mesh | None = None,
+    approx_recall: float | None = None,
+    query_block: int = 256,
+    gallery_block: int = 1 << 18,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k gallery rows of largest inner product with each query, largest first.
+
+    Exact in float32; of equal scores the lower index comes first. The full query x gallery matrix
+    is never held: beyond the inputs, memory is O(q k + block). Calls whose sizes differ only in
+    the number of blocks share one compiled program.
+
+    Args:
+      query: float[q, d].
+      gallery: float[n, d], on the host (streamed in blocks) or on the device.
+      k: 1..n.
+      mesh: a mesh with a "data" axis; the gallery is split over that axis, every device searches
+        its share and the answers are merged. The answer is that of one device.
+      approx_recall: None for the exact answer, or the recall in (0, 1) that
+        `jax.lax.approx_max_k` aims at. Faster on TPU only; elsewhere JAX computes the exact answer.
+      query_block: queries of one compiled call, rounded up to a power of two.
+      gallery_block: gallery rows of one compiled call and device, likewise. The largest arrays are
+        the two blocks and, on accelerators, their scores [query_block, gallery_block].
+
+    Returns:
+      float32[q, k] scores and int32[q, k] gallery rows.
+
+    Raises:
+      UserError: no query, features of unequal size, k out of range, a row that is not finite, a
+        recall out of range, a mesh without a "data" axis.
+
+    Source: `calculate_rank` in `src/iamcl2r/performance_metrics.py`, there faiss.IndexFlatIP.
+    """
+    _check(query, gallery, k, mesh, approx_recall)
+    num_rows = len(gallery)
+    query_size = _power_of_two(min(query_block, len(query)))
+    queries = [_place(b, mesh) for _, b in _blocks("query", query, query_size)]
+    best = [_nothing(query_size, k)] * len(queries)
+    shards = 1 if mesh is None else mesh.shape["data"]
+    size = shards * _power_of_two(max(k, min(gallery_block, -(-num_rows // shards))))
+    step = partial(_search_block, k=k, approx_recall=approx_recall, mesh=mesh)
+    for start, block in _blocks("gallery", gallery, size):
+        block = _place(block, mesh, "data")
+        first, stop = np.int32(start), np.int32(num_rows)
+        best = [step(q, block, first, stop, b) for q, b in zip(queries, best, strict=True)]
+    scores, rows = (np.concatenate([np.asarray(b[i]) for b in best]) for i in (0, 1))
+    return scores[: len(query)], rows[: len(query)]
+
+
+@partial(jax.jit, static_argnames=("k", "approx_recall", "mesh"))
+def _search_block(query, gallery, first, stop, best, *, k, approx_recall, mesh):
+    """Update the best k of a block of queries with a block of gallery rows, first..stop-1."""
+    local = partial(_local_top_k, k=k, approx_recall=approx_recall)
+    if mesh is None:
+        return _merge(best, local(query, gallery, first, stop), k)
+
+    def on_device(query, shard, first, stop, best):
+        first += jax.lax.axis_index("data") * jnp.int32(len(shard))
+        found = local(query, shard, first, stop)
+        # Shares are gathered in the order of their rows, so ties still go to the lower index.
+        return _merge(best, jax.lax.all_gather(found, "data", axis=1, tiled=True), k)
+
+    everywhere = PartitionSpec()
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(everywhere, PartitionSpec("data"), everywhere, everywhere, everywhere),
+        out_specs=everywhere,
+        check_vma=False,  # the merged answer is the same on every device, which JAX cannot see
+    )(query, gallery, first, stop, best)
+
+
+def _local_top_k(query, gallery, first, stop, *, k, approx_recall):
+    """Best k of the rows first, first + 1, … < stop that `gallery` holds; the rest is padding."""
+    grouped = jax.default_backend() == "cpu" and len(gallery) >= 4 * k * GROUP
+    if grouped and approx_recall is None:
+        return _grouped_top_k(query, gallery, first, stop, k)
+    scores = jnp.dot(query, gallery.T, precision="highest")
+    rows = first + jnp.arange(len(gallery), dtype=jnp.int32)
+    scores = jnp.where(rows[None] < stop, scores, -jnp.inf)
+    if approx_recall is None:
+        scores, found = jax.lax.top_k(scores, k)
+    else:
+        scores, found = jax.lax.approx_max_k(scores, k, recall_target=approx_recall)
+    return scores, first + found.astype(jnp.int32)
+
+
+def _grouped_top_k(query, gallery, first, stop, k):
+    """Top k by way of the maxima over groups of rows: exact, and three times as fast on CPU.
+
+    The k groups with the largest maxima hold the answer: were a row of the answer in another group,
+    k groups would each hold a row before it. Groups are runs of neighbouring rows, so that also
+    holds for the order among ties. The padding repeats the last row, hence does not change the
+    maximum of the group it shares.
+    """
+
+    tile = min(TILE, len(gallery))
+
+    def fill(i, maxima):
+        rows = jax.lax.dynamic_slice_in_dim(gallery, i * tile, tile)
+        scores = jnp.dot(rows, query.T, precision="highest")
+        return maxima.at[i].set(scores.reshape(-1, GROUP, len(query)).max(axis=1))
+
+    maxima = jnp.full((len(gallery) // tile, tile // GROUP, len(query)), -jnp.inf)
+    tiles_in_use = jnp.minimum(-((first - stop) // tile), len(maxima))
+    maxima = jax.lax.fori_loop(0, tiles_in_use, fill, maxima)
+    group_first = first + GROUP * jnp.arange(len(gallery) // GROUP, dtype=jnp.int32)
+    maxima = jnp.where(group_first[None] < stop, maxima.reshape(-1, len(query)).T, -jnp.inf)
+    # In the order of rows, not of scores, for the sake of ties.
+    groups = jnp.sort(jax.lax.top_k(maxima, k)[1], axis=1)
+    members = gallery.reshape(-1, GROUP, gallery.shape[1])
+
+    def inside(args):
+        one, chosen = args
+        return members[chosen].reshape(k * GROUP, -1) @ one
+
+    scores = jax.lax.map(inside, (query, groups))
+    offsets = GROUP * groups[:, :, None] + jnp.arange(GROUP, dtype=jnp.int32)[None, None]
+    rows = first + offsets.reshape(len(query), -1)
+    return _top_k_of(jnp.where(rows < stop, scores, -jnp.inf), rows, k)
+
+
+def _merge(best, found, k):
+    """The best k of two lists; rows of `best` come before those of `found`."""
+    scores, rows = (jnp.concatenate(pair, axis=1) for pair in zip(best, found, strict=True))
+    return _top_k_of(scores, rows, k)
+
+
+def _top_k_of(scores, rows, k):
+    scores, place = jax.lax.top_k(scores, k)
+    return scores, jnp.take_along_axis(rows, place, axis=1)
+
+
+def _nothing(num_queries: int, k: int) -> tuple[jax.Array, jax.Array]:
+    return jnp.full((num_queries, k), -jnp.inf), jnp.zeros((num_queries, k), jnp.int32)
+
+
+def _blocks(name: str, features, size: int) -> Iterator[tuple[int, np.ndarray | jax.Array]]:
+    """Starts and float32 blocks of `size` rows; the last is filled up with its last row."""
+    for start in range(0, len(features), size):
+        if isinstance(features, jax.Array):
+            block = _slice(features, np.int32(start), size)
+        else:
+            block = np.asarray(features[start : start + size], np.float32)
+            if len(block) < size:
+                block = np.pad(block, ((0, size - len(block)), (0, 0)), mode="edge")
+        check_finite(name, block, start)
+        yield start, block
+
+
+@partial(jax.jit, static_argnames="size")
+def _slice(features, start, size):
+    """Rows start, start + 1, …; beyond the end the last row again."""
+    rows = jnp.minimum(start + jnp.arange(size, dtype=jnp.int32), len(features) - 1)
+    return features[rows].astype(jnp.float32)
+
+
+def _place(block, mesh: Mesh | None, axis: str | None = None) -> jax.Array:
+    # device_put takes an aligned host array as it is on CPU, where jnp.asarray copies it.
+    return jax.device_put(block, None if mesh is None else NamedSharding(mesh, PartitionSpec(axis)))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def check_finite(name: str, features, start: int = 0) -> None:
+    """Refuse features with a NaN or an infinity.
+
+    Args:
+      name: of the features, for the message.
+      features: float[n, d].
+      start: the number of the first row, for the message.
+
+    Raises:
+      UserError: naming the first bad row.
+    """
+    # A row's sum is finite just when its parts are; cheaper than a look at each of them.
+    finite = np.isfinite(np.asarray(features.sum(axis=1)))
+    if not finite.all():
+        raise UserError(
+            f"{name} features have a value that is not finite in row {start + np.argmin(finite)}: "
+            "look for a diverged version or a broken image there"
+        )
+
+
+def check_sizes(query, gallery) -> None:
+    """Refuse features that are not [rows, size] of one size.
+
+    Raises:
+      UserError: naming both sizes.
+    """
+    if query.ndim != 2 or gallery.ndim != 2:
+        raise UserError(
+            f"retrieval takes features [rows, size], got {query.shape} (query) and {gallery.shape} "
+            "(gallery)"
+        )
+    if query.shape[1] != gallery.shape[1]:
+        raise UserError(
+            f"query features have size {query.shape[1]} and gallery features {gallery.shape[1]}: "
+            "versions of unequal feature size cannot be compared"
+        )
+
+
+def _check(query, gallery, k: int, mesh: Mesh | None, approx_recall: float | None) -> None:
+    check_sizes(query, gallery)
+    if not len(query):
+        raise UserError("search needs at least one query, got none")
+    if not 1 <= k <= len(gallery):
+        raise UserError(
+            f"k={k} neighbours of a gallery of {len(gallery)} rows: choose k in 1..{len(gallery)}"
+        )
+    if approx_recall is not None and not 0 < approx_recall < 1:
+        raise UserError(f"approx_recall must lie between 0 and 1, or be None, got {approx_recall}")
+    if mesh is not None and "data" not in mesh.shape:
+        raise UserError(
+            f'search needs a mesh with a "data" axis, this one has {tuple(mesh.shape)}: '
+            "make it with compat_jax.mesh.make_mesh"
+        )

@@ -1,0 +1,129 @@
+"""The d-Simplex: K class prototypes in R^(K-1), as far from each other as K points can be.
+
+The prototypes are never trained. Features learned against them are stationary, and stationary
+features are compatible (paper, Theorem 1). Because the prototype matrix is a scaled identity plus a
+rank-one term, everything that needs it is written in closed form and the matrix is never built.
+
+Source: the construction of `dsimplex` in `src/iamcl2r/models/__init__.py` of miccunifi/iamcl2r.
+"""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compat_jax.errors import UserError, unknown
+
+LabelOrder = Literal["descending", "ascending"]
+LABEL_ORDERS = ("descending", "ascending")
+
+
+def _coefficients(num_classes: int) -> tuple[float, float]:
+    """Mean m and norm r of the construction, in double precision.
+
+    Row i < K-1 is (e_i - m 1) / r; row K-1 is -1 / sqrt(K-1) in every place.
+    """
+    if num_classes < 2:
+        raise UserError(f"a simplex needs at least 2 classes, got num_classes={num_classes}")
+    d = num_classes - 1
+    mean = (1.0 + (1.0 - math.sqrt(num_classes)) / d) / num_classes
+    norm = math.sqrt((1.0 - mean) ** 2 + (d - 1) * mean**2)
+    return mean, norm
+
+
+def prototypes(num_classes: int, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """The d-Simplex prototype matrix, for inspection and export; training needs only `logits`.
+
+    Args:
+      num_classes: K >= 2.
+      dtype: of the result.
+
+    Returns:
+      float[K, K-1] with rows of norm 1 whose inner products are all -1/(K-1).
+
+    Raises:
+      UserError: fewer than 2 classes.
+
+    Source: paper, section on the d-Simplex fixed classifier; reference `dsimplex`.
+    """
+    d = num_classes - 1
+    mean, norm = _coefficients(num_classes)
+    body = (jnp.eye(d, dtype=jnp.float32) - mean) / norm
+    last = jnp.full((1, d), -1.0 / math.sqrt(d), jnp.float32)
+    return jnp.concatenate([body, last]).astype(dtype)
+
+
+def logits(features: jax.Array) -> jax.Array:
+    """Scores of features against every prototype, in O(d) and without the matrix.
+
+    Args:
+      features: float[..., d] with d = K-1 >= 1.
+
+    Returns:
+      float[..., K] in the dtype of `features`, equal to `features @ prototypes(K).T`. Sums run in
+      float32 (or wider) also for bfloat16 features.
+
+    Source: closed form of the construction; see `prototypes`.
+    """
+    body, last = split_logits(features)
+    return jnp.concatenate([body, last[..., None]], axis=-1).astype(features.dtype)
+
+
+def split_logits(features: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`logits` as two arrays, so that a sharded feature axis needs no uneven concatenation.
+
+    Args:
+      features: float[..., d].
+
+    Returns:
+      float32[..., d], the scores of the first K-1 prototypes, and float32[...], those of the last.
+    """
+    d = features.shape[-1]
+    mean, norm = _coefficients(d + 1)
+    wide = features.astype(np.promote_types(features.dtype, np.float32))
+    total = wide.sum(axis=-1)
+    return (wide - mean * total[..., None]) / norm, total * (-1.0 / math.sqrt(d))
+
+
+def label_logit(features: jax.Array, rows: jax.Array) -> jax.Array:
+    """The score of one prototype a feature, without the others.
+
+    Args:
+      features: float[..., d].
+      rows: int[...] prototype rows in 0..K-1.
+
+    Returns:
+      float32[...], equal to `take_along_axis(logits(features), rows[..., None], -1)[..., 0]`.
+    """
+    d = features.shape[-1]
+    mean, norm = _coefficients(d + 1)
+    wide = features.astype(np.promote_types(features.dtype, np.float32))
+    total = wide.sum(axis=-1)
+    index = jnp.minimum(rows, d - 1)[..., None]
+    own = jnp.take_along_axis(wide, index, axis=-1)[..., 0]
+    return jnp.where(rows < d, (own - mean * total) / norm, total * (-1.0 / math.sqrt(d)))
+
+
+def prototype_rows(
+    labels: jax.Array, num_classes: int, order: LabelOrder = "descending"
+) -> jax.Array:
+    """The prototype row that each class is written to.
+
+    Args:
+      labels: int[...] class numbers in 0..K-1.
+      num_classes: K.
+      order: "descending" writes class c to row K-1-c, as the reference does for the classes of the
+        task sequence, "ascending" to row c, as for the classes of pre-training; so the two fill the
+        simplex from its two ends.
+
+    Returns:
+      int[...] rows. The map is its own inverse in both orders.
+
+    Raises:
+      UserError: unknown order.
+    """
+    if order not in LABEL_ORDERS:
+        raise unknown("label order", order, LABEL_ORDERS)
+    return num_classes - 1 - labels if order == "descending" else labels

@@ -1,0 +1,1 @@
+"""Configurations: `--config=configs/FILE.py:arguments`."""

@@ -1,0 +1,74 @@
+"""IAM-CL2R on the embedded glyphs, no download: what `launch.quickstart` runs.
+
+    python -m launch.train --config=configs/glyphs.py:method=hoc --workdir=DIR
+
+A small network, 7 tasks, three pre-trained models of growing quality (`configs/pretrain.py:data=glyphs`)
+that come in at tasks 0, 2 and 4. Pre-training reads mostly clean print; tasks and retrieval are noisy
+photographs of characters of which no role shares one.
+
+Arguments: method=hoc|sce|fd|er, replace=true|false, seed=0.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import base_config, parse_arguments
+
+SIZE = 24
+PRETRAIN_CLASSES = (150, 300, 600)
+TASK_CLASSES = (1600, 1670)
+RETRIEVAL_CLASSES = (2000, 2060)
+
+
+def photographs(classes, per_class, seed):
+    """Glyphs in the look of tasks and retrieval."""
+    return {
+        "source": "glyphs",
+        "classes": classes,
+        "per_class": per_class,
+        "look": "photo",
+        "seed": seed,
+        "size": SIZE,
+        "strength": 1.0,
+    }
+
+
+def small_network(config: ConfigDict) -> None:
+    """Network and input of the glyph configurations."""
+    config.num_prototypes = 1024
+    config.backbone.name = "resnet_small"
+    config.batch_size = 128
+
+
+def input_fields() -> dict:
+    """Normalisation and augmentation of glyphs: shifts, no mirror images."""
+    return {"mean": (0.7,) * 3, "std": (0.3,) * 3, "crop_padding": 2, "flip": False}
+
+
+def get_config(arguments: str | None = None) -> ConfigDict:
+    """The configuration; see the module's docstring for the arguments."""
+    args = parse_arguments(arguments, method="hoc", replace=True, seed=0)
+    config = base_config(args.method)
+    small_network(config)
+    config.seed = args.seed
+    config.epochs = 10
+    config.optim.lr = 0.02
+    config.optim.min_lr = 0.0002
+    config.tasks = ConfigDict(
+        {
+            "initial": 10,
+            "increment": 10,
+            "rehearsal": 20,
+            "replace_at": (0, 2, 4) if args.replace else (),
+        }
+    )
+    config.pretrained = ""
+    config.data = ConfigDict(
+        {
+            "train": photographs(TASK_CLASSES, 90, 2),
+            "query": photographs(RETRIEVAL_CLASSES, 40, 3),
+            "gallery": photographs(RETRIEVAL_CLASSES, 20, 4),
+            "pretraining_may_share": False,
+            **input_fields(),
+        }
+    )
+    return config

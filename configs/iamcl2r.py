@@ -1,0 +1,58 @@
+"""The paper's protocol: fine-tuning on CIFAR-100 with model replacements, retrieval on CIFAR-10.
+
+    python -m launch.train --config=configs/iamcl2r.py:method=hoc,tasks=7 --workdir=DIR
+    python -m launch.evaluate --chain=DIR/chain
+
+Reproduces IAM-CL2R of the paper and of miccunifi/iamcl2r (`configs/hoc_7tasks.yaml` and its
+siblings). CIFAR comes through TFDS (TFDS_DATA_DIR); the models that replace others come from
+`launch.pretrain` (`configs/pretrain.py`), whose folder is `--config.pretrained`. Without it
+(`replace=false`) one model is fine-tuned all along: CL2R.
+
+Arguments: method=hoc|sce|fd|er, tasks=7|31, replace=true|false.
+"""
+
+from ml_collections import ConfigDict
+
+from compat_jax.errors import UserError
+from configs.common import base_config, parse_arguments
+
+_INCREMENTS = {7: 15, 31: 3}
+_REPLACE_AT = {7: (0, 2, 4), 31: (0, 10, 20)}
+
+
+def get_config(arguments: str | None = None) -> ConfigDict:
+    """The configuration; see the module's docstring for the arguments."""
+    args = parse_arguments(arguments, method="hoc", tasks=7, replace=True)
+    if args.tasks not in _INCREMENTS:
+        raise UserError(f"tasks must be 7 or 31, got {args.tasks}")
+    config = base_config(args.method)
+    config.tasks = ConfigDict(
+        {
+            "initial": 10,
+            "increment": _INCREMENTS[args.tasks],
+            "rehearsal": 20,
+            "replace_at": _REPLACE_AT[args.tasks] if args.replace else (),
+        }
+    )
+    config.pretrained = ""
+    cifar10 = {"source": "tfds", "name": "cifar10", "size": 32, "data_dir": None}
+    config.data = ConfigDict(
+        {
+            "train": {
+                "source": "tfds",
+                "name": "cifar100",
+                "split": "train",
+                "size": 32,
+                "data_dir": None,
+                "per_class": 300,
+            },
+            "query": {**cifar10, "split": "train"},
+            "gallery": {**cifar10, "split": "test"},
+            "mean": (0.5071, 0.4867, 0.4408),
+            "std": (0.2675, 0.2565, 0.2761),
+            "crop_padding": 4,
+            "flip": True,
+            "pretraining_may_share": True,
+        }
+    )
+    return config

@@ -1,0 +1,1 @@
+"""The programs: thin command lines that parse, call one function, and report."""

@@ -1,0 +1,113 @@
+"""What the programs share: one-line errors, flags, the compilation cache, stopping in good order."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from compat_jax.errors import Stopped, UserError, unknown
+
+RESUME = 75  # EX_TEMPFAIL: run the same command again and it goes on
+
+
+def run(main: Callable[[Sequence[str]], None], doc: str) -> None:
+    """Parse the flags and run `main`; a UserError becomes one line and exit code 2.
+
+    Args:
+      main: takes what is left of argv.
+      doc: shown by --help.
+    """
+    sys.modules["__main__"].__doc__ = doc
+    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+
+
+def _parse(argv):
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError) as error:
+        if any(a in ("--help", "-h", "--helpfull", "--helpshort", "-help") for a in argv):
+            raise
+        _fail(error)
+
+
+def _guarded(main, argv):
+    try:
+        if len(argv) > 1:
+            raise UserError(f"unknown argument {argv[1]!r}: flags begin with --, see --help")
+        logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every file at INFO
+        main(argv)
+    except UserError as error:
+        _fail(error)
+    except Stopped:
+        print("stopped and saved; the same command goes on", file=sys.stderr)
+        sys.exit(RESUME)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last save", file=sys.stderr)
+        sys.exit(RESUME)
+
+
+def _fail(error):
+    text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
+    print(f"error: {text.strip()}", file=sys.stderr)
+    sys.exit(2)
+
+
+def define_config(default: str | None = None) -> None:
+    """--config=FILE.py:arguments, overridden by --config.FIELD=VALUE."""
+    config_flags.DEFINE_config_file("config", default, "FILE.py:key=value,... of the run")
+
+
+def require(name: str, example: str) -> str:
+    """The value of a flag that must be given.
+
+    Raises:
+      UserError: it is not.
+    """
+    value = flags.FLAGS[name].value
+    if not value:
+        raise UserError(f"--{name} is missing: for example --{name}={example}")
+    return value
+
+
+def check_choice(kind: str, value: str, choices: Sequence[str]) -> str:
+    """`value`, if it is one of the choices.
+
+    Raises:
+      UserError: it is not.
+    """
+    if value not in choices:
+        raise unknown(kind, value, choices)
+    return value
+
+
+def cache_folder() -> Path:
+    """Where rendered data and compiled programs are kept: $COMPAT_JAX_CACHE or ~/.cache."""
+    return Path(os.environ.get("COMPAT_JAX_CACHE") or Path.home() / ".cache" / "compat_jax")
+
+
+def start_jax() -> None:
+    """Turn on the persistent compilation cache; call before the first computation."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+class StopSignal:
+    """Set by SIGTERM, which Cloud sends before it takes a machine away."""
+
+    def __init__(self):
+        self.received = False
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, *_):
+        self.received = True
+
+    def __call__(self) -> bool:
+        """Whether the signal came."""
+        return self.received

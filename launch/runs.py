@@ -1,0 +1,120 @@
+"""A configuration run from end to end: what `train`, `pretrain`, `evaluate` and `quickstart` call."""
+
+from collections.abc import Callable
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from compat_jax import evaluation
+from compat_jax import mesh as meshes
+from compat_jax.chain import Chain
+from compat_jax.data.tasks import TaskSequence
+from compat_jax.errors import UserError
+from compat_jax.evaluation import Evaluation
+from compat_jax.train import loop
+from compat_jax.train.progress import Progress
+from launch import build
+
+
+def pretrain(
+    config: ConfigDict, workdir: str, should_stop: Callable[[], bool], bar: bool = True
+) -> Chain:
+    """Model i of the chain learns the first `pretrain_classes[i]` classes of the data."""
+    folder = epath.Path(workdir)
+    counts = tuple(config.pretrain_classes)
+    if not counts or min(counts) < 2:
+        raise UserError(f"pretrain_classes needs numbers of classes, each at least 2, got {counts}")
+    build.build_run(config, TaskSequence(max(counts), max(counts), 1), 0)  # refuse names first
+    mesh = build.build_mesh(config)
+    (data,) = build.load_data(config, "train")
+    if max(counts) > data.num_classes:
+        raise UserError(
+            f"pretrain_classes is {counts}, but the data has {data.num_classes} classes"
+        )
+    runs = [build.build_run(config, TaskSequence(n, n, 1), 0) for n in counts]
+    for run in runs:
+        run.check(mesh)
+    build.claim_workdir(workdir, config, {})
+    chain = Chain(folder / "chain")
+    for number, run in enumerate(runs):
+        loop.pretrain(
+            run,
+            data.select(range(counts[number])),
+            chain,
+            Progress(folder / "progress"),
+            mesh,
+            number,
+            config=build.plain(config),
+            save_every=config.save_every,
+            log=folder / "log.jsonl",
+            should_stop=should_stop,
+            bar=f"{config.method}: pre-training on {counts[number]} classes" if bar else None,
+        )
+    return chain
+
+
+def train(
+    config: ConfigDict, workdir: str, should_stop: Callable[[], bool], bar: bool = True
+) -> Chain:
+    """The task sequence of a configuration; one version a task."""
+    folder = epath.Path(workdir)
+    any_size = TaskSequence(10**9, config.tasks.initial, config.tasks.increment)
+    build.build_run(config, any_size, config.tasks.rehearsal)  # refuse names before reading data
+    mesh = build.build_mesh(config)
+    replacements = build.load_replacements(config)
+    data, query, gallery = build.load_data(config, "train", "query", "gallery")
+    build.check_roles(config, data, query, gallery, replacements)
+    sequence = TaskSequence(data.num_classes, config.tasks.initial, config.tasks.increment)
+    run = build.build_run(config, sequence, config.tasks.rehearsal)
+    run.check(mesh)
+    loop.check_replacements(run, replacements, data.images.shape[1:])
+    build.claim_workdir(workdir, config, replacements)
+    chain = Chain(folder / "chain")
+    loop.train(
+        run,
+        data,
+        chain,
+        Progress(folder / "progress"),
+        mesh,
+        replacements,
+        config=build.plain(config),
+        save_every=config.save_every,
+        log=folder / "log.jsonl",
+        should_stop=should_stop,
+        bar=config.method if bar else None,
+    )
+    return chain
+
+
+def evaluate(
+    chain: Chain,
+    out: epath.Path,
+    config: ConfigDict | None = None,
+    metric: str = "identification",
+    mesh: str = "data:-1",
+    batch_size: int = 256,
+    dtype: str = "float32",
+    bar: bool = True,
+) -> Evaluation:
+    """The matrix of a chain on the query and gallery of its own configuration, or of another's."""
+    if config is None:
+        record = chain.require().record(chain.numbers()[-1])
+        if "query" not in record.config.get("data", {}):
+            raise UserError(
+                f"{chain.path} does not say what to query: give --config=FILE.py with data.query "
+                "and data.gallery"
+            )
+        config = ConfigDict(dict(record.config))
+    query, gallery = build.load_data(config, "query", "gallery")
+    return evaluation.evaluate(
+        chain,
+        query,
+        gallery,
+        metric,
+        mesh=meshes.make_mesh(mesh, jax.devices()),
+        batch_size=batch_size,
+        dtype=dtype,
+        cache=out / "cache",
+        progress="evaluating" if bar else None,
+    )

@@ -1,0 +1,234 @@
+"""AC, AA, BC and FC of matrices, and Definition 1 counted on features."""
+
+from pathlib import Path
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from compat_jax import compatibility as c
+from compat_jax.errors import UserError
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
+# Released with the paper's code: HOC, 7 tasks, CIFAR-100 tasks, CIFAR-10 retrieval, ResNet-18.
+RELEASED_ROWS = [
+    [0.58892],
+    [0.597, 0.6156],
+    [0.6305, 0.65276, 0.69314],
+    [0.63336, 0.65298, 0.70626, 0.72374],
+    [0.65006, 0.67872, 0.70754, 0.72114, 0.73828],
+    [0.6408, 0.67188, 0.71166, 0.72712, 0.74704, 0.76194],
+    [0.6314, 0.6635, 0.72096, 0.73496, 0.75232, 0.76652, 0.77164],
+]
+RELEASED = np.array([row + [0.0] * (7 - len(row)) for row in RELEASED_ROWS])
+# Rounded to two digits, so that ties are common.
+MATRICES = st.integers(1, 8).flatmap(
+    lambda n: hnp.arrays(np.float64, (n, n), elements=st.integers(0, 100).map(lambda x: x / 100))
+)
+TIES = st.sampled_from(c.TIES)
+
+
+def test_released_matrix_of_the_paper():
+    assert c.average_compatibility(RELEASED) == pytest.approx(20 / 21, abs=1e-12)
+    assert 100 * c.average_accuracy(RELEASED) == pytest.approx(68.899, abs=1e-3)
+    failing = np.argwhere(np.tril(~c.compatible_pairs(RELEASED), -1))
+    assert failing.tolist() == [[4, 3]]
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_reference_answers(i):
+    matrix = GOLDEN[f"{i}/matrix"]
+    np.testing.assert_allclose(c.average_compatibility(matrix), GOLDEN[f"{i}/ac"], rtol=1e-14)
+    np.testing.assert_allclose(100 * c.average_accuracy(matrix), GOLDEN[f"{i}/aa"], rtol=1e-14)
+    np.testing.assert_allclose(
+        100 * c.average_accuracy_per_step(matrix), GOLDEN[f"{i}/aa_per_task"], rtol=1e-13
+    )
+
+
+def test_a_matrix_by_hand():
+    matrix = [[0.5, 9, 9], [0.6, 0.5, 9], [0.4, 0.5, 0.8]]
+    assert c.average_compatibility(matrix) == pytest.approx(1 / 3)
+    assert c.average_compatibility(matrix, tie="compatible") == pytest.approx(2 / 3)
+    np.testing.assert_allclose(c.average_compatibility_per_step(matrix), [1, 1, 1 / 3])
+    np.testing.assert_allclose(c.average_accuracy_per_step(matrix), [0.5, 1.6 / 3, 3.3 / 6])
+    assert c.backward_compatibility(matrix) == pytest.approx((-0.1 + 0.0) / 2)
+    assert c.forward_compatibility(matrix) == pytest.approx((0.1 - 0.3) / 2)
+
+
+def test_a_single_version():
+    assert c.average_compatibility([[0.3]]) == 1.0
+    assert c.average_accuracy([[0.3]]) == 0.3
+    assert c.backward_compatibility([[0.3]]) == 0.0
+    assert c.forward_compatibility([[0.3]]) == 0.0
+
+
+def test_an_accuracy_of_zero_counts():
+    assert c.average_accuracy([[0.0, 0.0], [0.0, 0.9]]) == pytest.approx(0.3)
+
+
+def test_what_stands_above_the_diagonal_is_not_read():
+    matrix = RELEASED.copy()
+    matrix[np.triu_indices(7, 1)] = np.nan
+    assert c.average_compatibility(matrix) == c.average_compatibility(RELEASED)
+    assert c.average_accuracy(matrix) == c.average_accuracy(RELEASED)
+    assert c.backward_compatibility(matrix) == c.backward_compatibility(RELEASED)
+    assert c.forward_compatibility(matrix) == c.forward_compatibility(RELEASED)
+
+
+@hypothesis.given(MATRICES, TIES)
+def test_ac_counts_what_its_definition_says(matrix, tie):
+    versions = len(matrix)
+    pairs = [(t, k) for t in range(versions) for k in range(t)]
+    margin = 0 if tie == "incompatible" else -1e-9
+    passed = [(t, k) for t, k in pairs if matrix[t, k] > matrix[k, k] + margin]
+    expected = len(passed) / len(pairs) if pairs else 1.0
+    assert c.average_compatibility(matrix, tie) == pytest.approx(expected, abs=1e-12)
+    assert [tuple(cell) for cell in np.argwhere(c.compatible_pairs(matrix, tie))] == passed
+
+
+@hypothesis.given(MATRICES, TIES)
+def test_ac_depends_on_the_order_of_accuracies_only(matrix, tie):
+    assert c.average_compatibility(np.exp(3 * matrix), tie) == c.average_compatibility(matrix, tie)
+
+
+@hypothesis.given(MATRICES)
+def test_ties_can_only_help(matrix):
+    strict, loose = (c.average_compatibility(matrix, tie) for tie in c.TIES)
+    assert 0 <= strict <= loose <= 1
+
+
+@hypothesis.given(MATRICES)
+def test_aa_is_a_mean(matrix):
+    triangle = matrix[np.tril_indices(len(matrix))]
+    aa = c.average_accuracy(matrix)
+    assert triangle.min() - 1e-12 <= aa <= triangle.max() + 1e-12
+    assert c.average_accuracy(100 * matrix) == pytest.approx(100 * aa, abs=1e-9)
+
+
+@hypothesis.given(MATRICES, TIES)
+def test_steps_are_the_metric_of_the_first_versions(matrix, tie):
+    ac, aa = c.average_compatibility_per_step(matrix, tie), c.average_accuracy_per_step(matrix)
+    for t in range(1, len(matrix) + 1):
+        assert ac[t - 1] == c.average_compatibility(matrix[:t, :t], tie)
+        assert aa[t - 1] == pytest.approx(c.average_accuracy(matrix[:t, :t]), abs=1e-12)
+
+
+@hypothesis.given(MATRICES)
+def test_bc_and_fc_ignore_a_common_gain(matrix):
+    for metric in (c.backward_compatibility, c.forward_compatibility):
+        assert metric(matrix + 0.5) == pytest.approx(metric(matrix), abs=1e-12)
+
+
+@pytest.mark.parametrize("matrix", [np.zeros((2, 3)), np.zeros(3), np.zeros((0, 0))])
+def test_refuses_what_is_not_square(matrix):
+    with pytest.raises(UserError, match="square"):
+        c.average_accuracy(matrix)
+
+
+def test_refuses_a_missing_accuracy():
+    with pytest.raises(UserError, match=r"NaN at \[1, 0\].*queries of version 1"):
+        c.average_compatibility([[0.5, np.nan], [np.nan, 0.5]])
+
+
+def test_refuses_an_unknown_tie():
+    with pytest.raises(UserError, match="Did you mean 'compatible'"):
+        c.average_compatibility(RELEASED, tie="compatibel")
+
+
+def features_of_two_versions(n=97, d=8, classes=5, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, n)
+    centres = rng.standard_normal((classes, d))
+    old = (centres[labels] + rng.standard_normal((n, d))).astype(np.float32)
+    new = (centres[labels] + 0.5 * rng.standard_normal((n, d))).astype(np.float32)
+    return new, old, labels
+
+
+def oracle_definition_1(new, old, labels, distance):
+    new, old = new.astype(np.float64), old.astype(np.float64)
+    if distance == "cosine":
+        new, old = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (new, old))
+        across, within = 1 - new @ old.T, 1 - old @ old.T
+    else:
+        across, within = (np.linalg.norm(x[:, None] - old[None], axis=-1) for x in (new, old))
+    same = labels[:, None] == labels[None, :]
+    other = ~same
+    np.fill_diagonal(same, False)
+    return (
+        (across <= within)[same].mean(),
+        (across >= within)[other].mean(),
+        same.sum(),
+        other.sum(),
+    )
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+@pytest.mark.parametrize("block", [1, 16, 97, 4096])
+def test_definition_1_against_float64(distance, block):
+    new, old, labels = features_of_two_versions()
+    if block == 1:
+        new, old, labels = new[:7], old[:7], labels[:7]
+    got = c.definition_1(new, old, labels, distance=distance, block=block)
+    same_class, other_class, num_same, num_other = oracle_definition_1(new, old, labels, distance)
+    assert (got.num_same, got.num_other) == (num_same, num_other)
+    assert got.same_class == pytest.approx(same_class, abs=1e-12)
+    assert got.other_class == pytest.approx(other_class, abs=1e-12)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+def test_a_version_is_compatible_with_itself(distance):
+    _, old, labels = features_of_two_versions()
+    assert c.definition_1(old, old, labels, distance=distance)[:2] == (1.0, 1.0)
+
+
+def test_cosine_does_not_see_lengths():
+    new, old, labels = features_of_two_versions()
+    scaled = c.definition_1(new * np.float32(4), old * np.float32(0.25), labels)
+    assert scaled == c.definition_1(new, old, labels)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+def test_a_sample_estimates_the_shares(distance):
+    new, old, labels = features_of_two_versions()
+    exact = c.definition_1(new, old, labels, distance=distance)
+    got = c.definition_1(new, old, labels, distance=distance, sample=20_000, seed=1, block=999)
+    assert got[2:] == (20_000, 20_000)
+    # Five standard errors of a share over 20,000 draws are at most 0.018.
+    np.testing.assert_allclose(got[:2], exact[:2], atol=0.018)
+    assert got == c.definition_1(new, old, labels, distance=distance, sample=20_000, seed=1)
+
+
+def test_no_pair_of_a_kind_is_nan():
+    new, old, _ = features_of_two_versions(n=6)
+    for sample in (None, 50):
+        one_class = c.definition_1(new, old, np.zeros(6), sample=sample)
+        assert np.isnan(one_class.other_class) and one_class.num_other == 0
+        all_distinct = c.definition_1(new, old, np.arange(6), sample=sample)
+        assert np.isnan(all_distinct.same_class) and all_distinct.num_same == 0
+
+
+def test_definition_1_never_holds_all_pairs():
+    """Doubling the images doubles the scratch memory of the compiled program at most."""
+    sizes = []
+    for n in (1024, 2048):
+        shift = np.zeros((n, 4), np.float32)
+        lowered = c._count_kept.lower(shift, shift[:, 0], shift, np.zeros(n, np.int32), block=128)
+        sizes.append(lowered.compile().memory_analysis().temp_size_in_bytes)
+    assert sizes[1] <= 2 * sizes[0]
+    assert sizes[1] < 4 * 2048 * 2048 / 4
+
+
+def test_definition_1_refuses_bad_input():
+    new, old, labels = features_of_two_versions(n=6)
+    with pytest.raises(UserError, match="unequal feature size"):
+        c.definition_1(new[:, :4], old, labels)
+    with pytest.raises(UserError, match="6 features need as many labels"):
+        c.definition_1(new, old, labels[:5])
+    with pytest.raises(UserError, match="Did you mean 'cosine'"):
+        c.definition_1(new, old, labels, distance="cosin")
+    with pytest.raises(UserError, match=r"old features .* row 2"):
+        c.definition_1(new, np.where(np.arange(6)[:, None] == 2, np.nan, old), labels)
+    with pytest.raises(UserError, match="at least 1 pair"):
+        c.definition_1(new, old, labels, sample=0)

@@ -1,0 +1,271 @@
+"""Identification, recall, CMC, mAP and verification against scikit-learn and plain loops."""
+
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, roc_curve
+from sklearn.model_selection import KFold
+
+from compat_jax import retrieval
+from compat_jax.errors import UserError
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "identification.npz")
+
+
+def features(rows=60, size=5, classes=7, seed=0):
+    """Small whole numbers, for exact scores with ties; labels, one class with a single image."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, rows)
+    labels[-1] = classes
+    return rng.integers(-3, 4, (rows, size)).astype(np.float32), labels
+
+
+def distances_and_kinds(pairs=203, seed=0):
+    rng = np.random.default_rng(seed)
+    same = rng.random(pairs) < 0.4
+    distances = np.round(np.clip(rng.normal(np.where(same, 1.2, 1.9), 0.4), 0, 4), 2)
+    return distances, same
+
+
+# Templates and identification
+
+
+@pytest.mark.parametrize("i", [1, 2])
+def test_identification_as_the_reference(i):
+    case = [GOLDEN[f"{i}/{n}"] for n in ("query", "query_labels", "gallery", "gallery_labels")]
+    assert retrieval.identification(*case) == GOLDEN[f"{i}/accuracy"]
+
+
+def test_templates_are_normalised_means():
+    gallery, labels = features()
+    templates, classes = retrieval.class_templates(gallery, labels)
+    assert templates.dtype == np.float32
+    np.testing.assert_array_equal(classes, np.unique(labels))
+    for template, number in zip(templates, classes, strict=True):
+        mean = gallery[labels == number].mean(axis=0, dtype=np.float64)
+        np.testing.assert_allclose(template, mean / np.linalg.norm(mean), rtol=1e-6, atol=1e-7)
+
+
+def test_identification_names_classes_not_places():
+    gallery = np.array([[0, 1], [1, 0]], np.float32)
+    query = np.array([[2, 1], [1, 3], [0, 1]], np.float32)
+    assert retrieval.identification(query, [4, 9, 5], gallery, [9, 4]) == pytest.approx(2 / 3)
+
+
+# Rankings
+
+
+def oracle_ranking(query, gallery, same_set):
+    scores = query.astype(np.float64) @ gallery.astype(np.float64).T
+    if same_set:
+        np.fill_diagonal(scores, -np.inf)
+    return scores, np.argsort(-scores, axis=1, kind="stable")
+
+
+@pytest.mark.parametrize("same_set", [False, True])
+def test_cmc_and_recall_against_a_loop(same_set):
+    query, query_labels = features(seed=0)
+    gallery = query + features(seed=1)[0]
+    gallery_labels = query_labels if same_set else np.roll(query_labels, 3)[:-5]
+    gallery = gallery if same_set else gallery[:-5]
+    _, ranking = oracle_ranking(query, gallery, same_set)
+    hits = gallery_labels[ranking[:, :10]] == query_labels[:, None]
+    matches = (query_labels[:, None] == gallery_labels).sum(1) - same_set
+    expected = [hits[matches > 0, :r].any(axis=1).mean() for r in range(1, 11)]
+    args = (query, query_labels, gallery, gallery_labels)
+    curve = retrieval.cumulative_matching_characteristic(*args, max_rank=10, same_set=same_set)
+    np.testing.assert_allclose(curve, expected, rtol=1e-14)
+    recall = retrieval.recall_at_k(*args, ks=(1, 5, 10), same_set=same_set)
+    assert recall == {1: expected[0], 5: expected[4], 10: expected[9]}
+
+
+def test_an_image_is_left_out_even_behind_its_duplicates():
+    query = np.ones((5, 2), np.float32)
+    curve = retrieval.cumulative_matching_characteristic(
+        query, [0, 1, 1, 2, 0], query, [0, 1, 1, 2, 0], max_rank=1, same_set=True
+    )
+    # The first neighbour of row 0 is row 1; of all others row 0. Row 3 has no match.
+    np.testing.assert_allclose(curve, [1 / 4])
+
+
+@pytest.mark.parametrize("same_set", [False, True])
+@pytest.mark.parametrize("scores_at_a_time", [1, 500, 1 << 24])
+def test_map_against_scikit_learn(monkeypatch, same_set, scores_at_a_time):
+    monkeypatch.setattr("compat_jax.retrieval.metrics.SCORES", scores_at_a_time)
+    query, query_labels = features(seed=2)
+    gallery = query + features(seed=3)[0]
+    gallery_labels = query_labels if same_set else np.roll(query_labels, 3)[:-5]
+    gallery = gallery if same_set else gallery[:-5]
+    scores, _ = oracle_ranking(query, gallery, same_set)
+    expected = []
+    for i in range(len(query)):
+        keep = scores[i] > -np.inf
+        match = (gallery_labels == query_labels[i])[keep]
+        if match.any():
+            expected.append(average_precision_score(match, scores[i][keep]))
+    got = retrieval.mean_average_precision(
+        query, query_labels, gallery, gallery_labels, same_set=same_set
+    )
+    assert got.value == pytest.approx(np.mean(expected), abs=1e-12)
+    assert (got.num_queries, got.num_without_match) == (
+        len(expected),
+        len(query) - len(expected),
+    )
+
+
+@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.given(st.integers(0, 2**31))
+def test_order_of_the_gallery_changes_nothing_in_map(seed):
+    query, query_labels = features(seed=seed)
+    gallery, gallery_labels = features(seed=seed + 1)
+    order = np.random.default_rng(seed).permutation(len(gallery))
+    one = retrieval.mean_average_precision(query, query_labels, gallery, gallery_labels)
+    two = retrieval.mean_average_precision(
+        query, query_labels, gallery[order], gallery_labels[order]
+    )
+    assert 0 < one.value <= 1
+    assert two.value == pytest.approx(one.value, abs=1e-12)
+
+
+def test_a_perfect_version():
+    labels = np.repeat(np.arange(6), 4)
+    perfect = np.eye(6, dtype=np.float32)[labels]
+    args = (perfect, labels, perfect, labels)
+    assert retrieval.identification(*args) == 1
+    assert retrieval.mean_average_precision(*args) == (1.0, 24, 0)
+    assert retrieval.recall_at_k(*args, ks=(1, 3), same_set=True) == {1: 1.0, 3: 1.0}
+
+
+def test_rankings_refuse_bad_input():
+    query, labels = features()
+    for metric in (
+        retrieval.identification,
+        retrieval.recall_at_k,
+        retrieval.mean_average_precision,
+        retrieval.cumulative_matching_characteristic,
+    ):
+        with pytest.raises(UserError, match="versions of unequal feature size"):
+            metric(query[:, :3], labels, query, labels)
+        with pytest.raises(UserError, match="query: 60 features need as many labels"):
+            metric(query, labels[:9], query, labels)
+        with pytest.raises(UserError, match=r"gallery features .* row 7"):
+            metric(query, labels, np.where(np.arange(60)[:, None] == 7, np.inf, query), labels)
+    for metric in (retrieval.recall_at_k, retrieval.mean_average_precision):
+        with pytest.raises(UserError, match="no query has an image of its class"):
+            metric(query, labels + 100, query, labels)
+        with pytest.raises(UserError, match=r"same_set=True .* labels differ"):
+            metric(query, labels, query, labels[::-1], same_set=True)
+    with pytest.raises(UserError, match="ks must be"):
+        retrieval.recall_at_k(query, labels, query, labels, ks=())
+
+
+# Verification
+
+
+def test_pair_distances_by_hand():
+    a = np.array([[1, 0], [0.6, 0.8]], np.float32)
+    b = np.array([[0, 1], [0.6, 0.8]], np.float32)
+    np.testing.assert_allclose(retrieval.pair_distances(a, b), [2, 0], atol=1e-12)
+    with pytest.raises(UserError, match="one shape"):
+        retrieval.pair_distances(a, b[:1])
+
+
+def oracle_verification(distances, same, folds, thresholds):
+    accuracies = []
+    for train, test in KFold(folds, shuffle=False).split(distances):
+        right = [np.mean((distances[train] < t) == same[train]) for t in thresholds]
+        best = thresholds[np.argmax(right)]
+        accuracies.append(np.mean((distances[test] < best) == same[test]))
+    return np.mean(accuracies)
+
+
+@pytest.mark.parametrize("folds", [2, 7, 10])
+@pytest.mark.parametrize("seed", range(3))
+def test_verification_against_a_loop_over_folds_and_thresholds(folds, seed):
+    distances, same = distances_and_kinds(seed=seed)
+    # Distances lie on some of the thresholds: strictly below is accepted.
+    thresholds = np.arange(0, 4, 0.01)
+    got = retrieval.verification_accuracy(distances, same, folds, thresholds)
+    expected = oracle_verification(distances, same, folds, thresholds)
+    assert got == pytest.approx(expected, abs=1e-12)
+
+
+def test_verification_defaults_to_ten_folds_and_the_thresholds_of_insightface():
+    distances, same = distances_and_kinds()
+    expected = oracle_verification(distances, same, 10, np.arange(0, 4, 0.001))
+    assert retrieval.verification_accuracy(distances, same) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tar_at_far_against_the_roc_curve(seed):
+    distances, same = distances_and_kinds(pairs=500, seed=seed)
+    fars = [0.0, 0.001, 0.01, 0.07, 0.1, 0.5, 1.0]
+    false_rate, true_rate, _ = roc_curve(same, -distances, drop_intermediate=False)
+    expected = [true_rate[false_rate <= far + 1e-12].max() for far in fars]
+    np.testing.assert_allclose(retrieval.tar_at_far(distances, same, fars), expected, rtol=1e-14)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(st.integers(0, 2**31))
+def test_tar_does_not_fall_as_far_grows(seed):
+    distances, same = distances_and_kinds(seed=seed)
+    tar = retrieval.tar_at_far(distances, same, np.linspace(0, 1, 30))
+    assert (np.diff(tar) >= 0).all() and tar[-1] == 1
+
+
+@pytest.mark.parametrize("same_set", [False, True])
+def test_pairs_are_of_the_kind_they_say(same_set):
+    query_labels = features()[1]
+    gallery_labels = query_labels if same_set else np.append(query_labels[:40] + 2, 50)
+    query, gallery, same = retrieval.make_pairs(
+        query_labels, gallery_labels, 300, 700, seed=1, same_set=same_set
+    )
+    assert len(query) == len(gallery) == len(same) == 1000 and same.sum() == 300
+    np.testing.assert_array_equal(query_labels[query] == gallery_labels[gallery], same)
+    assert not (same_set and (query == gallery).any())
+    assert 0.2 < same[:500].mean() < 0.4  # mixed, as folds need it
+    again = retrieval.make_pairs(query_labels, gallery_labels, 300, 700, 1, same_set)
+    np.testing.assert_array_equal(again[0], query)
+
+
+@pytest.mark.parametrize("same_set", [False, True])
+@pytest.mark.parametrize("kind", [True, False])
+def test_pairs_of_a_kind_are_drawn_uniformly(same_set, kind):
+    query_labels = np.array([0, 1, 0, 2, 1, 0])
+    gallery_labels = query_labels if same_set else np.array([1, 0, 0, 3])
+    pairs = [
+        (i, j)
+        for i, a in enumerate(query_labels)
+        for j, b in enumerate(gallery_labels)
+        if (a == b) == kind and not (same_set and i == j)
+    ]
+    count = 400 * len(pairs)
+    numbers = (count, 0) if kind else (0, count)
+    query, gallery, _ = retrieval.make_pairs(
+        query_labels, gallery_labels, *numbers, same_set=same_set
+    )
+    drawn, times = np.unique(np.stack([query, gallery]), axis=1, return_counts=True)
+    assert [tuple(p) for p in drawn.T] == pairs
+    # Six standard deviations of a count with mean 400.
+    np.testing.assert_allclose(times, 400, atol=120)
+
+
+def test_verification_refuses_bad_input():
+    distances, same = distances_and_kinds(pairs=5)
+    with pytest.raises(UserError, match=r"folds must lie in 2\.\.5"):
+        retrieval.verification_accuracy(distances, same)
+    with pytest.raises(UserError, match="one length"):
+        retrieval.verification_accuracy(distances, same[:3])
+    with pytest.raises(UserError, match="distance 2 is NaN"):
+        retrieval.tar_at_far([0.1, 0.2, np.nan], [True, False, True])
+    with pytest.raises(UserError, match="pairs of both kinds, got 2 of the same class and 0"):
+        retrieval.tar_at_far([0.1, 0.2], [True, True])
+    with pytest.raises(UserError, match="false accept rates"):
+        retrieval.tar_at_far([0.1, 0.2], [True, False], fars=[2])
+    with pytest.raises(UserError, match="no pair of the same class"):
+        retrieval.make_pairs(np.arange(4), np.arange(4), 5, 5, same_set=True)
+    with pytest.raises(UserError, match="no pair of different classes"):
+        retrieval.make_pairs(np.zeros(4), np.zeros(4), 5, 5)

@@ -1,0 +1,183 @@
+"""Exact search against a float64 brute force, on one device and on eight."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from compat_jax.errors import UserError
+from compat_jax.mesh import make_mesh
+from compat_jax.retrieval import search
+from compat_jax.retrieval.search import _search_block
+
+
+def random_features(rows, size, seed):
+    return np.random.default_rng(seed).standard_normal((rows, size), dtype=np.float32)
+
+
+def whole_numbers(rows, size, seed):
+    """Small integers: inner products are exact in float32, and ties abound."""
+    return np.random.default_rng(seed).integers(-2, 3, (rows, size)).astype(np.float32)
+
+
+def brute_force(query, gallery, k):
+    scores = query.astype(np.float64) @ gallery.astype(np.float64).T
+    rows = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, rows, axis=1), rows
+
+
+# Many blocks with little data.
+SMALL = {"query_block": 64, "gallery_block": 2048}
+
+
+def test_by_hand():
+    gallery = np.array([[1, 0], [0, 1], [0.6, 0.8], [1, 0]], np.float32)
+    scores, rows = search(np.array([[1, 0], [0, 2]], np.float32), gallery, 3)
+    np.testing.assert_array_equal(rows, [[0, 3, 2], [1, 2, 0]])
+    np.testing.assert_allclose(scores, [[1, 1, 0.6], [2, 1.6, 0]], rtol=1e-6)
+    assert scores.dtype == np.float32 and rows.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "num_rows", "k"),
+    [
+        (1, 1, 1),
+        (130, 63, 63),
+        (130, 2048, 8),
+        (1, 2049, 8),
+        (130, 5000, 8),
+        (130, 5000, 9),
+        (130, 3000, 2500),
+    ],
+)
+def test_equals_brute_force(num_queries, num_rows, k):
+    query, gallery = random_features(num_queries, 16, 0), random_features(num_rows, 16, 1)
+    scores, rows = search(query, gallery, k, **SMALL)
+    expected_scores, expected_rows = brute_force(query, gallery, k)
+    np.testing.assert_allclose(scores, expected_scores, atol=1e-5)
+    # Neighbours in the ranking may swap where their scores agree to rounding, and only there.
+    swapped = rows != expected_rows
+    assert swapped.mean() < 0.01
+    mine = np.einsum("qd,qkd->qk", query.astype(np.float64), gallery.astype(np.float64)[rows])
+    np.testing.assert_allclose(mine, expected_scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_rows", [700, 2048, 5000, 6145])
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_ties_go_to_the_lower_row(num_rows, k):
+    query, gallery = whole_numbers(70, 6, 0), whole_numbers(num_rows, 6, 1)
+    scores, rows = search(query, gallery, k, **SMALL)
+    expected_scores, expected_rows = brute_force(query, gallery, k)
+    np.testing.assert_array_equal(scores, expected_scores)
+    np.testing.assert_array_equal(rows, expected_rows)
+
+
+def test_padding_is_never_returned_even_where_all_scores_are_negative():
+    gallery = -np.abs(whole_numbers(2100, 6, 1)) - 1
+    query = np.abs(whole_numbers(3, 6, 0)) + 1
+    scores, rows = search(query, gallery, 2100, **SMALL)
+    np.testing.assert_array_equal(np.sort(rows, axis=1), np.tile(np.arange(2100), (3, 1)))
+    assert (scores < 0).all()
+
+
+@hypothesis.settings(max_examples=10, deadline=None)
+@hypothesis.given(
+    st.integers(0, 2**31), st.integers(1, 300), st.integers(1, 600), st.sampled_from([1, 3, 600])
+)
+def test_any_size(seed, num_queries, num_rows, k):
+    k = min(k, num_rows)
+    query, gallery = whole_numbers(num_queries, 4, seed), whole_numbers(num_rows, 4, seed + 1)
+    scores, rows = search(query, gallery, k)
+    expected_scores, expected_rows = brute_force(query, gallery, k)
+    np.testing.assert_array_equal(scores, expected_scores)
+    np.testing.assert_array_equal(rows, expected_rows)
+
+
+@pytest.mark.parametrize("num_rows", [5, 700, 5000, 40_000])
+def test_sharded_over_eight_devices_gives_the_same_answer(num_rows):
+    query, gallery = whole_numbers(70, 6, 0), whole_numbers(num_rows, 6, 1)
+    alone = search(query, gallery, 5, **SMALL)
+    together = search(query, gallery, 5, mesh=make_mesh("data:8"), **SMALL)
+    np.testing.assert_array_equal(together[0], alone[0])
+    np.testing.assert_array_equal(together[1], alone[1])
+
+
+def test_sharded_over_one_axis_of_two():
+    query, gallery = jnp.asarray(whole_numbers(9, 6, 0)), jnp.asarray(whole_numbers(900, 6, 1))
+    together = search(query, gallery, 5, mesh=make_mesh("data:4,model:2"), **SMALL)
+    np.testing.assert_array_equal(together[1], search(query, gallery, 5, **SMALL)[1])
+
+
+def test_host_and_device_arrays_of_any_float_type():
+    query, gallery = whole_numbers(70, 6, 0), whole_numbers(5000, 6, 1)
+    expected = search(query, gallery, 5, **SMALL)
+    for convert in (
+        jnp.asarray,
+        lambda x: jnp.asarray(x, jnp.bfloat16),
+        lambda x: x.astype(np.float64),
+        lambda x: x.astype(np.float16),
+    ):
+        scores, rows = search(convert(query), convert(gallery), 5, **SMALL)
+        np.testing.assert_array_equal(scores, expected[0])
+        np.testing.assert_array_equal(rows, expected[1])
+
+
+def test_approximate_search_reaches_its_recall():
+    query, gallery = random_features(64, 16, 0), random_features(5000, 16, 1)
+    scores, rows = search(query, gallery, 10, approx_recall=0.9, **SMALL)
+    exact = search(query, gallery, 10, **SMALL)[1]
+    found = np.mean([len(np.intersect1d(a, b)) for a, b in zip(rows, exact, strict=True)])
+    assert found >= 9
+    assert (np.diff(scores, axis=1) <= 0).all()
+
+
+def test_the_number_of_blocks_compiles_nothing_new():
+    query, gallery = whole_numbers(200, 7, 0), whole_numbers(9000, 7, 1)
+    search(query[:65], gallery[:2049], 5, **SMALL)
+    before = _search_block._cache_size()
+    search(query, gallery, 5, **SMALL)
+    search(query[:129], gallery[:7777], 5, **SMALL)
+    assert _search_block._cache_size() == before
+
+
+def test_no_full_matrix_on_cpu():
+    """256 queries against 65,536 rows need far less scratch than their 64 MB of scores."""
+    k = 10
+    args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((256, 128), (1 << 16, 128))]
+    row = jax.ShapeDtypeStruct((), jnp.int32)
+    best = (
+        jax.ShapeDtypeStruct((256, k), jnp.float32),
+        jax.ShapeDtypeStruct((256, k), jnp.int32),
+    )
+    lowered = _search_block.lower(*args, row, row, best, k=k, approx_recall=None, mesh=None)
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 16 << 20
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_names_the_first_row_that_is_not_finite(bad):
+    query, gallery = whole_numbers(5, 6, 0), whole_numbers(5000, 6, 1)
+    gallery[4321, 2] = gallery[4400, 2] = bad
+    for array in (gallery, jnp.asarray(gallery)):
+        with pytest.raises(UserError, match=r"gallery features .* row 4321"):
+            search(query, array, 5, **SMALL)
+    query[3, 0] = bad
+    with pytest.raises(UserError, match=r"query features .* row 3"):
+        search(query, gallery, 5, **SMALL)
+
+
+def test_refuses_bad_input():
+    query, gallery = whole_numbers(5, 6, 0), whole_numbers(50, 6, 1)
+    with pytest.raises(UserError, match="k=51 neighbours of a gallery of 50 rows"):
+        search(query, gallery, 51)
+    with pytest.raises(UserError, match=r"choose k in 1\.\.50"):
+        search(query, gallery, 0)
+    with pytest.raises(UserError, match="size 4 and gallery features 6: versions of unequal"):
+        search(query[:, :4], gallery, 5)
+    with pytest.raises(UserError, match="at least one query"):
+        search(query[:0], gallery, 5)
+    with pytest.raises(UserError, match="approx_recall"):
+        search(query, gallery, 5, approx_recall=1.5)
+    with pytest.raises(UserError, match='"data" axis'):
+        search(query, gallery, 5, mesh=jax.make_mesh((8,), ("model",)))

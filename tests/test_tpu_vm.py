@@ -1,0 +1,397 @@
+"""`launch.tpu_vm` against a `gcloud` that records its arguments and fails on demand."""
+
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+from fake_gcloud import PLACE, PROGRAM, ROOT, WORKDIR, Cloud, group, instance
+
+from compat_jax.errors import UserError
+from launch import tpu_vm
+
+LOGS = f"{WORKDIR}/logs/tpu-a"
+
+
+@pytest.fixture
+def fake(tmp_path):
+    return Cloud(tmp_path)
+
+
+RUNS = "ACTIVE", instance("RUNNING"), group(*["RUNNING"] * 4)
+AT = "--zone=us-east5-b --project=my-project"
+GCE_MACHINE = (
+    "--provisioning-model=SPOT --instance-termination-action=DELETE --max-run-duration=24h "
+    "--maintenance-policy=TERMINATE --image-family=ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e "
+    "--image-project=ubuntu-os-accelerator-images --boot-disk-size=200GB --scopes=cloud-platform "
+    "--labels=compat_jax=tpu-a --metadata-from-file=startup-script=S"
+)
+TPU_API_TAIL = (
+    "--spot --scopes=https://www.googleapis.com/auth/cloud-platform --labels=compat_jax=tpu-a "
+    "--metadata-from-file=startup-script=S"
+)
+DELETE_GROUP = [
+    f"compute instance-groups managed delete tpu-a {AT} --quiet",
+    "compute instance-templates delete tpu-a-template --project=my-project --quiet",
+    "compute resource-policies delete tpu-a-policy --region=us-east5 --project=my-project --quiet",
+]
+
+
+def group_of(machine: str, topology: str, hosts: int) -> list[str]:
+    return [
+        "compute resource-policies create workload-policy tpu-a-policy --type=HIGH_THROUGHPUT "
+        f"--accelerator-topology={topology} --region=us-east5 --project=my-project",
+        "compute instance-templates create tpu-a-template --project=my-project "
+        f"--machine-type={machine} {GCE_MACHINE}",
+        f"compute instance-groups managed create tpu-a {AT} --template=tpu-a-template "
+        f"--size={hosts} --target-size-policy-mode=bulk --default-action-on-vm-failure=do-nothing "
+        "--workload-policy=projects/my-project/regions/us-east5/resourcePolicies/tpu-a-policy",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "running", "why", "create", "delete"),
+    [
+        (
+            "v5e-16",
+            RUNS[0],
+            "4 hosts, through tpu_api: only the Cloud TPU API",
+            [
+                f"compute tpus queued-resources create tpu-a {AT} --node-id=tpu-a "
+                "--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite "
+                + TPU_API_TAIL
+            ],
+            [f"compute tpus queued-resources delete tpu-a {AT} --force --quiet"],
+        ),
+        (
+            "v4-8",
+            RUNS[0],
+            "1 host, through tpu_api: only the Cloud TPU API",
+            [
+                f"compute tpus queued-resources create tpu-a {AT} --node-id=tpu-a "
+                "--accelerator-type=v4-8 --runtime-version=tpu-ubuntu2204-base " + TPU_API_TAIL
+            ],
+            [f"compute tpus queued-resources delete tpu-a {AT} --force --quiet"],
+        ),
+        (
+            "v6e-8",
+            RUNS[1],
+            "1 host ct6e-standard-8t, through gce: Compute Engine is the recommended way",
+            [f"compute instances create tpu-a {AT} --machine-type=ct6e-standard-8t " + GCE_MACHINE],
+            [f"compute instances delete tpu-a {AT} --quiet"],
+        ),
+        (
+            "v6e-16",
+            RUNS[2],
+            "4 hosts ct6e-standard-4t, through gce",
+            group_of("ct6e-standard-4t", "4x4", 4),
+            DELETE_GROUP,
+        ),
+        (
+            "v5p-32",
+            RUNS[2],
+            "4 hosts ct5p-hightpu-4t, through gce",
+            group_of("ct5p-hightpu-4t", "2x2x4", 4),
+            DELETE_GROUP,
+        ),
+    ],
+)
+def test_up_creates_watches_and_deletes(fake, accelerator, running, why, create, delete):
+    fake.scenario(["MISSING", running, "MISSING"], exits=(None, None, 0))
+    done = fake.up(accelerator)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert why in done.stdout.splitlines()[0]
+    assert "tpu-a: ended well" in done.stdout
+    assert fake.calls(" create ", " delete ") == create + delete
+    # Each command is printed before it runs, as the shell would read it.
+    printed = [shlex.split(line[2:]) for line in done.stdout.splitlines() if line[:2] == "$ "]
+    assert all(command[0] == "gcloud" for command in printed)
+    assert {" ".join(c[1:3]) for c in printed} == {" ".join(c.split()[:2]) for c in fake.calls()}
+
+
+def test_flex_in_the_create_command(fake):
+    argv = ("--flex", "--max_run_duration=2d", "--gcloud_arg=--subnet=s", "--dry_run")
+    printed = fake.up("v6e-1", *argv).stdout.splitlines()
+    create = next(line for line in printed if "create tpu-a" in line)
+    assert create.endswith(" --request-valid-for-duration=2h --async --subnet=s")
+    assert " --provisioning-model=FLEX_START " in create
+    assert " --max-run-duration=2d " in create
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "life"),
+    [
+        ("v5e-16", ["PROVISIONING", "ACTIVE", "SUSPENDING", "SUSPENDED", "ACTIVE"]),
+        ("v4-32", ["ACTIVE", "PREEMPTED", "WAITING_FOR_RESOURCES", "ACTIVE"]),
+        ("v6e-4", [instance("STAGING"), instance("RUNNING"), "MISSING", instance("RUNNING")]),
+        ("v6e-16", [group("STAGING", "RUNNING"), RUNS[2], group(*["RUNNING"] * 3), RUNS[2]]),
+    ],
+)
+def test_a_preempted_slice_is_made_again_with_the_same_script(fake, accelerator, life):
+    fake.scenario(["MISSING", *life], exits=[None] * len(life) + [0])
+    done = fake.up(accelerator)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "lost, creating it again, 1 of 10" in done.stdout
+    creates, deletes = fake.calls(" create "), fake.calls(" delete ")
+    parts = 3 if accelerator == "v6e-16" else 1
+    assert creates == 2 * creates[:parts]  # nothing in the second life differs: same name, workdir
+    assert deletes == 2 * deletes[:parts]
+    order = [call.split().count("create") for call in fake.calls(" create ", " delete ")]
+    assert order == ([1] * parts + [0] * parts) * 2
+
+
+def test_retries_run_out_and_the_code_says_resume_me(fake):
+    fake.scenario(["MISSING", "SUSPENDED", "SUSPENDED", "SUSPENDED"])
+    done = fake.up("v5e-8", "--retries=2")
+    assert done.returncode == 75
+    assert "lost after 2 retries (--retries); the same command goes on" in done.stdout
+    assert len(fake.calls(" create ")) == len(fake.calls(" delete ")) == 3
+
+
+def test_a_refused_create_is_told_on_one_line(fake):
+    quota = ("queued-resources create", "ERROR: (gcloud) Quota limit\n 'TPUV5s' exceeded", 1)
+    fake.scenario(["MISSING"], fail=[quota])
+    done = fake.up("v5e-8")
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "error: the queued resource was refused: ERROR: (gcloud) Quota limit 'TPUV5s' exceeded. "
+        "Remedy: ask for quota"
+    )
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_refused_part_takes_the_earlier_parts_with_it(fake):
+    quota = ("instance-templates create", "ERROR: Invalid value for field 'resource'", 1)
+    fake.scenario(["MISSING"], fail=[quota])
+    done = fake.up("v6e-16")
+    assert done.returncode == 1
+    assert "the instance template was refused" in done.stderr
+    assert fake.calls(" delete ") == DELETE_GROUP[2:]
+
+
+def test_no_capacity_is_waited_for(fake):
+    full = ("instances create", "ERROR: ZONE_RESOURCE_POOL_EXHAUSTED", 2)
+    fake.scenario(["MISSING"] * 3 + [RUNS[1]] * 2, exits=[None] * 4 + [0], fail=[full])
+    done = fake.up("v6e-1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(fake.calls(" create ")) == 3
+
+
+def test_what_an_interrupted_up_left_is_replaced(fake):
+    there = ("resource-policies create", "ERROR: The resource 'tpu-a-policy' already exists", 1)
+    fake.scenario(["MISSING", RUNS[2]], exits=(None, 0), fail=[there])
+    assert fake.up("v6e-16").returncode == 0
+    names = [call.split()[1:3] for call in fake.calls("resource-policies")]
+    assert [verb for _, verb in names] == ["create", "delete", "create", "delete"]
+
+
+def test_up_again_takes_up_the_watching_or_has_nothing_to_do(fake):
+    fake.scenario(["ACTIVE", "ACTIVE"], exits=(None, 0))
+    done = fake.up("v5e-8")
+    assert done.returncode == 0
+    assert "is there already: ACTIVE; watching it" in done.stdout
+    assert not fake.calls(" create ")
+    fake.scenario(["MISSING"], exits=(0,))
+    done = fake.up("v5e-8")
+    assert (done.returncode, fake.calls(" create ")) == (0, [])
+    assert "ended well already; another run needs another --name" in done.stdout
+
+
+def test_a_failed_run_is_reported_deleted_and_can_be_run_again(fake):
+    fake.scenario(["MISSING", "ACTIVE"], exits=(None, 3))
+    done = fake.up("v5e-8")
+    assert done.returncode == 3
+    assert f"failed with exit code 3; see `logs`, or {LOGS}/worker-0.log" in done.stdout
+    fake.scenario(["MISSING", "ACTIVE"], exits=(3, 0))
+    assert fake.up("v5e-8").returncode == 0
+    assert fake.calls("storage rm") == [f"storage rm {LOGS}/exit"]
+
+
+def test_out_of_time_says_resume_me(fake):
+    fake.scenario(["MISSING", "ACTIVE"], exits=(None, 75))
+    done = fake.up("v5e-8")
+    assert done.returncode == 75
+    assert "out of time and saved; the same command goes on" in done.stdout
+    assert len(fake.calls(" delete ")) == 1
+
+
+def test_an_unreadable_answer_never_deletes(fake):
+    fake.scenario(["MISSING", "ACTIVE", *["BROKEN"] * 4, "ACTIVE", *["BROKEN"] * 5])
+    done = fake.up("v5e-8")
+    assert done.returncode == 1
+    assert "tpu-a may still be there: ERROR: (gcloud) There was a problem" in done.stderr
+    assert (len(fake.calls(" create ")), fake.calls(" delete ")) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("verb", "accelerator", "found"),
+    [
+        ("up", "v6e-4", instance("TERMINATED", name="other")),
+        ("down", "v6e-16", group("TERMINATED", template="website")),
+    ],
+)
+def test_what_others_made_is_left_alone(fake, verb, accelerator, found):
+    fake.scenario([found])
+    done = fake.up(accelerator) if verb == "up" else fake.verb("down", accelerator)
+    assert done.returncode == 2
+    assert "`up` has not made it: choose another --name" in done.stderr
+    assert not fake.calls(" create ", " delete ")
+
+
+def test_down_deletes_all_that_up_made_and_tells_an_up_that_watches(fake):
+    fake.scenario([RUNS[2]])
+    assert fake.verb("down", "v6e-16").returncode == 0
+    assert fake.calls(" delete ", " cp ") == [f"storage cp - {LOGS}/exit", *DELETE_GROUP]
+    fake.scenario(["MISSING", "MISSING"], exits=(None, 130))
+    done = fake.up("v6e-16")
+    assert (done.returncode, len(fake.calls("managed create"))) == (130, 1)
+    assert "tpu-a: taken down; the same command goes on" in done.stdout
+
+
+def test_down_goes_on_after_a_failure_and_tells_what_may_cost_money(fake):
+    gone = ("instance-groups managed delete", "ERROR: The resource 'tpu-a' was not found", 1)
+    stuck = ("instance-templates delete", "ERROR: permission denied", 1)
+    fake.scenario([RUNS[2]], fail=[gone, stuck])
+    done = fake.verb("down", "v6e-16")
+    assert done.returncode == 1
+    assert (
+        "not deleted, and perhaps still billed: instance template (ERROR: permission" in done.stderr
+    )
+    assert "group" not in done.stderr
+    assert fake.calls(" delete ") == DELETE_GROUP
+
+
+def test_logs_show_the_other_hosts_when_one_is_unreachable(fake):
+    silent = ("/worker-2.log", "ERROR: matched no objects", 1)
+    unreachable = ("--worker=2", "ERROR: ssh exited with 255", 1)
+    fake.scenario([], fail=[silent, unreachable])
+    done = fake.verb("logs", "v5e-16")
+    assert done.returncode == 1
+    shown = [line[:12] for line in done.stdout.splitlines() if line.startswith("---")]
+    assert shown == ["--- worker 0", "--- worker 1", "--- worker 3"]
+    assert (
+        "no stored log of worker 2, and unreachable: 2 (ERROR: ssh exited with 255)" in done.stderr
+    )
+    assert done.stderr.count("\n") == 1
+    assert "--command=sudo tail -n 200 /opt/compat_jax/run.log" in fake.calls("ssh")[0]
+
+
+def test_logs_of_compute_engine_fall_back_to_the_serial_console(fake):
+    fake.scenario([RUNS[2]], fail=[("/worker-1.log", "ERROR: matched no objects", 1)])
+    done = fake.verb("logs", "v6e-16")
+    assert done.returncode == 0
+    consoles = [call.split()[3] for call in fake.calls("get-serial-port-output")]
+    assert consoles == ["tpu-a-0", "tpu-a-1", "tpu-a-2", "tpu-a-3"]
+
+
+def test_status_and_list(fake):
+    quota = ("list-errors", "", 0)
+    fake.scenario([group("RUNNING", "STAGING"), "MISSING"], exits=(None, 0), fail=[quota])
+    done = fake.verb("status", "v6e-16")
+    assert done.returncode == 0
+    assert "slice tpu-a: waiting, 1 of 4 hosts running; newest error: output of" in done.stdout
+    assert "run: has not ended" in done.stdout
+    done = fake.verb("status", "v6e-16")
+    assert (done.returncode, "ended with exit code 0" in done.stdout) == (1, True)
+    fake.scenario([], fail=[("tpus queued-resources list", "ERROR: API tpu is disabled", 1)])
+    done = fake.run("list", *PLACE)
+    assert done.returncode == 1
+    assert "API tpu is disabled" in done.stdout
+    assert "output of compute instances list" in done.stdout
+
+
+def test_dry_run_runs_nothing_and_is_a_script_that_does_the_same(fake):
+    done = fake.up("v6e-16", "--dry_run", program=[*PROGRAM, "--config.note=it's; END_OF_SCRIPT"])
+    assert done.returncode == 0
+    assert fake.calls() == []
+    deletes = fake.verb("down", "v6e-16", "--dry_run").stdout.splitlines()
+    assert deletes[1:] == [f"gcloud {command}" for command in DELETE_GROUP]
+    assert fake.calls() == []
+    env = os.environ | {"PATH": f"{fake.bin}:/usr/bin:/bin"}
+    subprocess.run(
+        ["bash", "-e"], input=done.stdout, text=True, env=env, cwd=fake.folder, check=True
+    )
+    assert fake.calls() == group_of("ct6e-standard-4t", "4x4", 4)
+    assert "--config.note=it" in (fake.folder / "startup.sh").read_text()
+
+
+GOOD = [f"--workdir={WORKDIR}", "--accelerator=v6e-16", "--repo=https://example.com/me/code"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["up", *GOOD, *PLACE, "--", *PROGRAM], "--name is missing: give 1-50 small letters"),
+        (["up", "--name=a", *PLACE, *GOOD[1:], "--", *PROGRAM], "--workdir is missing: give a"),
+        (["up", "--name=a", *PLACE, *GOOD[:1], "--", *PROGRAM], "--accelerator is missing"),
+        (["up", "--name=a", *PLACE, *GOOD], "no program: end the command with -- launch.train"),
+        (["up", "--name=a", *PLACE, *GOOD, "launch.train"], "no flag: a lone -- goes before the"),
+        (["up", "--nmae=a", *PLACE, *GOOD], "Unknown command line flag 'nmae'. Did you mean: name"),
+        (["up", "--name=a", *PLACE, *GOOD, "--spot", "--flex"], "--spot and --flex are both given"),
+        (
+            ["up", "--name=a", *PLACE, *GOOD, "--flex", "--max_run_duration=8d"],
+            "--max_run_duration=8d: --flex lends 7d at most",
+        ),
+        (["list", "--zone=us-east5", "--project=my-project"], "is a region: add the zone's letter"),
+        (["statsu"], "unknown verb 'statsu'. Did you mean 'status'?"),
+        ([], "say what to do: one of up, status, logs, down, list"),
+    ],
+)
+def test_mistakes_are_refused_on_one_line_before_anything_runs(fake, argv, words):
+    done = fake.run(*argv)
+    assert (done.returncode, done.stderr.count("\n"), fake.calls()) == (2, 1, [])
+    assert done.stderr.startswith("error: ")
+    assert words in done.stderr
+
+
+def test_help_teaches(fake):
+    done = fake.run("--help")
+    assert "python -m launch.tpu_vm up $SLICE $RUN -- launch.train" in done.stdout
+    assert "--accelerator: What to rent" in done.stdout
+
+
+def test_without_gcloud_the_remedy_is_told(fake):
+    (fake.bin / "gcloud").unlink()
+    env = {"PATH": str(fake.bin), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "launch.tpu_vm", "list", *PLACE]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: gcloud is not on PATH: install it")
+
+
+def test_the_code_is_the_last_commit_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setattr(tpu_vm, "ROOT", tmp_path)
+    with pytest.raises(UserError, match="is no git checkout to send: give --repo=URL or --wheel"):
+        tpu_vm.pick_source(None, None, LOGS, "/tmp/x")
+    (tmp_path / ".git").mkdir()
+    source, commands = tpu_vm.pick_source(None, None, LOGS, "/tmp/x")
+    assert source == ("archive", f"{LOGS}/source.tar.gz", "")
+    assert commands == [
+        shlex.split(
+            f"git -C {tmp_path} archive --format=tar.gz --output=/tmp/x/source.tar.gz HEAD"
+        ),
+        ["gcloud", "storage", "cp", "/tmp/x/source.tar.gz", f"{LOGS}/source.tar.gz"],
+    ]
+    (tmp_path / "c-1.whl").touch()
+    source, commands = tpu_vm.pick_source(None, str(tmp_path / "c-1.whl"), LOGS, "/tmp/x")
+    assert source == ("wheel", f"{LOGS}/c-1.whl", "")
+    assert len(commands) == 1
+    assert tpu_vm.pick_source(None, "gs://b/c-1.whl", LOGS, "/tmp/x")[1] == []
+    assert tpu_vm.pick_source("git@h:me/x#v1", None, LOGS, "/tmp/x")[0] == (
+        *("repo", "git@h:me/x", "v1"),
+    )
+
+
+def test_a_misspelt_program_of_this_checkout_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tpu_vm, "ROOT", tmp_path)
+    (tmp_path / "launch").mkdir()
+    for name in ("train", "tpu_vm", "evaluate"):
+        (tmp_path / f"launch/{name}.py").touch()
+    assert tpu_vm.check_program(["launch.train", "-x"], own_code=True) == ("launch.train", "-x")
+    with pytest.raises(UserError, match=r"Did you mean 'launch.train'\? Valid: launch.evaluate"):
+        tpu_vm.check_program(["launch.trian"], own_code=True)
+    with pytest.raises(UserError, match="unknown program 'train'"):
+        tpu_vm.check_program(["train"], own_code=False)
+    with pytest.raises(UserError, match="--workdir comes before the lone --"):
+        tpu_vm.check_program(["launch.train", "--workdir=/tmp/x"], own_code=False)
