@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import math
 import re
+import threading
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -33,6 +34,9 @@ from compat_jax.files import absolute, first_line
 from compat_jax.methods import build_embedder, get_method
 
 FORMAT = 1
+# Orbax in two threads at once lost a file that was there (NOT_FOUND); two programs do not disturb each
+# other.
+_ORBAX = threading.Lock()
 _ENTRY = re.compile(r"\d{4,9}")
 # What no version comes near: a record that claims more is not believed, nor memory asked for it.
 _MAX_COUNT, _MAX_BYTES, _MAX_RECORD_BYTES = 2**31, 2**40, 2**26
@@ -82,30 +86,6 @@ class Record:
     seed: int
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     class_names: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        for name in ("method", "backbone", "label_order", "data_fingerprint"):
-            _expect(isinstance(getattr(self, name), str), name, getattr(self, name))
-        for name in ("feature_size", "num_prototypes", "classes_seen"):
-            _expect(_is_count(getattr(self, name), 1), name, getattr(self, name))
-        for name in ("head_classes", "task", "parent"):
-            value = getattr(self, name)
-            _expect(value is None or _is_count(value, 0), name, value)
-        shape = self.image_shape
-        _expect(len(shape) == 3 and all(_is_count(n, 1) for n in shape), "image_shape", shape)
-        for name in ("mean", "std"):
-            value = getattr(self, name)
-            numbers = all(isinstance(x, int | float) and math.isfinite(x) for x in value)
-            _expect(len(value) == shape[2] and numbers, name, value)
-
-
-def _is_count(value, least):
-    return type(value) is int and least <= value < _MAX_COUNT
-
-
-def _expect(holds, name, value):
-    if not holds:
-        raise UserError(f"a version's {name} cannot be {value!r:.80}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +147,7 @@ class Chain:
 
     def numbers(self) -> list[int]:
         """Numbers of the entries, ascending."""
-        if not self.path.exists():
+        if not self.path.is_dir():
             return []
         return sorted(int(p.name) for p in self.path.iterdir() if _ENTRY.fullmatch(p.name))
 
@@ -200,6 +180,7 @@ class Chain:
             folder cannot be written to. The chain is then what it was.
         """
         numbers = self.numbers()
+        _checked(record)
         if numbers:
             self._check_fits(record, numbers[0])
         if number is None:
@@ -211,7 +192,8 @@ class Chain:
         host = jax.tree.map(np.asarray, dict(variables))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            ocp.save(aside / "variables", _without_empty(host))
+            with _ORBAX:
+                ocp.save(aside / "variables", _without_empty(host))
             (aside / "record.json").write_text(_encode(number, record, host, aside))
             aside.rename(final)  # refuses an entry that appeared meanwhile: it is not empty
         except Exception as error:  # Orbax and TensorStore raise many kinds
@@ -252,13 +234,14 @@ class Chain:
         folder = self.path / f"{number:04d}"
         try:
             _check_files(folder, content["files"])
-            variables = ocp.load(folder / "variables", _template(content["variables"]))
+            with _ORBAX:
+                variables = ocp.load(folder / "variables", _template(content["variables"]))
             variables = {k: variables.get(k, {}) for k in ("params", "batch_stats")}
             if variables_sha256(variables) != content["variables_sha256"]:
                 raise UserError("the variables differ from those that were added (SHA-256)")
         except UserError as error:
             raise CorruptEntry(f"{self._name(number)}: {error}") from error
-        except Exception as error:  # Orbax and TensorStore raise many kinds, and so does a forged list
+        except Exception as error:  # many kinds: Orbax, TensorStore, a forged list
             raise CorruptEntry(f"{self._name(number)}: {first_line(error)}") from error
         return Version(number, record, variables, content["variables_sha256"])
 
@@ -310,13 +293,40 @@ class Chain:
             fields = dict(content["record"])
             for name in ("image_shape", "mean", "std", "class_names"):
                 fields[name] = tuple(fields[name])
-            return Record(**fields), content
+            return _checked(Record(**fields)), content
         except UserError as error:
             raise CorruptEntry(f"{self._name(number)}: {error}") from error
         except Exception as error:  # whatever a forged record may raise
             raise CorruptEntry(
                 f"{self._name(number)}: record.json is missing or broken ({first_line(error)})"
             ) from error
+
+
+def _checked(record):
+    """The record, if its values are of the kind and size that a version's can be."""
+    for name in ("method", "backbone", "label_order", "data_fingerprint"):
+        _expect(isinstance(getattr(record, name), str), name, getattr(record, name))
+    for name, least in (("feature_size", 1), ("num_prototypes", 1), ("classes_seen", 0)):
+        _expect(_is_count(getattr(record, name), least), name, getattr(record, name))
+    for name in ("head_classes", "task", "parent"):
+        value = getattr(record, name)
+        _expect(value is None or _is_count(value, 0), name, value)
+    shape = record.image_shape
+    _expect(len(shape) == 3 and all(_is_count(n, 1) for n in shape), "image_shape", shape)
+    for name in ("mean", "std"):
+        value = getattr(record, name)
+        numbers = all(isinstance(x, int | float) and math.isfinite(x) for x in value)
+        _expect(len(value) == shape[2] and numbers, name, value)
+    return record
+
+
+def _is_count(value, least):
+    return type(value) is int and least <= value < _MAX_COUNT
+
+
+def _expect(holds, name, value):
+    if not holds:
+        raise UserError(f"a version's {name} cannot be {value!r:.80}")
 
 
 def _without_empty(tree):

@@ -1,8 +1,9 @@
 """Every version of a chain tried against every older one: the compatibility matrix."""
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from compat_jax import compatibility
-from compat_jax.chain import Chain, Version
+from compat_jax.chain import Chain
 from compat_jax.data.dataset import Dataset
-from compat_jax.errors import UserError, unknown
+from compat_jax.errors import Stopped, UserError, unknown
 from compat_jax.files import write_json, write_npy
 from compat_jax.retrieval import (
     class_templates,
@@ -97,6 +98,7 @@ def evaluate(
     batch_size: int = 256,
     dtype: str = "float32",
     cache: epath.Path | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
     progress: str | None = None,
 ) -> Evaluation:
     """The compatibility matrix of a chain, from two extractions a version.
@@ -111,12 +113,14 @@ def evaluate(
       batch_size: images a batch.
       dtype: of the networks' computation.
       cache: folder for what has been computed; a stopped evaluation goes on from there.
+      should_stop: asked before each version.
       progress: label of the progress bars; None for none.
 
     Returns:
       An Evaluation.
 
     Raises:
+      Stopped: `should_stop` said so.
       UserError: unknown metric, classes of query and gallery that differ, corrupt versions.
 
     Source: `evaluate` in `src/iamcl2r/eval.py`, which extracts T + T(T+1)/2 times.
@@ -127,10 +131,12 @@ def evaluate(
         raise UserError("query and gallery have different classes: declare the same ones for both")
     keep, score = METRICS[metric]
     numbers = list(chain.require().numbers() if numbers is None else numbers)
-    store = _Store(cache, metric, query, gallery)
+    store = _Store(cache, f"{metric} {dtype} {query.fingerprint()} {gallery.fingerprint()}")
     galleries, rows, records, incomparable = [], [], [], []
     bar = tqdm(numbers, progress, disable=progress is None, unit="version")
     for t, number in enumerate(bar):
+        if should_stop():
+            raise Stopped
         version = chain.open(number)
         records.append(version.record)
         label = None if progress is None else f"embedding with version {number}"
@@ -139,14 +145,14 @@ def evaluate(
             return extract(version, data.images, mesh, batch_size, dtype, label)
 
         galleries.append(store.gallery(version, lambda e=embed: keep(e(gallery), gallery.labels)))
-        row = store.row(version, number)
+        row = store.row(version)
         if row is None:
             features = embed(query)
             row = []
             for kept in galleries:
                 same_size = kept[0].shape[1] == features.shape[1]
                 row.append(score(features, query.labels, *kept) if same_size else None)
-            store.add_row(version, number, row)
+            store.add_row(version, row)
         incomparable += [(t, k) for k, value in enumerate(row) if value is None]
         rows.append([0.0 if value is None else float(value) for value in row])
     matrix = np.zeros((len(rows), len(rows)))
@@ -164,32 +170,34 @@ def evaluate(
 class _Store:
     """What an evaluation has computed, on disk, addressed by what it was computed from."""
 
-    def __init__(self, folder, metric, query, gallery):
+    def __init__(self, folder, settings):
         self.folder = None if folder is None else epath.Path(folder)
-        if self.folder is not None:
-            prints = f"{metric}-{query.fingerprint()[:12]}-{gallery.fingerprint()[:12]}"
-            self.folder = self.folder / prints.replace("@", "")
+        self.settings = settings
+        self.versions = []  # whose galleries a row is made of
 
     def gallery(self, version, compute):
+        self.versions.append(f"{version.sha256} {version.record}")
         if self.folder is None:
             return compute()
-        paths = [self._path(version, f"{part}.npy") for part in ("gallery", "labels")]
+        paths = [self._path("gallery", version, f"{part}.npy") for part in ("features", "labels")]
         if not all(p.exists() for p in paths):
             for path, array in zip(paths, compute(), strict=True):
                 write_npy(path, np.asarray(array))
         return tuple(_read_npy(path) for path in paths)
 
-    def row(self, version, number):
-        if self.folder is None or not self._path(version, f"row{number}.json").exists():
+    def row(self, version):
+        if self.folder is None or not (path := self._path("row", version, "json")).exists():
             return None
-        return json.loads(self._path(version, f"row{number}.json").read_text())
+        return json.loads(path.read_text())
 
-    def add_row(self, version, number, row):
+    def add_row(self, version, row):
         if self.folder is not None:
-            write_json(self._path(version, f"row{number}.json"), row)
+            write_json(self._path("row", version, "json"), row)
 
-    def _path(self, version: Version, name):
-        return self.folder / f"{version.sha256[:16]}-{name}"
+    def _path(self, kind, version, end):
+        made_of = self.versions if kind == "row" else self.versions[-1:]
+        digest = hashlib.sha256("\n".join([self.settings, *made_of]).encode()).hexdigest()
+        return self.folder / f"{kind}{version.number:04d}-{digest[:24]}.{end}"
 
 
 def _read_npy(path):

@@ -38,12 +38,15 @@ def normalize(features: jax.Array) -> jax.Array:
     return wide * jnp.where(is_zero, 0.0, jax.lax.rsqrt(jnp.where(is_zero, 1.0, square)))
 
 
-def simplex_cross_entropy(features: jax.Array, labels: jax.Array) -> jax.Array:
+def simplex_cross_entropy(
+    features: jax.Array, labels: jax.Array, num_classes: int | None = None
+) -> jax.Array:
     """Cross-entropy of a softmax over the fixed d-Simplex prototypes.
 
     Args:
       features: float[batch, d], d = K-1, not normalised.
       labels: int[batch], prototype rows in 0..K-1 (see `simplex.prototype_rows`).
+      num_classes: K, where columns were added to the features (see `simplex.split_logits`).
 
     Returns:
       float32[batch].
@@ -53,9 +56,9 @@ def simplex_cross_entropy(features: jax.Array, labels: jax.Array) -> jax.Array:
     chex.assert_rank([features, labels], [2, 1])
     chex.assert_equal_shape_prefix([features, labels], 1)
     # Two pieces, not one row of K: with features sharded over devices, K-1 divides and K does not.
-    body, last = simplex.split_logits(features)
+    body, last = simplex.split_logits(features, num_classes)
     partition = jnp.logaddexp(jax.nn.logsumexp(body, axis=-1), last)
-    return partition - simplex.label_logit(features, labels)
+    return partition - simplex.label_logit(features, labels, num_classes)
 
 
 def info_nce(
@@ -91,6 +94,7 @@ def info_nce(
     """
     chex.assert_rank([new, old, labels], [2, 2, 1])
     chex.assert_equal_shape([new, old])
+    chex.assert_equal_shape_prefix([new, labels], 1)
     if same_class not in SAME_CLASS:
         raise unknown("same_class", same_class, SAME_CLASS)
     new, old = normalize(new), normalize(jax.lax.stop_gradient(old))
@@ -116,6 +120,7 @@ def hoc(
     lam: float = 0.1,
     mu: float = 10.0,
     same_class: SameClass = "exclude",
+    num_classes: int | None = None,
 ) -> jax.Array:
     """The HOC loss: lam * simplex cross-entropy + (1 - lam) * contrast against the previous model.
 
@@ -126,6 +131,8 @@ def hoc(
       lam: weight of the cross-entropy, in [0, 1].
       mu: inverse temperature of the contrast.
       same_class: see `info_nce`.
+      num_classes: K, where columns of zeros were added to both features (see
+        `simplex.split_logits`).
 
     Returns:
       float32[batch].
@@ -133,7 +140,7 @@ def hoc(
     Source: Equation 3 of the CVPR 2024 paper; `src/iamcl2r/train.py`.
     """
     contrast = info_nce(new, old, labels, mu, same_class)
-    return lam * simplex_cross_entropy(new, labels) + (1.0 - lam) * contrast
+    return lam * simplex_cross_entropy(new, labels, num_classes) + (1.0 - lam) * contrast
 
 
 def feature_distillation(new: jax.Array, old: jax.Array) -> jax.Array:

@@ -2,8 +2,10 @@
 
 import math
 import re
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from compat_jax.errors import UserError, unknown
@@ -65,6 +67,14 @@ def make_mesh(text: str = "data:-1", devices=None) -> Mesh:
     )
 
 
+def host_device() -> jax.Device | None:
+    """The CPU as a device of JAX; None where JAX_PLATFORMS leaves it out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
@@ -73,6 +83,103 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def along_data(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """The array's `axis` is split over the mesh's data axis."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+
+
+def along_features(mesh: Mesh) -> NamedSharding:
+    """Rows of features are split over the data axis, their columns over the model axis."""
+    return NamedSharding(mesh, PartitionSpec("data", "model"))
+
+
+def over_all(mesh: Mesh, size: int) -> NamedSharding:
+    """A batch of this size is split over all devices, if they divide it, else as `along_data`."""
+    axes = AXES if size % mesh.size == 0 else "data"
+    return NamedSharding(mesh, PartitionSpec(axes))
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
+    """Shardings of variables, or of a training state, by the names of the arrays.
+
+    Args:
+      mesh: devices.
+      tree: whose leaves have shapes.
+
+    Returns:
+      The same tree of NamedShardings: the columns of the projection `fc1` (and of its momentum) are
+      split over the model axis, everything else is on every device.
+    """
+    columns, everywhere = NamedSharding(mesh, PartitionSpec(None, "model")), replicated(mesh)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: columns if is_projection(path) else everywhere, tree
+    )
+
+
+def padded(mesh: Mesh, size: int) -> int:
+    """The smallest number of feature columns of at least this size that the model axis divides."""
+    parts = mesh.shape["model"]
+    return -(-size // parts) * parts
+
+
+def fitted(embedder: Any, mesh: Mesh) -> Any:
+    """The embedder with as many more columns in its projection as the model axis needs."""
+    size = embedder.projection
+    if size is None or padded(mesh, size) == size:
+        return embedder
+    return embedder.clone(projection=padded(mesh, size))
+
+
+def place(tree: Any, mesh: Mesh, size: int | None = None) -> Any:
+    """Variables, or a training state, on the mesh as `shardings` says.
+
+    Args:
+      tree: arrays.
+      mesh: devices.
+      size: columns that the projection is brought to, by zeros behind or by leaving out what is
+        behind; None leaves it as it is.
+
+    Returns:
+      The tree of global arrays; those that are there already are not copied.
+    """
+
+    def put(path, leaf, sharding):
+        return _put(_with_columns(leaf, size) if is_projection(path) else leaf, sharding)
+
+    return jax.tree_util.tree_map_with_path(put, tree, shardings(mesh, tree))
+
+
+def place_like(tree: Any, like: Any) -> Any:
+    """The tree on the devices of `like`, its projection with as many columns as there."""
+
+    def put(path, leaf, old):
+        size = old.shape[1] if is_projection(path) else None
+        return _put(_with_columns(leaf, size), old.sharding)
+
+    return jax.tree_util.tree_map_with_path(put, tree, like)
+
+
+def _put(array, sharding):
+    return jax.device_put(array, sharding)
+
+
+def _with_columns(array, size):
+    if size is None or array.shape[1] == size:
+        return array
+    array = np.asarray(array)[:, :size]
+    return np.pad(array, ((0, 0), (0, size - array.shape[1])))
+
+
+def cut_projection(tree: Any, size: int | None) -> Any:
+    """Variables without the columns that `place` added behind the first `size` of the projection."""
+
+    def cut(path, leaf):
+        return _with_columns(leaf, size) if is_projection(path) else leaf
+
+    return jax.tree_util.tree_map_with_path(cut, tree)
+
+
+def is_projection(path: tuple) -> bool:
+    """Whether a leaf is the kernel of `fc1`, and not of a layer of that name in the backbone."""
+    names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
+    return names[-2:] == ["fc1", "kernel"] and "backbone" not in names
 
 
 def check_batch(mesh: Mesh, batch_size: int) -> None:

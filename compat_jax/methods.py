@@ -25,6 +25,8 @@ class LossInputs(NamedTuple):
       memory: bool[batch], which images come from the rehearsal memory.
       num_seen: int32[] classes seen so far, those of the present task included.
       distillation_weight: float32[] of the present task (see `losses.distillation_weight`).
+      num_prototypes: K of the simplex; None for the size of the features + 1. Features may have more
+        than K-1 columns, zeros behind (see `simplex.split_logits`).
     """
 
     outputs: Outputs
@@ -33,6 +35,7 @@ class LossInputs(NamedTuple):
     memory: jax.Array
     num_seen: jax.Array
     distillation_weight: jax.Array
+    num_prototypes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,9 @@ class Method:
 
 def _sce(inputs: LossInputs, settings: LossSettings) -> jax.Array:
     del settings
-    return losses.simplex_cross_entropy(inputs.outputs.features, inputs.labels)
+    return losses.simplex_cross_entropy(
+        inputs.outputs.features, inputs.labels, inputs.num_prototypes
+    )
 
 
 def _hoc(inputs: LossInputs, settings: LossSettings) -> jax.Array:
@@ -95,6 +100,7 @@ def _hoc(inputs: LossInputs, settings: LossSettings) -> jax.Array:
         settings.lam,
         settings.mu,
         settings.same_class,
+        inputs.num_prototypes,
     )
 
 

@@ -71,39 +71,86 @@ def logits(features: jax.Array) -> jax.Array:
     return jnp.concatenate([body, last[..., None]], axis=-1).astype(features.dtype)
 
 
-def split_logits(features: jax.Array) -> tuple[jax.Array, jax.Array]:
+def split_logits(
+    features: jax.Array, num_classes: int | None = None
+) -> tuple[jax.Array, jax.Array]:
     """`logits` as two arrays, so that a sharded feature axis needs no uneven concatenation.
 
     Args:
       features: float[..., d].
+      num_classes: K, where d is larger than K-1 because columns were added behind, for an axis that
+        divides over devices; they are ignored, in the value and in the gradient. None for d + 1.
 
     Returns:
-      float32[..., d], the scores of the first K-1 prototypes, and float32[...], those of the last.
+      float32[..., d], the scores of the first K-1 prototypes (-infinity in added columns), and
+      float32[...], those of the last.
+
+    Raises:
+      UserError: K out of range.
     """
-    d = features.shape[-1]
-    mean, norm = _coefficients(d + 1)
-    wide = features.astype(np.promote_types(features.dtype, np.float32))
+    wide, is_own, num_classes = _own_columns(features, num_classes)
+    mean, norm = _coefficients(num_classes)
     total = wide.sum(axis=-1)
-    return (wide - mean * total[..., None]) / norm, total * (-1.0 / math.sqrt(d))
+    body = (wide - mean * total[..., None]) / norm
+    body = body if is_own is None else jnp.where(is_own, body, -jnp.inf)
+    return body, total * (-1.0 / math.sqrt(num_classes - 1))
 
 
-def label_logit(features: jax.Array, rows: jax.Array) -> jax.Array:
+def label_logit(features: jax.Array, rows: jax.Array, num_classes: int | None = None) -> jax.Array:
     """The score of one prototype a feature, without the others.
 
     Args:
       features: float[..., d].
       rows: int[...] prototype rows in 0..K-1.
+      num_classes: K, see `split_logits`.
 
     Returns:
       float32[...], equal to `take_along_axis(logits(features), rows[..., None], -1)[..., 0]`.
+
+    Raises:
+      UserError: K out of range.
     """
-    d = features.shape[-1]
-    mean, norm = _coefficients(d + 1)
-    wide = features.astype(np.promote_types(features.dtype, np.float32))
+    wide, _, num_classes = _own_columns(features, num_classes)
+    mean, norm = _coefficients(num_classes)
+    d = num_classes - 1
     total = wide.sum(axis=-1)
     index = jnp.minimum(rows, d - 1)[..., None]
     own = jnp.take_along_axis(wide, index, axis=-1)[..., 0]
     return jnp.where(rows < d, (own - mean * total) / norm, total * (-1.0 / math.sqrt(d)))
+
+
+def nearest_row(features: jax.Array, num_classes: int | None = None) -> jax.Array:
+    """The prototype of largest score, without the K-wide row of scores.
+
+    Args:
+      features: float[..., d].
+      num_classes: K, see `split_logits`.
+
+    Returns:
+      int32[...], equal to `logits(features).argmax(-1)`.
+
+    Raises:
+      UserError: K out of range.
+    """
+    body, last = split_logits(features, num_classes)
+    row = body.argmax(axis=-1).astype(jnp.int32)
+    last_row = jnp.int32((num_classes or features.shape[-1] + 1) - 1)
+    return jnp.where(last > body.max(axis=-1), last_row, row)
+
+
+def _own_columns(features, num_classes):
+    """Features in float32 or wider, which columns are no padding (None for all), and K."""
+    d = features.shape[-1]
+    wide = features.astype(np.promote_types(features.dtype, np.float32))
+    if num_classes is None or num_classes == d + 1:
+        return wide, None, d + 1
+    if not 2 <= num_classes <= d:
+        raise UserError(
+            f"features of size {d} hold a simplex of 2..{d + 1} classes, "
+            f"got num_classes={num_classes}"
+        )
+    is_own = jnp.arange(d) < num_classes - 1
+    return jnp.where(is_own, wide, 0.0), is_own, num_classes
 
 
 def prototype_rows(

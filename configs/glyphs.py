@@ -15,7 +15,7 @@ from configs.common import base_config, parse_arguments
 
 SIZE = 24
 PRETRAIN_CLASSES = (150, 300, 600)
-TASK_CLASSES = (1600, 1670)
+TASK_CLASSES = (1600, 1810)
 RETRIEVAL_CLASSES = (2000, 2060)
 
 
@@ -50,21 +50,21 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     config = base_config(args.method)
     small_network(config)
     config.seed = args.seed
-    config.epochs = 10
-    config.optim.lr = 0.02
-    config.optim.min_lr = 0.0002
+    config.epochs = 8
+    config.optim.lr = 0.01
+    config.optim.min_lr = 0.0001
     config.tasks = ConfigDict(
         {
-            "initial": 10,
-            "increment": 10,
-            "rehearsal": 20,
+            "initial": 30,
+            "increment": 30,
+            "rehearsal": 5,
             "replace_at": (0, 2, 4) if args.replace else (),
         }
     )
     config.pretrained = ""
     config.data = ConfigDict(
         {
-            "train": photographs(TASK_CLASSES, 90, 2),
+            "train": photographs(TASK_CLASSES, 20, 2),
             "query": photographs(RETRIEVAL_CLASSES, 40, 3),
             "gallery": photographs(RETRIEVAL_CLASSES, 20, 4),
             "pretraining_may_share": False,

@@ -19,12 +19,15 @@ from compat_jax.errors import unknown
 from configs import glyphs
 from configs.common import base_config, parse_arguments
 
+METHODS = ("hoc", "sce", "fd", "er")
 DATA = ("glyphs", "imagenet32", "folder")
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:
     """The configuration; see the module's docstring for the arguments."""
     args = parse_arguments(arguments, method="hoc", data="glyphs", seed=0)
+    if args.method not in METHODS:
+        raise unknown("method", args.method, METHODS)
     if args.data not in DATA:
         raise unknown("data", args.data, DATA)
     config = base_config(args.method if args.method == "er" else "sce")
@@ -33,7 +36,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     config.optim.lr, config.optim.min_lr = 0.1, 0.001
     if args.data == "glyphs":
         glyphs.small_network(config)
-        config.epochs = 6
+        config.epochs = 5
         config.pretrain_classes = glyphs.PRETRAIN_CLASSES
         train = {
             "source": "glyphs",

@@ -64,6 +64,9 @@ def load_replacements(config: ConfigDict) -> dict[int, Version]:
     tasks = tuple(config.tasks.replace_at)
     if not tasks:
         return {}
+    for task in tasks:
+        if tasks.count(task) > 1:
+            raise UserError(f"tasks.replace_at names task {task} twice: {tasks}")
     if not config.pretrained:
         raise UserError(
             f"tasks.replace_at={tasks} needs pre-trained models: make them with launch.pretrain "
@@ -80,7 +83,15 @@ def load_replacements(config: ConfigDict) -> dict[int, Version]:
 
 
 def check_roles(config: ConfigDict, train: Dataset, query: Dataset, gallery: Dataset, models):
-    """Refuse classes in two roles; see `sources.check_roles`."""
+    """Refuse classes in two roles (see `sources.check_roles`) and pictures of several sizes."""
+    for role, data in (("query", query), ("gallery", gallery)):
+        if data.images.shape[1:] != train.images.shape[1:]:
+            raise UserError(
+                f"data.{role} has images of {data.images.shape[1:]}, data.train of "
+                f"{train.images.shape[1:]}: set data.*.size alike"
+            )
+    if query.class_names != gallery.class_names:
+        raise UserError("data.query and data.gallery have different classes: give both the same")
     pretrained = {f"pre-trained model {v.number}": v.record.class_names for v in models.values()}
     sources.check_roles(
         train,
@@ -90,16 +101,26 @@ def check_roles(config: ConfigDict, train: Dataset, query: Dataset, gallery: Dat
     )
 
 
-def claim_workdir(workdir: str, config: ConfigDict, replacements: Mapping[int, Version]) -> None:
+def claim_workdir(
+    workdir: str, config: ConfigDict, data: Dataset, replacements: Mapping[int, Version]
+) -> None:
     """Write the run's identity into its folder, or check it against what is there.
 
     Raises:
-      UserError: the folder belongs to another run; the differing fields are named.
+      UserError: the folder belongs to another run (the differing fields are named), or cannot be
+        written to.
     """
     path = epath.Path(workdir) / "run.json"
-    mine = {**plain(config), "models": {str(t): v.sha256 for t, v in replacements.items()}}
+    mine = {
+        **plain(config),
+        "data_fingerprint": data.fingerprint(),
+        "models": {str(t): v.sha256 for t, v in replacements.items()},
+    }
     if path.exists():
-        theirs = json.loads(path.read_text())
+        try:
+            theirs = dict(json.loads(path.read_text()))
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged: use another --workdir") from error
         differing = sorted(_differences(theirs, mine))
         if differing:
             raise UserError(
@@ -107,7 +128,7 @@ def claim_workdir(workdir: str, config: ConfigDict, replacements: Mapping[int, V
                 "Give them as they were to go on with it, or use another --workdir"
             )
         return
-    if (epath.Path(workdir) / "chain").exists():
+    if (path.parent / "chain").exists():
         raise UserError(f"{workdir} has a chain but no run.json: use another --workdir")
     try:
         write_json(path, mine)

@@ -28,6 +28,8 @@ def run(main: Callable[[Sequence[str]], None], doc: str) -> None:
 def _parse(argv):
     try:
         return flags.FLAGS(argv)
+    except SystemExit:  # absl has printed the help that was asked for, and calls that a failure
+        sys.exit(0)
     except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError) as error:
         if any(a in ("--help", "-h", "--helpfull", "--helpshort", "-help") for a in argv):
             raise
@@ -39,8 +41,11 @@ def _guarded(main, argv):
         if len(argv) > 1:
             raise UserError(f"unknown argument {argv[1]!r}: flags begin with --, see --help")
         logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every file at INFO
+        # Orbax also logs the traceback of each of its threads before it raises the error.
+        logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+        _check_config_file()
         main(argv)
-    except UserError as error:
+    except (UserError, OSError) as error:
         _fail(error)
     except Stopped:
         print("stopped and saved; the same command goes on", file=sys.stderr)
@@ -51,14 +56,34 @@ def _guarded(main, argv):
 
 
 def _fail(error):
-    text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
-    print(f"error: {text.strip()}", file=sys.stderr)
+    print(f"error: {_one_line(error)}", file=sys.stderr)
     sys.exit(2)
+
+
+def _one_line(error):
+    while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps its errors
+        error = error.args[0]
+    # What a configuration raised arrives as the text of its traceback.
+    text = str(error).rpartition("compat_jax.errors.UserError: ")[2]
+    if isinstance(error, KeyError | AttributeError):
+        text = f"unknown field of the configuration: {error.args[0]}"
+    return " ".join(text.split())
 
 
 def define_config(default: str | None = None) -> None:
     """--config=FILE.py:arguments, overridden by --config.FIELD=VALUE."""
-    config_flags.DEFINE_config_file("config", default, "FILE.py:key=value,... of the run")
+    try:  # reads the overrides at once
+        config_flags.DEFINE_config_file("config", default, "FILE.py:key=value,... of the run")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        _fail(error)
+
+
+def _check_config_file():
+    if "config" not in flags.FLAGS or flags.FLAGS["config"].value is None:
+        return
+    path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+    if not Path(path).is_file():
+        raise UserError(f"no configuration file {path!r}: configs/ has some to start from")
 
 
 def require(name: str, example: str) -> str:

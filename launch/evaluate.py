@@ -44,6 +44,7 @@ def main(_) -> None:
         args.mesh,
         args.batch_size,
         args.dtype,
+        cli.StopSignal(),
         args.progress,
     )
     method = chain.record(chain.numbers()[-1]).method

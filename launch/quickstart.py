@@ -28,9 +28,12 @@ def main(_) -> None:
     from etils import epath
 
     from compat_jax import report
+    from compat_jax.errors import UserError
     from compat_jax.methods import get_method
     from launch import runs
 
+    if not args.methods:
+        raise UserError("--methods is empty: for example --methods=hoc,er")
     for method in args.methods:
         get_method(method)
     stop, results, folder = cli.StopSignal(), {}, epath.Path(args.workdir)
@@ -40,7 +43,7 @@ def main(_) -> None:
         config.pretrained = str(pretrained.path)
         chain = runs.train(config, f"{folder}/{method}", stop, args.progress)
         out = folder / method / "evaluation"
-        results[method] = runs.evaluate(chain, out, config, bar=args.progress)
+        results[method] = runs.evaluate(chain, out, config, should_stop=stop, bar=args.progress)
     print(report.table(results))
     print("\n" + report.sentence(results))
     for path in report.write(results, folder):

@@ -25,22 +25,24 @@ def pretrain(
     counts = tuple(config.pretrain_classes)
     if not counts or min(counts) < 2:
         raise UserError(f"pretrain_classes needs numbers of classes, each at least 2, got {counts}")
-    build.build_run(config, TaskSequence(max(counts), max(counts), 1), 0)  # refuse names first
     mesh = build.build_mesh(config)
+    largest = TaskSequence(max(counts), max(counts), 1)
+    build.build_run(config, largest, 0).check(mesh)  # before reading data
     (data,) = build.load_data(config, "train")
     if max(counts) > data.num_classes:
         raise UserError(
             f"pretrain_classes is {counts}, but the data has {data.num_classes} classes"
         )
     runs = [build.build_run(config, TaskSequence(n, n, 1), 0) for n in counts]
-    for run in runs:
-        run.check(mesh)
-    build.claim_workdir(workdir, config, {})
+    parts = [data.select(range(n)) for n in counts]
+    for run, part in zip(runs, parts, strict=True):
+        run.check(mesh, part.labels)
+    build.claim_workdir(workdir, config, data, {})
     chain = Chain(folder / "chain")
-    for number, run in enumerate(runs):
+    for number, (run, part) in enumerate(zip(runs, parts, strict=True)):
         loop.pretrain(
             run,
-            data.select(range(counts[number])),
+            part,
             chain,
             Progress(folder / "progress"),
             mesh,
@@ -59,17 +61,18 @@ def train(
 ) -> Chain:
     """The task sequence of a configuration; one version a task."""
     folder = epath.Path(workdir)
-    any_size = TaskSequence(10**9, config.tasks.initial, config.tasks.increment)
-    build.build_run(config, any_size, config.tasks.rehearsal)  # refuse names before reading data
     mesh = build.build_mesh(config)
+    initial = max(config.tasks.initial, 1)
+    first_task = TaskSequence(initial, initial, 1)
+    build.build_run(config, first_task, config.tasks.rehearsal).check(mesh)  # before reading data
     replacements = build.load_replacements(config)
     data, query, gallery = build.load_data(config, "train", "query", "gallery")
     build.check_roles(config, data, query, gallery, replacements)
     sequence = TaskSequence(data.num_classes, config.tasks.initial, config.tasks.increment)
     run = build.build_run(config, sequence, config.tasks.rehearsal)
-    run.check(mesh)
+    run.check(mesh, data.labels)
     loop.check_replacements(run, replacements, data.images.shape[1:])
-    build.claim_workdir(workdir, config, replacements)
+    build.claim_workdir(workdir, config, data, replacements)
     chain = Chain(folder / "chain")
     loop.train(
         run,
@@ -95,6 +98,7 @@ def evaluate(
     mesh: str = "data:-1",
     batch_size: int = 256,
     dtype: str = "float32",
+    should_stop: Callable[[], bool] = lambda: False,
     bar: bool = True,
 ) -> Evaluation:
     """The matrix of a chain on the query and gallery of its own configuration, or of another's."""
@@ -106,15 +110,17 @@ def evaluate(
                 "and data.gallery"
             )
         config = ConfigDict(dict(record.config))
+    devices = meshes.make_mesh(mesh, jax.devices())
     query, gallery = build.load_data(config, "query", "gallery")
     return evaluation.evaluate(
         chain,
         query,
         gallery,
         metric,
-        mesh=meshes.make_mesh(mesh, jax.devices()),
+        mesh=devices,
         batch_size=batch_size,
         dtype=dtype,
         cache=out / "cache",
+        should_stop=should_stop,
         progress="evaluating" if bar else None,
     )

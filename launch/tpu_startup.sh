@@ -59,10 +59,10 @@ WORKER="${WORKER:-0}"
 [ -e "$LOG" ] || gcloud storage cp --quiet "$LOGS/worker-$WORKER.log" "$LOG" >/dev/null 2>&1
 exec > >(tee -a "$LOG") 2>&1
 echo "=== $NAME: $(date -u +%FT%TZ) worker $WORKER boots as $(hostname)"
-while sleep 60; do store_log; done &
+while sleep 60; do store_log; done >/dev/null 2>&1 &
 # Shortly before the slice's time is over the program is told to save and stop.
 ( sleep "$LIMIT" && touch "$ROOT/time-is-over" && kill -TERM "$(cat "$ROOT/pid")" &&
-  sleep 240 && kill -KILL "$(cat "$ROOT/pid")" ) &
+  sleep 240 && kill -KILL "$(cat "$ROOT/pid")" ) >/dev/null 2>&1 &
 
 for attempt in 1 2 3 4 5; do
   [ -e "$ROOT/installed" ] && break

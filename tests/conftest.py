@@ -4,11 +4,17 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+# An example may have to compile, and the machine may be busy: no deadline. The same examples each time.
+hypothesis.settings.register_profile("default_suite", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("default_suite")
 
 
 @pytest.fixture(scope="session", autouse=True)

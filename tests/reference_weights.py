@@ -1,5 +1,6 @@
 """Weights that the golden values were made with, drawn again from their names."""
 
+import functools
 import zlib
 
 import jax
@@ -24,10 +25,15 @@ def draw(tag: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def zero_variables(embedder: Embedder, image_shape=(32, 32, 3)) -> dict:
     """{"params", "batch_stats"} full of zeros: the names and shapes, without an initialisation."""
-    images = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
-    shapes = jax.eval_shape(lambda x: embedder.init(jax.random.key(0), x), images)
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), dict(shapes))
+    shapes = _shapes(embedder, image_shape)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     return {"params": zeros["params"], "batch_stats": zeros.get("batch_stats", {})}
+
+
+@functools.lru_cache(maxsize=32)
+def _shapes(embedder, image_shape):
+    images = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
+    return dict(jax.eval_shape(lambda x: embedder.init(jax.random.key(0), x), images))
 
 
 def reference_state(

@@ -28,6 +28,8 @@ MATRICES = st.integers(1, 8).flatmap(
     lambda n: hnp.arrays(np.float64, (n, n), elements=st.integers(0, 100).map(lambda x: x / 100))
 )
 TIES = st.sampled_from(c.TIES)
+# A busy machine is no failure.
+UNHURRIED = hypothesis.settings(deadline=None)
 
 
 def test_released_matrix_of_the_paper():
@@ -77,6 +79,7 @@ def test_what_stands_above_the_diagonal_is_not_read():
     assert c.forward_compatibility(matrix) == c.forward_compatibility(RELEASED)
 
 
+@UNHURRIED
 @hypothesis.given(MATRICES, TIES)
 def test_ac_counts_what_its_definition_says(matrix, tie):
     versions = len(matrix)
@@ -88,17 +91,20 @@ def test_ac_counts_what_its_definition_says(matrix, tie):
     assert [tuple(cell) for cell in np.argwhere(c.compatible_pairs(matrix, tie))] == passed
 
 
+@UNHURRIED
 @hypothesis.given(MATRICES, TIES)
 def test_ac_depends_on_the_order_of_accuracies_only(matrix, tie):
     assert c.average_compatibility(np.exp(3 * matrix), tie) == c.average_compatibility(matrix, tie)
 
 
+@UNHURRIED
 @hypothesis.given(MATRICES)
 def test_ties_can_only_help(matrix):
     strict, loose = (c.average_compatibility(matrix, tie) for tie in c.TIES)
     assert 0 <= strict <= loose <= 1
 
 
+@UNHURRIED
 @hypothesis.given(MATRICES)
 def test_aa_is_a_mean(matrix):
     triangle = matrix[np.tril_indices(len(matrix))]
@@ -107,6 +113,7 @@ def test_aa_is_a_mean(matrix):
     assert c.average_accuracy(100 * matrix) == pytest.approx(100 * aa, abs=1e-9)
 
 
+@UNHURRIED
 @hypothesis.given(MATRICES, TIES)
 def test_steps_are_the_metric_of_the_first_versions(matrix, tie):
     ac, aa = c.average_compatibility_per_step(matrix, tie), c.average_accuracy_per_step(matrix)
@@ -115,6 +122,7 @@ def test_steps_are_the_metric_of_the_first_versions(matrix, tie):
         assert aa[t - 1] == pytest.approx(c.average_accuracy(matrix[:t, :t]), abs=1e-12)
 
 
+@UNHURRIED
 @hypothesis.given(MATRICES)
 def test_bc_and_fc_ignore_a_common_gain(matrix):
     for metric in (c.backward_compatibility, c.forward_compatibility):

@@ -82,6 +82,18 @@ def test_padding_is_never_returned_even_where_all_scores_are_negative():
     assert (scores < 0).all()
 
 
+@pytest.mark.parametrize(("num_rows", "best"), [(2148, 2060), (2148, 2147), (1100, 1099)])
+@pytest.mark.parametrize("k", [1, 8])
+def test_padding_does_not_displace_rows(num_rows, best, k):
+    """The best row lies just before the padding, which repeats it, or else in the last block."""
+    query = -(whole_numbers(3, 1, 0) ** 2) - 1
+    gallery = np.arange(1, num_rows + 1, dtype=np.float32)[:, None]
+    gallery[best] = 0.5
+    scores, rows = search(query, gallery, k, **SMALL)
+    np.testing.assert_array_equal(rows, np.tile([best, *range(k - 1)], (3, 1)))
+    np.testing.assert_array_equal(scores, query * gallery[rows[0], 0])
+
+
 @hypothesis.settings(max_examples=10, deadline=None)
 @hypothesis.given(
     st.integers(0, 2**31), st.integers(1, 300), st.integers(1, 600), st.sampled_from([1, 3, 600])

@@ -62,7 +62,7 @@ def from_tfds(
     except ValueError as error:
         raise UserError(f"split {split!r} of {name}: {str(error).splitlines()[0]}") from error
     images, labels = [], np.empty(len(source), np.int32)
-    for i, record in enumerate(tqdm(source, f"reading {name} {split}", leave=False)):
+    for i, record in enumerate(tqdm(source, f"reading {name} {split}", leave=False, disable=None)):
         images.append(_resized(record["image"], size))
         labels[i] = record["label"]
     return _stack(images, labels, tuple(features["label"].names), f"{name} {split}")
@@ -99,7 +99,7 @@ def from_folder(path: str, size: int | None = None) -> Dataset:
         raise UserError(f"{path} has no sub-folder: it must hold one folder of pictures a class")
     files = [(f, c) for c, folder in enumerate(classes) for f in _pictures(folder)]
     images = []
-    for file, _ in tqdm(files, f"reading {root.name}", leave=False):
+    for file, _ in tqdm(files, f"reading {root.name}", leave=False, disable=None):
         try:
             with Image.open(file) as image:
                 if image.mode[0] in "IF":  # Pillow would clip these to 0..255

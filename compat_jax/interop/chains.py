@@ -1,6 +1,7 @@
 """Chains from PyTorch's weight files, and files from the versions of a chain."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from compat_jax.errors import UserError
 from compat_jax.interop import torch_files
 from compat_jax.interop.weights import from_torch, is_bare, to_torch
 from compat_jax.methods import build_embedder, get_method
+from compat_jax.models.layers import linear_init
 
 _CHECKPOINT = re.compile(r"ckpt_(\d+)\.(pt|pth|safetensors)")
 
@@ -70,20 +72,25 @@ def adopt(
     backbone = models.create_backbone(shared.backbone, shared.backbone_arguments)
     embedder = build_embedder(method, backbone, shared.num_prototypes, head, jnp.float32)
     key = jax.random.key(shared.seed)
-    bare = is_bare(state_dict)
-    if bare:
-        template = models.init_variables(embedder, key, shared.image_shape)
-    else:
-        images = jax.ShapeDtypeStruct((1, *shared.image_shape), jnp.float32)
-        template = jax.eval_shape(lambda x: embedder.init(key, x, train=False), images)
-    variables = from_torch(state_dict, template)
-    last = variables["params"]["fc1" if method.fixed_simplex else "fc2"]["kernel"]
+    variables = from_torch(state_dict, _template(embedder, tuple(shared.image_shape)))
+    params = variables["params"]
+    fresh = sorted(params.keys() - {"backbone"}) if is_bare(state_dict) else []
+    for part in fresh:
+        params[part] = {"kernel": linear_init(key, params[part]["kernel"].shape, jnp.float32)}
+    last = params["fc1" if method.fixed_simplex else "fc2"]["kernel"]
     record = dataclasses.replace(
         shared,
         feature_size=last.shape[1 if method.fixed_simplex else 0],
         head_classes=head,
     )
-    return variables, record, sorted(variables["params"].keys() - {"backbone"}) if bare else []
+    return variables, record, fresh
+
+
+@functools.lru_cache(maxsize=4)
+def _template(embedder, image_shape):
+    """Names and shapes of an embedder's variables; a folder's files mostly share them."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.eval_shape(lambda x: embedder.init(jax.random.key(0), x, train=False), images)
 
 
 def import_file(file: str | Path, chain: Chain, shared: Record) -> list[str]:

@@ -37,7 +37,9 @@ _LEAVES = {
 _TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
 _FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0)}
 # Classifiers of torchvision (fc), timm (fc, head) and of the usual CIFAR networks (linear).
-_FOREIGN_HEADS = tuple(f"{head}.{leaf}" for head in ("fc", "head", "linear") for leaf in _LEAVES)
+_FOREIGN_HEADS = tuple(
+    f"{h}.{leaf}" for h in ("fc", "head", "linear") for leaf in ("weight", "bias")
+)
 _LISTED = 20
 
 
@@ -184,7 +186,8 @@ def _check_prototypes(weight, wanted, template):
     if weight.shape != (num_classes, num_classes - 1):
         raise UserError(
             f"fc2.weight has shape {weight.shape}, the simplex of num_classes={num_classes} has "
-            f"{(num_classes, num_classes - 1)}: set num_classes to the file's"
+            f"{(num_classes, num_classes - 1)}: give the num_classes of the file, or its method if "
+            "that has a learnable classifier (er)"
         )
     distance = float(np.abs(weight - np.asarray(simplex.prototypes(num_classes))).max())
     if not distance < 1e-3:

@@ -26,6 +26,11 @@ BACKBONES = {
     "vit_s16": vit_s16,
     "vit_ti16": vit_ti16,
 }
+# LLVM takes ten times longer to optimise the random numbers of an initialisation than they save.
+_QUICK_ON_CPU = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 __all__ = ["BACKBONES", "DTYPES", "Embedder", "Outputs", "create_backbone", "init_variables"]
@@ -69,5 +74,13 @@ def init_variables(embedder: Embedder, key: jax.Array, image_shape: tuple[int, i
     Returns:
       {"params": ..., "batch_stats": ...}; "batch_stats" is {} for a network without BatchNorm.
     """
-    variables = jax.jit(lambda k: embedder.init(k, jnp.zeros((1, *image_shape)), train=False))(key)
+
+    def init(key):
+        return embedder.init(key, jnp.zeros((1, *image_shape)), train=False)
+
+    device = jax.config.jax_default_device or jax.devices()[0]
+    options = _QUICK_ON_CPU if device.platform == "cpu" else None
+    if not isinstance(key, jax.core.Tracer):  # a nested jit takes no options
+        init = jax.jit(init, compiler_options=options)
+    variables = init(key)
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}

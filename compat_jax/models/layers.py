@@ -76,9 +76,10 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, shape)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        # float32 also for bfloat16 maps: what is left after taking the mean off has few bits else.
+        wide = x.astype(np.promote_types(x.dtype, np.float32))
         if train:
             axes = tuple(range(x.ndim - 1))
-            wide = x.astype(np.promote_types(x.dtype, np.float32))
             mean = wide.mean(axes)
             # E[x^2] - E[x]^2 reads the map once; clipped, since rounding can take it below zero.
             var = jnp.maximum((wide * wide).mean(axes) - mean * mean, 0.0)
@@ -91,9 +92,8 @@ class BatchNorm(nn.Module):
         else:
             mean, var = running_mean.value, running_var.value
         factor = scale * lax.rsqrt(var + self.epsilon)
-        return (x * factor.astype(x.dtype) + (bias - mean * factor).astype(x.dtype)).astype(
-            self.dtype
-        )
+        shift = bias - mean * factor
+        return (wide * factor.astype(wide.dtype) + shift.astype(wide.dtype)).astype(self.dtype)
 
 
 def max_pool(x: jax.Array, size: int, stride: int, padding: int) -> jax.Array:

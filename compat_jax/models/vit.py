@@ -4,9 +4,12 @@ Module names follow timm's state dicts (`blocks_0` stands for `blocks.0`), so th
 import by name.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from compat_jax.errors import UserError
 from compat_jax.models.layers import Conv, linear_init
@@ -18,9 +21,10 @@ def _dense(features, dtype, name):
     return nn.Dense(features, dtype=dtype, kernel_init=_truncated, name=name)
 
 
-def _norm(dtype, name):
-    # The two-pass variance, as PyTorch's: the one-pass form loses digits on shifted activations.
-    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+def _norm(x, dtype, name):
+    # In float32, and by the two-pass variance, as PyTorch: the one-pass form loses digits.
+    norm = nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name=name)
+    return norm(x.astype(jnp.float32)).astype(dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -66,7 +70,10 @@ class Attention(nn.Module):
         query, key, value = jnp.moveaxis(
             qkv.reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0
         )
-        mixed = jax.nn.dot_product_attention(query, key, value)
+        wide = np.promote_types(self.dtype, np.float32)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=wide)
+        weights = nn.softmax(scores / math.sqrt(width // self.heads)).astype(self.dtype)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
         return _dense(width, self.dtype, "proj")(mixed.reshape(batch, tokens, width))
 
 
@@ -92,9 +99,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """float[batch, tokens, width] -> the same shape."""
-        x = x + Attention(self.heads, self.dtype, name="attn")(_norm(self.dtype, "norm1")(x))
+        x = x + Attention(self.heads, self.dtype, name="attn")(_norm(x, self.dtype, "norm1"))
         mlp = Mlp(4 * x.shape[-1], self.dtype, name="mlp")
-        return x + mlp(_norm(self.dtype, "norm2")(x))
+        return x + mlp(_norm(x, self.dtype, "norm2"))
 
 
 class VisionTransformer(nn.Module):
@@ -135,7 +142,7 @@ class VisionTransformer(nn.Module):
         x = jnp.concatenate([cls, x], axis=1) + positions.astype(self.dtype)
         for index in range(self.depth):
             x = Block(self.heads, self.dtype, name=f"blocks_{index}")(x)
-        return _norm(self.dtype, "norm")(x[:, 0])
+        return _norm(x[:, 0], self.dtype, "norm")
 
 
 def _vit(width, heads, patch, image_size, dtype):

@@ -18,15 +18,32 @@ from compat_jax.losses import normalize
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(embedder: nn.Module, preprocess: Preprocess, mesh: Mesh):
-    """One function an architecture; versions of the same architecture share its compilation."""
-    everywhere, split = meshes.replicated(mesh), meshes.along_data(mesh)
+def features_program(embedder: nn.Module, preprocess: Preprocess, mesh: Mesh, structure: Any):
+    """The jitted function that `extract` calls; versions of one architecture share it.
+
+    Args:
+      embedder: the network, with a projection that the model axis divides (`mesh.fitted`).
+      preprocess: normalisation.
+      mesh: devices.
+      structure: `jax.tree.structure` of the variables.
+
+    Returns:
+      (variables, uint8[batch, h, w, c]) -> float32[batch, feature_size], normalised; the batch is
+      split over the data axis and, with a projection, the columns over the model axis.
+    """
+    variables = jax.tree.unflatten(structure, range(structure.num_leaves))
+    rows = meshes.along_data(mesh)
 
     def features(variables, images):
+        images = jax.lax.with_sharding_constraint(images, meshes.over_all(mesh, len(images)))
         outputs = embedder.apply(variables, preprocess.normalize(images), train=False)
         return normalize(outputs.features)
 
-    return jax.jit(features, in_shardings=(everywhere, split), out_shardings=split)
+    return jax.jit(
+        features,
+        in_shardings=(meshes.shardings(mesh, variables), rows),
+        out_shardings=rows if embedder.projection is None else meshes.along_features(mesh),
+    )
 
 
 def extract(
@@ -64,8 +81,9 @@ def extract(
     mesh = mesh or meshes.make_mesh("data:1", jax.devices()[:1])
     batch_size = meshes.round_up(mesh, min(batch_size, len(images)))
     preprocess = Preprocess(record.mean, record.std)
-    apply = _compiled(version.embedder(dtype), preprocess, mesh)
-    variables = jax.device_put(version.variables, meshes.replicated(mesh))
+    network = meshes.fitted(version.embedder(dtype), mesh)
+    variables = meshes.place(version.variables, mesh, network.projection)
+    apply = features_program(network, preprocess, mesh, jax.tree.structure(variables))
     batches = range(0, len(images), batch_size)
     pending: list[Any] = []
     for start in tqdm(batches, progress, disable=progress is None, leave=False):
@@ -74,4 +92,5 @@ def extract(
         if missing:
             batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
         pending.append(apply(variables, jnp.asarray(batch)))
-    return np.concatenate([np.asarray(x) for x in pending])[: len(images)]
+    features = np.concatenate([np.asarray(x) for x in pending])
+    return features[: len(images), : record.feature_size]

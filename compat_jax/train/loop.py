@@ -253,10 +253,7 @@ def pretrain(
     fit = _Fit(run, data, mesh, progress, save_every, log, should_stop)
     trainer = _trainer(run, None, mesh)
     key = jax.random.fold_in(jax.random.key(run.seed), _INIT)
-    image_shape = data.images.shape[1:]
-    variables = models.init_variables(
-        trainer.embedder, jax.random.fold_in(key, number), image_shape
-    )
+    variables = trainer.init(jax.random.fold_in(key, number), data.images.shape[1:])
     plan = batch_plan(
         np.arange(len(data)), np.zeros(0, int), run.batch_size, run.epochs, run.seed, number
     )
@@ -291,7 +288,7 @@ class _Fit:
         task = int(info.index)
         previous = None
         if self.run.method.needs_previous:
-            previous = jax.device_put(variables, meshes.replicated(self.mesh))
+            previous = trainer.place(variables)
         state = self.progress.restore(task, trainer.create_state(variables, info))
         plan = jax.device_put(plan, meshes.along_data(self.mesh, 1))
         meter.update(int(state.step))
@@ -310,7 +307,7 @@ class _Fit:
                 self.progress.save(task, state)
             if stopping:
                 raise Stopped
-        return state.variables
+        return trainer.stored(state.variables)
 
     def _report(self, task, start, stop, metrics, seconds, meter, label):
         rate = (stop - start) * self.run.batch_size / seconds
@@ -341,7 +338,7 @@ def _plans(run, labels):
         new = np.flatnonzero((labels >= first) & (labels <= last))
         memory = memory_indices(labels, range(first), run.rehearsal, run.seed)
         plan = batch_plan(new, memory, run.batch_size, run.epochs, run.seed, task)
-        plans.append(plan.reshape(-1, plan.shape[-1]))
+        plans.append(plan.reshape(plan.shape[0] * plan.shape[1], plan.shape[2]))
     return plans
 
 
@@ -392,7 +389,7 @@ def _starting_variables(run, trainer, start, task, image_shape):
     """Variables at the start of a task: fresh, the last version's, or the replacement's."""
     if start is None:
         key = jax.random.fold_in(jax.random.key(run.seed), _INIT)
-        return models.init_variables(trainer.embedder, key, image_shape)
+        return trainer.init(key, image_shape)
     if run.method.fixed_simplex:
         return start.variables
     width = start.record.feature_size

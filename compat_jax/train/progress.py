@@ -1,5 +1,6 @@
 """Where a task stands, on disk: a run that was killed goes on from here, to the same bits."""
 
+import functools
 import re
 from typing import Any
 
@@ -9,6 +10,7 @@ from etils import epath
 from flax import serialization
 from orbax.checkpoint import v1 as ocp
 
+from compat_jax import mesh as meshes
 from compat_jax.errors import UserError
 from compat_jax.files import absolute, first_line
 from compat_jax.train.state import TrainState
@@ -48,6 +50,9 @@ class Progress:
     def restore(self, task: int, state: TrainState) -> TrainState:
         """The saved state of a task in place of `state`, which gives shapes and devices.
 
+        It may have been saved on a mesh with another model axis, whose projection has more or fewer
+        columns of zeros behind its own.
+
         Returns `state` itself where nothing of this task is saved.
 
         Raises:
@@ -58,16 +63,24 @@ class Progress:
             return state
         latest = max(saved, key=lambda m: int(m[2]))
         tree = serialization.to_state_dict(state)
-        abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), _without_empty(tree))
         try:
-            loaded = ocp.load(self.path / latest[0], abstract)
+            loaded = self._load(latest[0], _without_empty(tree))
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise UserError(
                 f"{self.path / latest[0]} is damaged ({first_line(error)}): "
                 "remove it and the task begins again"
             ) from error
         restored = serialization.from_state_dict(state, _with_empty(loaded, tree))
-        return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), restored, state)
+        return meshes.place_like(restored, state)
+
+    def _load(self, name, tree):
+        saved = ocp.metadata(self.path / name).metadata
+
+        def template(path, leaf):
+            shape = functools.reduce(lambda t, key: t[key.key], path, saved).shape
+            return np.empty(shape if meshes.is_projection(path) else leaf.shape, leaf.dtype)
+
+        return ocp.load(self.path / name, jax.tree_util.tree_map_with_path(template, tree))
 
     def clear(self) -> None:
         """Forget everything: the task is in the chain now."""

@@ -1,0 +1,158 @@
+"""Every configuration, shrunken, run for a step; and how its arguments are read."""
+
+import importlib
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+from compat_jax import models
+from compat_jax.data import sources
+from compat_jax.errors import UserError
+from compat_jax.methods import METHODS
+from configs.common import parse_arguments
+from launch import build, runs
+
+FOLDER = Path(__file__).parents[1] / "configs"
+FILES = sorted(
+    p.stem for p in FOLDER.glob("*.py") if "\ndef get_config(" in p.read_text(encoding="utf-8")
+)
+ARGUMENTS = {
+    "glyphs": ["", "method=er,replace=false,seed=3", "method=fd", "method=sce"],
+    "iamcl2r": ["", "method=er,tasks=31", "replace=false", "method=fd", "method=sce"],
+    "pretrain": ["", "method=er", "data=imagenet32", "data=folder,seed=2"],
+}
+
+
+def load(file, arguments=""):
+    return importlib.import_module(f"configs.{file}").get_config(arguments)
+
+
+def cases():
+    return [(file, arguments) for file in FILES for arguments in ARGUMENTS[file]]
+
+
+def test_every_file_is_tried_here():
+    assert sorted(ARGUMENTS) == FILES
+
+
+@pytest.mark.parametrize(("file", "arguments"), cases())
+def test_every_name_in_a_configuration_is_a_valid_one(file, arguments):
+    config = load(file, arguments)
+    classes = max(config.get("pretrain_classes", (100,)))
+    sequence = build.TaskSequence(classes, 10, 10)
+    run = build.build_run(config, sequence, 20)
+    run.check(tiny.one_device())
+    assert config.backbone.name in models.BACKBONES and config.method in METHODS
+    for role in ("train", "query", "gallery"):
+        spec = config.data.get(role)
+        if spec is not None:
+            source, fields = spec["source"], sources.SOURCES[spec["source"]][1]
+            assert {k for k in spec if k != "source"} <= set(fields), source
+    assert json.loads(config.to_json())["epochs"] == config.epochs
+
+
+def shrink(config):
+    """Tiny data, a tiny network, and so few images that there is one step."""
+    config.update_from_flattened_dict(
+        {
+            "backbone.name": "resnet_small",
+            "backbone.arguments": {"width": 4},
+            "num_prototypes": 16,
+            "epochs": 1,
+            "batch_size": 8,
+            "mesh": "data:1",
+        }
+    )
+    glyphs = {"source": "glyphs", "look": "photo", "seed": 0, "size": 8}
+    config.data.train = {**glyphs, "classes": (0, 2), "per_class": 4}
+    if "pretrain_classes" in config:
+        config.pretrain_classes = (2,)
+        return config
+    for role in ("query", "gallery"):
+        config.data[role] = {**glyphs, "classes": (6, 9), "per_class": 3}
+    config.tasks.initial, config.tasks.replace_at = 2, ()
+    return config
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_configuration_runs_a_step(file, tmp_path):
+    config = shrink(load(file))
+    work = runs.pretrain if "pretrain_classes" in config else runs.train
+    chain = work(config, tmp_path / "run", lambda: False, bar=False)
+    assert chain.numbers() == [0]
+    (line,) = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 1
+    record = chain.record(0)
+    assert record.config["optim"]["lr"] == config.optim.lr
+    assert record.config == build.plain(config)
+
+
+def test_the_protocol_is_the_papers():
+    seven, many = load("iamcl2r", "tasks=7"), load("iamcl2r", "tasks=31")
+    for config, count, replaced in ((seven, 7, (0, 2, 4)), (many, 31, (0, 10, 20))):
+        sequence = build.TaskSequence(100, config.tasks.initial, config.tasks.increment)
+        assert len(sequence) == count and config.tasks.replace_at == replaced
+        assert config.tasks.rehearsal == 20
+    assert seven.num_prototypes == 1024 and seven.label_order == "descending"
+    assert (seven.loss.lam, seven.loss.mu) == (0.1, 10.0)
+    optim = seven.optim
+    assert (optim.lr, optim.min_lr, optim.momentum, optim.weight_decay) == (1e-3, 1e-5, 0.9, 5e-4)
+    assert (seven.epochs, seven.batch_size) == (70, 128)
+    assert seven.data.train.per_class == 300
+    assert (seven.data.query.split, seven.data.gallery.split) == ("train", "test")
+    assert seven.data.mean == (0.5071, 0.4867, 0.4408)
+    assert load("iamcl2r", "replace=false").tasks.replace_at == ()
+
+
+def test_roles_of_the_embedded_glyphs_share_no_class():
+    tasks, models_ = load("glyphs"), load("pretrain")
+    spans = [tasks.data.train.classes, tasks.data.query.classes, models_.data.train.classes]
+    spans.sort()
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+    assert tasks.data.query.classes == tasks.data.gallery.classes
+    assert tasks.data.query.seed != tasks.data.gallery.seed
+    assert tasks.data.mean == models_.data.mean and tasks.data.std == models_.data.std
+
+
+# The text behind the colon
+
+
+def test_arguments_take_the_type_of_their_default():
+    args = parse_arguments("a=7,b=0.5,c,d=x", a=1, b=1.0, c=False, d="y", e=3)
+    assert args.to_dict() == {"a": 7, "b": 0.5, "c": True, "d": "x", "e": 3}
+    assert parse_arguments(None, a=1).a == 1 and parse_arguments("", a=1).a == 1
+    for text, value in (("true", True), ("False", False), ("1", True), ("0", False)):
+        assert parse_arguments(f"c={text}", c=not value).c is value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("taks=7", r"unknown argument of the configuration 'taks'\. Did you mean 'tasks'\?"),
+        ("nothing=7", r"unknown argument .* 'nothing'\. Valid: replace, tasks\."),
+        ("tasks=seven", "tasks must be int, got 'seven'"),
+        ("tasks", "tasks must be int, got 'true'"),
+        ("replace=maybe", "replace must be true or false, got 'maybe'"),
+    ],
+)
+def test_wrong_arguments_are_told_with_the_right_ones(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_arguments(text, tasks=7, replace=True)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_an_unknown_argument_of_a_file_is_refused(file):
+    with pytest.raises(UserError, match=r"unknown argument .* 'metod'\. Did you mean 'method'\?"):
+        load(file, "metod=hoc")
+    with pytest.raises(UserError, match="unknown method 'hcc'"):
+        build.build_run(load(file, "method=hcc"), build.TaskSequence(2, 2, 1), 0)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_says_what_it_is_and_how_to_run_it(file):
+    doc = importlib.import_module(f"configs.{file}").__doc__
+    assert f"configs/{file}.py" in doc and "python -m launch." in doc
+    assert "Arguments: method=" in doc

@@ -1,0 +1,193 @@
+"""A data set, a network and a run so small that a whole sequence takes a second."""
+
+import dataclasses
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from compat_jax import models
+from compat_jax.chain import Chain, Record, Version, variables_sha256
+from compat_jax.data.augment import Preprocess
+from compat_jax.data.dataset import Dataset
+from compat_jax.data.tasks import TaskSequence
+from compat_jax.mesh import make_mesh
+from compat_jax.methods import LossSettings, build_embedder, get_method
+from compat_jax.train import loop
+from compat_jax.train.optimizer import OptimizerSettings
+from compat_jax.train.progress import Progress
+
+SIZE, CLASSES, PER_CLASS, K = 8, 6, 16, 16
+PREPROCESS = Preprocess((0.5,) * 3, (0.3,) * 3, crop_padding=1)
+
+
+def dataset(classes=CLASSES, per_class=PER_CLASS, seed=0, size=SIZE, name="class") -> Dataset:
+    """Noisy pictures of blocky random glyphs, one glyph a class, as if drawn by `seed`."""
+    rng = np.random.default_rng([seed, classes])
+    glyphs = np.kron(rng.integers(0, 2, (classes, 4, 4)), np.ones((size // 4, size // 4)))
+    labels = np.repeat(np.arange(classes), per_class)
+    noise = rng.normal(0, 30, (len(labels), size, size, 3))
+    images = np.clip(60 + 140 * glyphs[labels][..., None] + noise, 0, 255)
+    order = rng.permutation(len(labels))
+    names = tuple(f"{name}{c}" for c in range(classes))
+    return Dataset(images[order].astype(np.uint8), labels[order], names)
+
+
+def run(method="hoc", **changes) -> loop.Run:
+    """Three tasks of two classes, two epochs each, with a net of four channels."""
+    fields = {
+        "method": get_method(method),
+        "backbone": loop.Backbone("resnet_small", {"width": 4}),
+        "num_prototypes": K,
+        "label_order": "descending",
+        "sequence": TaskSequence(CLASSES, 2, 2),
+        "rehearsal": 4,
+        "epochs": 2,
+        "batch_size": 16,
+        "seed": 0,
+        "loss": LossSettings(),
+        "optim": OptimizerSettings(lr=0.05, min_lr=0.001),
+        "preprocess": PREPROCESS,
+    }
+    return loop.Run(**{**fields, **changes})
+
+
+def one_device():
+    """A mesh of one device."""
+    return make_mesh("data:1", jax.devices()[:1])
+
+
+def train(run, folder, data=None, mesh=None, **arguments) -> Chain:
+    """The chain that `loop.train` writes to a folder."""
+    chain = Chain(folder / "chain")
+    data = dataset() if data is None else data
+    loop.train(run, data, chain, Progress(folder / "progress"), mesh or one_device(), **arguments)
+    return chain
+
+
+def pretrain(run, folder, classes=4, mesh=None, **arguments) -> Chain:
+    """A chain of one model, trained on other glyphs."""
+    chain = Chain(folder / "chain")
+    run = dataclasses.replace(
+        run, sequence=TaskSequence(classes, classes, 1), label_order="ascending"
+    )
+    data = dataset(classes, seed=9, name="other")
+    progress = Progress(folder / "progress")
+    loop.pretrain(run, data, chain, progress, mesh or one_device(), 0, **arguments)
+    return chain
+
+
+def record(**changes) -> Record:
+    """Of an embedder that `variables` fills."""
+    fields = {
+        "method": "hoc",
+        "backbone": "resnet_small",
+        "backbone_arguments": {"width": 4},
+        "image_shape": (SIZE, SIZE, 3),
+        "mean": PREPROCESS.mean,
+        "std": PREPROCESS.std,
+        "feature_size": K - 1,
+        "num_prototypes": K,
+        "label_order": "descending",
+        "head_classes": None,
+        "task": 0,
+        "classes_seen": 2,
+        "parent": None,
+        "replaced_by": None,
+        "data_fingerprint": "0" * 64,
+        "seed": 0,
+        "config": {"epochs": 2},
+    }
+    return Record(**{**fields, **changes})
+
+
+def variables(record: Record, seed=0) -> dict:
+    """Random variables of the network that a record describes, without compiling anything."""
+    embedder = build_embedder(
+        get_method(record.method),
+        models.create_backbone(record.backbone, record.backbone_arguments),
+        record.num_prototypes,
+        record.head_classes,
+        models.DTYPES["float32"],
+    )
+    image = jax.ShapeDtypeStruct((1, *record.image_shape), np.float32)
+    shapes = jax.eval_shape(lambda x: embedder.init(jax.random.key(0), x, train=False), image)
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        if path[-1].key in ("scale", "var"):
+            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+        spread = 0.1 if leaf.ndim < 2 else np.sqrt(2 / np.prod(leaf.shape[:-1]))
+        return (spread * rng.normal(size=leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, dict(shapes))
+
+
+def version(seed=0, number=0, **changes) -> Version:
+    """A version that was never trained, as if opened."""
+    described = record(**{"task": None, "class_names": ("other0",), **changes})
+    drawn = variables(described, seed)
+    return Version(number, described, drawn, variables_sha256(drawn))
+
+
+# Overrides that make configs/glyphs.py and configs/pretrain.py as tiny, for programs and functions.
+_SHARED = {
+    "backbone.arguments": {"width": 4},
+    "num_prototypes": 16,
+    "epochs": 2,
+    "batch_size": 8,
+    "mesh": "data:1",
+    "data.train.size": 8,
+    "data.train.per_class": 8,
+}
+TRAIN = {
+    **_SHARED,
+    "tasks.initial": 2,
+    "tasks.increment": 2,
+    "tasks.rehearsal": 4,
+    "data.train.classes": (0, 6),
+    **{f"data.{role}.classes": (6, 9) for role in ("query", "gallery")},
+    **{f"data.{role}.size": 8 for role in ("query", "gallery")},
+    "data.query.per_class": 5,
+    "data.gallery.per_class": 4,
+}
+PRETRAIN = {**_SHARED, "pretrain_classes": (2, 4), "data.train.classes": (10, 14)}
+
+
+def config(file="glyphs", arguments="replace=false", overrides=None, **more) -> ConfigDict:
+    """A shrunken configuration; keywords with __ for dots are further overrides."""
+    made = importlib.import_module(f"configs.{file}").get_config(arguments)
+    made.update_from_flattened_dict(TRAIN if overrides is None else overrides)
+    made.update_from_flattened_dict({k.replace("__", "."): v for k, v in more.items()})
+    return made
+
+
+def flags(overrides, **more) -> list[str]:
+    """The same overrides as flags of a program."""
+    more = {k.replace("__", "."): v for k, v in more.items()}
+    return [f"--config.{k}={v}" for k, v in {**overrides, **more}.items()]
+
+
+def start(program, *arguments) -> subprocess.Popen:
+    """`python -m launch.PROGRAM ...` on one simulated device."""
+    root = Path(__file__).parents[1]
+    return subprocess.Popen(
+        [sys.executable, "-m", f"launch.{program}", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
+    )
+
+
+def call(program, *arguments) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a program that ends by itself."""
+    with start(program, *arguments) as process:
+        out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
