@@ -55,13 +55,9 @@ def from_folder(path):
     return config
 
 
-def small_net(**changes):
-    return tiny.record(backbone="resnet_small", backbone_arguments={"width": 4}, **changes)
-
-
 def models(path, count=1, **changes):
     """A chain of models to replace with, that were never trained."""
-    described = small_net(**{"method": "sce", "task": None, "class_names": ("a",), **changes})
+    described = tiny.record(method="sce", task=None, class_names=("a",), **changes)
     for number in range(count):
         Chain(path).add(tiny.variables(described, number), described)
     return {"pretrained": str(path)}
@@ -187,11 +183,13 @@ def test_replacements_must_fit(tmp_path):
 def test_a_model_may_not_have_seen_the_classes_of_retrieval(tmp_path):
     from compat_jax.data.glyphs import class_names
 
+    described = tiny.record(method="sce", task=None, class_names=(class_names()[6],))
+    Chain(tmp_path / "models").add(tiny.variables(described), described)
     train_refuses(
         tmp_path,
         "pre-trained model 0 and query share 1 classes .*or set data.pretraining_may_share=True",
         tasks__replace_at=(0,),
-        **models(tmp_path / "models", class_names=(class_names()[6],)),
+        pretrained=str(tmp_path / "models"),
     )
 
 
@@ -249,7 +247,7 @@ def test_a_workdir_with_a_chain_of_unknown_origin_is_refused(tmp_path):
 
 def test_another_number_of_prototypes_along_a_chain_is_refused(tmp_path):
     models(tmp_path / "run" / "chain", num_prototypes=32, feature_size=31)
-    described = small_net()
+    described = tiny.record()
     with pytest.raises(UserError, match="num_prototypes 16 differs from the chain's 32"):
         Chain(tmp_path / "run" / "chain").add(tiny.variables(described), described)
 
@@ -354,7 +352,7 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(program, flag
 def test_train_and_evaluate_say_what_they_wrote(tmp_path):
     chain = Chain(tmp_path / "run" / "chain")
     for task in range(2):
-        described = small_net(task=task, config=json.loads(tiny.config().to_json()))
+        described = tiny.record(task=task, config=json.loads(tiny.config().to_json()))
         chain.add(tiny.variables(described, task), described)
     code, out, err = tiny.call("evaluate", f"--chain={chain.path}", "--noprogress")
     assert (code, err) == (0, "")

@@ -14,9 +14,6 @@ from compat_jax.errors import UserError
 # are reduced to one maximum for each GROUP of neighbouring rows.
 TILE = 1024
 GROUP = 64
-# Sizes of one compiled call: queries, and gallery rows a device.
-QUERY_BLOCK = 256
-GALLERY_BLOCK = 1 << 18
 
 
 def search(
@@ -26,8 +23,8 @@ def search(
     *,
     mesh: Mesh | None = None,
     approx_recall: float | None = None,
-    query_block: int = QUERY_BLOCK,
-    gallery_block: int = GALLERY_BLOCK,
+    query_block: int = 256,
+    gallery_block: int = 1 << 18,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k gallery rows of largest inner product with each query, largest first.
 
@@ -58,9 +55,11 @@ def search(
     """
     _check(query, gallery, k, mesh, approx_recall)
     num_rows = len(gallery)
-    query_size, size = _block_sizes(len(query), num_rows, k, mesh, query_block, gallery_block)
+    query_size = _power_of_two(min(query_block, len(query)))
     queries = [_place(b, mesh) for _, b in _blocks("query", query, query_size)]
     best = [_nothing(query_size, k)] * len(queries)
+    shards = 1 if mesh is None else mesh.shape["data"]
+    size = shards * _power_of_two(max(k, min(gallery_block, -(-num_rows // shards))))
     step = partial(_search_block, k=k, approx_recall=approx_recall, mesh=mesh)
     for start, block in _blocks("gallery", gallery, size):
         block = _place(block, mesh, "data")
@@ -70,40 +69,10 @@ def search(
     return scores[: len(query)], rows[: len(query)]
 
 
-def lower(
-    num_queries: int,
-    num_rows: int,
-    feature_size: int,
-    k: int,
-    mesh: Mesh,
-    query_block: int = QUERY_BLOCK,
-    gallery_block: int = GALLERY_BLOCK,
-) -> jax.stages.Lowered:
-    """The exact search step that `search` compiles for these sizes, lowered on a mesh: for plans."""
-    query_size, size = _block_sizes(num_queries, num_rows, k, mesh, query_block, gallery_block)
-    query = jax.ShapeDtypeStruct((query_size, feature_size), jnp.float32)
-    gallery = jax.ShapeDtypeStruct(
-        (size, feature_size), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data"))
-    )
-    best = jax.eval_shape(lambda: _nothing(query_size, k))
-    position = np.int32(0)
-    return _search_block.lower(
-        query, gallery, position, position, best, k=k, approx_recall=None, mesh=mesh
-    )
-
-
-def _block_sizes(num_queries, num_rows, k, mesh, query_block, gallery_block) -> tuple[int, int]:
-    """Queries and gallery rows of one step, the latter over all devices."""
-    shards = 1 if mesh is None else mesh.shape["data"]
-    rows = _power_of_two(max(k, min(gallery_block, -(-num_rows // shards))))
-    return _power_of_two(min(query_block, num_queries)), shards * rows
-
-
 @partial(jax.jit, static_argnames=("k", "approx_recall", "mesh"))
 def _search_block(query, gallery, first, stop, best, *, k, approx_recall, mesh):
     """Update the best k of a block of queries with a block of gallery rows, first..stop-1."""
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    local = partial(_local_top_k, k=k, approx_recall=approx_recall, on_cpu=platform == "cpu")
+    local = partial(_local_top_k, k=k, approx_recall=approx_recall)
     if mesh is None:
         return _merge(best, local(query, gallery, first, stop), k)
 
@@ -123,9 +92,9 @@ def _search_block(query, gallery, first, stop, best, *, k, approx_recall, mesh):
     )(query, gallery, first, stop, best)
 
 
-def _local_top_k(query, gallery, first, stop, *, k, approx_recall, on_cpu):
+def _local_top_k(query, gallery, first, stop, *, k, approx_recall):
     """Best k of the rows first, first + 1, … < stop that `gallery` holds; the rest is padding."""
-    grouped = on_cpu and len(gallery) >= 4 * k * GROUP
+    grouped = jax.default_backend() == "cpu" and len(gallery) >= 4 * k * GROUP
     if grouped and approx_recall is None:
         return _grouped_top_k(query, gallery, first, stop, k)
     scores = jnp.dot(query, gallery.T, precision="highest")

@@ -267,40 +267,6 @@ def pretrain(
     progress.clear()
 
 
-def lower(
-    run: Run,
-    labels: np.ndarray,
-    image_shape: tuple[int, int, int],
-    mesh: Mesh,
-    start: Record | None = None,
-) -> jax.stages.Lowered:
-    """The step that `train` compiles, lowered on a mesh, also of devices that are not there.
-
-    Args:
-      run: what to compute.
-      labels: int[n] of the data.
-      image_shape: (height, width, channels).
-      mesh: devices.
-      start: record of the model that the task starts from; None for the run's own backbone.
-
-    Returns:
-      A jax.stages.Lowered, to be compiled.
-    """
-    steps, batch = _plan_shape(run, labels)
-    shape = jax.ShapeDtypeStruct
-    data = DeviceData(
-        shape((len(labels), *image_shape), jnp.uint8), shape((len(labels),), jnp.int32)
-    )
-    trainer = _trainer(run, start, mesh)
-    return trainer.lower(*trainer.shapes(image_shape), data, shape((steps, batch), jnp.int32))
-
-
-def _plan_shape(run, labels):
-    """Steps of the longest task and images of the largest batch."""
-    plans = _plans(dataclasses.replace(run, epochs=1), labels)
-    return run.epochs * max(len(p) for p in plans), max(p.shape[1] for p in plans)
-
-
 @dataclasses.dataclass
 class _Fit:
     """Trains one task from given variables, saving on the way."""
