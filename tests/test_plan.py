@@ -1,0 +1,184 @@
+"""Plans: the planned program is the one that runs, and it compiles for chips that are not there."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from flat import Flat
+from PIL import Image
+
+from compat_jax import mesh as meshes
+from compat_jax import models, plan
+from compat_jax.errors import UserError
+from configs import iamcl2r
+from launch import planning, runs
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def folder_of_classes(path, data):
+    for i, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
+        folder = path / data.class_names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i:03d}.png")
+    return {"source": "folder", "path": str(path), "size": tiny.SIZE}
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """Two tasks of three classes, with a small backbone, split over all eight devices."""
+    monkeypatch.setitem(models.BACKBONES, "flat", Flat)
+    config = iamcl2r.get_config("replace=false")
+    config.backbone.name = "flat"
+    config.num_prototypes, config.batch_size, config.epochs = 12, 16, 1
+    config.mesh = "data:2,model:4"
+    config.tasks.update(initial=3, increment=3, rehearsal=4)
+    config.data.train = folder_of_classes(tmp_path / "train", tiny.dataset())
+    for role, seed in (("query", 1), ("gallery", 2)):
+        data = tiny.dataset(3, 86, seed, name="other")
+        config.data[role] = folder_of_classes(tmp_path / role, data)
+    return config
+
+
+def modules(folder, name):
+    """Texts of the lowered modules of a name that JAX left in a folder, without source lines."""
+    texts = [p.read_text() for p in Path(folder).glob(f"*jit_{name}*.mlir")]
+    location = re.compile(r"^#loc.*\n| loc\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", re.MULTILINE)
+    return {location.sub("", text) for text in texts}
+
+
+def test_planned_programs_are_those_that_run(config, tmp_path):
+    """What JAX lowers in training and in evaluation, and what the plan lowers, letter by letter."""
+    jax.config.update("jax_dump_ir_to", str(tmp_path / "run"))
+    try:
+        chain = runs.train(config, str(tmp_path / "work"), lambda: False, bar=False)
+        runs.evaluate(chain, tmp_path / "out", config, "recall@1", config.mesh, 16, bar=False)
+    finally:
+        jax.config.update("jax_dump_ir_to", None)
+    mesh = meshes.make_mesh(config.mesh)
+    sizes = planning.sizes_of_data(config, None, None)
+    planned = planning.programs(config, mesh, *sizes, gallery=258, k=1, batch_size=16)
+    functions = ("_planned_step", "features", "_search_block")
+    for name, function in zip(planned, functions, strict=True):
+        ran = modules(tmp_path / "run", function)
+        assert ran == {planned[name].as_text()}, name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5:2x2", "unknown TPU 'v5'. Did you mean 'v5p'"),
+        ("v5e", "needs its chips, for example v5e:2x2"),
+        ("v5e:2", "needs its chips"),
+    ],
+)
+def test_topologies_that_there_are_not(name, message):
+    with pytest.raises(UserError, match=message):
+        plan.topology_devices(name)
+
+
+TEXT = """
+  %all-reduce.1 = f32[16,8]{1,0} all-reduce(%a), channel_id=1, to_apply=%add
+  %ar = (bf16[4]{0}, f32[2,2]{1,0}) all-reduce(%a, %b), channel_id=2
+  ROOT %gather = s32[3]{0:T(128)} all-gather-start(%c), dimensions={0}
+  %done = s32[3]{0} all-gather-done(%gather)
+  %piece = f32[16,8]{1,0} all-reduce(%x), channel_id=1, to_apply=%add
+  %not-one = f32[99]{0} add(%all-reduce.1, %x)
+"""
+
+
+def test_collectives_are_counted_with_the_bytes_of_their_results():
+    assert plan.collectives(TEXT) == {"all-reduce": (2, 512 + 8 + 16), "all-gather": (1, 12)}
+
+
+MIB = 2**20
+
+
+def test_table():
+    costs = [
+        plan.Cost("step", 3 * MIB, MIB, 4 * MIB, 2e9, {"all-reduce": (2, MIB)}),
+        plan.Cost("features", too_large="needs 24.54G, the device has 15.75G"),
+    ]
+    first, second, third = plan.table(costs, 16 * MIB).splitlines()
+    assert " ".join(first.split()) == "each device arguments outputs scratch total of HBM GFLOP"
+    assert second.split("  ")[-1] == "2 all-reduce (1.00 MiB)"
+    assert "8 MiB   50.0 %   2.00" in second
+    assert third.endswith("needs 24.54G, the device has 15.75G")
+    assert [plan.fits(cost, 16 * MIB) for cost in costs] == [True, False]
+    assert not plan.fits(costs[0], 7 * MIB)
+
+
+def test_remedies_name_what_is_large(config):
+    config.num_prototypes = 1_000_000
+    costs = [plan.Cost("training step", temporary=20), plan.Cost("search", temporary=5)]
+    advice = planning.remedies(config, costs, 10, 1)
+    assert len(advice) == 3
+    assert "a smaller --config.batch_size=8; or more chips" in advice[0]
+    assert "--config.dtype=bfloat16" in advice[1]
+    assert "now --config.mesh=data:2,model:4" in advice[2]
+    assert "--config.data.train.per_class" in planning.remedies(config, costs, 10, 9)[0]
+    assert planning.remedies(config, costs, 100, 1) == []
+
+
+def test_sizes_without_the_data(config):
+    config.data.train.path = "nowhere"
+    labels, shape = planning.sizes_of_data(config, 10, 4)
+    np.testing.assert_array_equal(labels, [0, 0, 0, 1, 1, 2, 2, 2, 3, 3])
+    assert shape == (8, 8, 3)
+    for numbers in ((10, None), (None, 4)):
+        with pytest.raises(UserError, match=r"--images, --classes and .*size go together"):
+            planning.sizes_of_data(config, *numbers)
+
+
+def run_plan(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "launch.plan", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_without_libtpu_one_line_says_what_to_install(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, importlib.util as u\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'libtpu' else find(name, *rest)\n"
+    )
+    done = run_plan("--topology=v5e:2x4", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: ") and "pip install 'jax[tpu]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[tpu]'"
+)
+def test_compiles_for_a_slice_that_is_not_there():
+    done = run_plan(
+        "--topology=v5e:2x4",
+        "--config=configs/iamcl2r.py:replace=false",
+        "--config.backbone.name=resnet_small",
+        "--config.mesh=data:4,model:2",
+        "--images=3000",
+        "--classes=100",
+        "--gallery=5000",
+        JAX_OPTIMIZATION_LEVEL="O0",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8 devices (TPU v5 lite, 15.75 GiB usable), 2 hosts; mesh data:4,model:2" in done.stdout
+    step, features, search = done.stdout.splitlines()[4:7]
+    assert step.startswith("training step") and "all-reduce" in step
+    assert features.startswith("features") and search.startswith("search")
+    assert "all-gather" in search
+    assert done.stdout.endswith("Everything fits.\n")
