@@ -248,6 +248,19 @@ def test_a_long_list_is_cut():
         from_torch({"backbone.conv1.weight": STATE["backbone.conv1.weight"]}, TEMPLATE)
 
 
+def test_names_are_told_as_the_file_and_the_network_have_them():
+    embedder = network("senet18")
+    state = renamed(to_torch(zero_variables(embedder)), lambda n: f"module.{n}")
+    state["module.backbone.layer9.blocks.0.weight"] = np.zeros(3)
+    del state["module.backbone.layer1.blocks.0.conv1.weight"]
+    told = (
+        r"missing: backbone\.layer1\.blocks\.0\.conv1\.weight; "
+        r"unknown: module\.backbone\.layer9\.blocks\.0\.weight\."
+    )
+    with pytest.raises(UserError, match=told):
+        from_torch(state, zero_variables(embedder))
+
+
 # --- files
 
 

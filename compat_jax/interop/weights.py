@@ -96,7 +96,7 @@ def from_torch(
       UserError: unknown, missing or misshapen tensors, each by name; a fixed classifier that is not
         the simplex.
     """
-    bare, found = _canonical(state_dict)
+    bare, found, given_names = _canonical(state_dict)
     wanted = {_merge_blocks(_torch_name(path[1:])): path for path in _leaves(template)}
     if bare:
         wanted = {name: path for name, path in wanted.items() if name.startswith("backbone.")}
@@ -112,10 +112,13 @@ def from_torch(
         if array.shape == shape:
             arrays[path] = np.array(array, np.float32, order="C")
         else:
+            wanted_shape = _torch_shape(path, shape)
             misshapen.append(
-                f"{name} (wanted {_torch_shape(path, shape)}, found {found[name].shape})"
+                f"{given_names[name]} (wanted {wanted_shape}, found {found[name].shape})"
             )
-    _report(wanted.keys() - found.keys(), found.keys() - wanted.keys(), misshapen)
+    missing = [_torch_name(wanted[name][1:]) for name in wanted.keys() - found.keys()]
+    unknown = [given_names[name] for name in found.keys() - wanted.keys()]
+    _report(missing, unknown, misshapen)
     merged = {"params": {}, "batch_stats": {}} | unflatten_dict(_leaves(template) | arrays)
     return {collection: merged[collection] for collection in ("params", "batch_stats")}
 
@@ -167,15 +170,16 @@ def _merge_blocks(name):
 
 
 def _canonical(state_dict):
-    """Whether it is a bare backbone, and its arrays by names that all accepted forms share."""
+    """Whether it is a bare backbone; arrays, and given names, by names that all forms share."""
     bare = is_bare(state_dict)
-    found = {}
-    for name, array in state_dict.items():
-        name = _strip(name)
+    found, given_names = {}, {}
+    for given, array in state_dict.items():
+        name = _strip(given)
         if name.endswith("num_batches_tracked") or (bare and name in _FOREIGN_HEADS):
             continue
-        found[_merge_blocks(f"backbone.{name}" if bare else name)] = np.asarray(array)
-    return bare, found
+        name = _merge_blocks(f"backbone.{name}" if bare else name)
+        found[name], given_names[name] = np.asarray(array), given
+    return bare, found, given_names
 
 
 def _check_prototypes(weight, wanted, template):
