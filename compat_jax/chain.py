@@ -16,7 +16,6 @@ import json
 import math
 import re
 import threading
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +27,7 @@ from etils import epath
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
-from compat_jax import models
+from compat_jax import hosts, models
 from compat_jax.errors import UserError
 from compat_jax.files import absolute, first_line
 from compat_jax.methods import build_embedder, get_method
@@ -188,14 +187,21 @@ class Chain:
         final = self.path / f"{number:04d}"
         if final.exists():
             raise self._taken(number)
-        aside = self.path / f".adding-{number:04d}-{uuid.uuid4().hex[:8]}"
-        host = jax.tree.map(np.asarray, dict(variables))
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with _ORBAX:
-                ocp.save(aside / "variables", _without_empty(host))
+        aside = self.path / f".adding-{number:04d}-{hosts.token()}"
+        host = jax.tree.map(hosts.whole, dict(variables))
+
+        def publish():
             (aside / "record.json").write_text(_encode(number, record, host, aside))
             aside.rename(final)  # refuses an entry that appeared meanwhile: it is not empty
+
+        try:
+            hosts.first_does(lambda: self.path.mkdir(parents=True, exist_ok=True))
+            with _ORBAX:  # several processes write a share each
+                ocp.save(
+                    aside / "variables",
+                    _without_empty(dict(variables) if hosts.several() else host),
+                )
+            hosts.first_does(publish)
         except Exception as error:  # Orbax and TensorStore raise many kinds
             if final.exists():
                 raise self._taken(number) from error
@@ -204,7 +210,8 @@ class Chain:
                 "make room or choose another folder; the versions before it are untouched"
             ) from error
         finally:
-            _remove(aside)
+            if hosts.is_first():
+                _remove(aside)
         return number
 
     def record(self, number: int) -> Record:

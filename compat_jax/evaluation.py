@@ -11,7 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from compat_jax import compatibility
+from compat_jax import compatibility, hosts
 from compat_jax.chain import Chain
 from compat_jax.data.dataset import Dataset
 from compat_jax.errors import Stopped, UserError, unknown
@@ -32,8 +32,8 @@ def _everything(features, labels):
 # name: (what is kept of a gallery, score of queries against what was kept)
 METRICS = {
     "identification": (class_templates, identification),
-    "recall@1": (_everything, lambda *four: recall_at_k(*four, ks=(1,))[1]),
-    "map": (_everything, lambda *four: mean_average_precision(*four).value),
+    "recall@1": (_everything, lambda *four, mesh: recall_at_k(*four, ks=(1,), mesh=mesh)[1]),
+    "map": (_everything, lambda *four, mesh: mean_average_precision(*four).value),
 }
 
 
@@ -151,7 +151,7 @@ def evaluate(
             row = []
             for kept in galleries:
                 same_size = kept[0].shape[1] == features.shape[1]
-                row.append(score(features, query.labels, *kept) if same_size else None)
+                row.append(score(features, query.labels, *kept, mesh=mesh) if same_size else None)
             store.add_row(version, row)
         incomparable += [(t, k) for k, value in enumerate(row) if value is None]
         rows.append([0.0 if value is None else float(value) for value in row])
@@ -180,19 +180,20 @@ class _Store:
         if self.folder is None:
             return compute()
         paths = [self._path("gallery", version, f"{part}.npy") for part in ("features", "labels")]
-        if not all(p.exists() for p in paths):
-            for path, array in zip(paths, compute(), strict=True):
-                write_npy(path, np.asarray(array))
+        if not hosts.first_says(all(p.exists() for p in paths)):
+            parts = compute()
+            hosts.first_does(lambda: [write_npy(*pair) for pair in zip(paths, parts, strict=True)])
         return tuple(_read_npy(path) for path in paths)
 
     def row(self, version):
-        if self.folder is None or not (path := self._path("row", version, "json")).exists():
+        if self.folder is None:
             return None
-        return json.loads(path.read_text())
+        path = self._path("row", version, "json")
+        return json.loads(path.read_text()) if hosts.first_says(path.exists()) else None
 
     def add_row(self, version, row):
         if self.folder is not None:
-            write_json(self._path("row", version, "json"), row)
+            hosts.first_does(lambda: write_json(self._path("row", version, "json"), row))
 
     def _path(self, kind, version, end):
         made_of = self.versions if kind == "row" else self.versions[-1:]

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from compat_jax import hosts
 from compat_jax.errors import UserError, unknown
 
 AXES = ("data", "model")
@@ -47,7 +48,8 @@ def make_mesh(text: str = "data:-1", devices=None) -> Mesh:
       A Mesh with Auto axes, of the first devices if the sizes need fewer than there are.
 
     Raises:
-      UserError: sizes that need more devices than there are, or a -1 that does not come out whole.
+      UserError: sizes that need more devices than there are, or leave a host out, or a -1 that does
+        not come out whole.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = parse_mesh(text)
@@ -59,6 +61,12 @@ def make_mesh(text: str = "data:-1", devices=None) -> Mesh:
     needed = math.prod(sizes.values())
     if needed > len(devices):
         raise UserError(f"mesh {text!r} needs {needed} devices, there are {len(devices)}")
+    idle = {d.process_index for d in devices} - {d.process_index for d in devices[:needed]}
+    if idle:
+        raise UserError(
+            f"mesh {text!r} needs {needed} of {len(devices)} devices and leaves {len(idle)} hosts "
+            "without work: use more of them, or fewer hosts"
+        )
     return jax.make_mesh(
         tuple(sizes.values()),
         AXES,
@@ -156,14 +164,38 @@ def place_like(tree: Any, like: Any) -> Any:
     return jax.tree_util.tree_map_with_path(put, tree, like)
 
 
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """Arrays, of which every process has the whole, on the devices that `sharding` says."""
+    return jax.tree.map(lambda array: _put(array, sharding), tree)
+
+
+def feed(array: np.ndarray, mesh: Mesh, axis: int = 0) -> jax.Array:
+    """An array on the devices as `along_data` says; each process hands over its own share."""
+    sharding = along_data(mesh, axis)
+    parts = sharding.addressable_devices_indices_map(array.shape).values()
+    bounds = {part[axis].indices(array.shape[axis])[:2] for part in parts}
+    first, last = min(b[0] for b in bounds), max(b[1] for b in bounds)
+    own = array
+    if sum(stop - start for start, stop in bounds) == last - first:  # without gaps
+        own = array[(*[slice(None)] * axis, slice(first, last))]
+    return jax.make_array_from_process_local_data(sharding, own, array.shape)
+
+
 def _put(array, sharding):
-    return jax.device_put(array, sharding)
+    if not hosts.several():
+        return jax.device_put(array, sharding)
+    if isinstance(array, jax.Array) and array.sharding == sharding:
+        return array
+    content = hosts.whole(array)
+    return jax.make_array_from_callback(
+        content.shape, sharding, lambda index: np.asarray(content[index])
+    )
 
 
 def _with_columns(array, size):
     if size is None or array.shape[1] == size:
         return array
-    array = np.asarray(array)[:, :size]
+    array = hosts.whole(array)[:, :size]
     return np.pad(array, ((0, 0), (0, size - array.shape[1])))
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from compat_jax.errors import UserError, unknown
 
@@ -38,6 +39,20 @@ def _typed(key, value, kind):
         return kind(value)
     except ValueError as error:
         raise UserError(f"{key} must be {kind.__name__}, got {value!r}") from error
+
+
+def tfds_source(name: str, split: str, **fields: Any) -> dict[str, Any]:
+    """A data section that reads TFDS; what is left unset can still be set by a flag."""
+    return {
+        "source": "tfds",
+        "name": name,
+        "split": split,
+        "size": 32,
+        "data_dir": placeholder(str),
+        "classes": placeholder(tuple),
+        "per_class": placeholder(int),
+        **fields,
+    }
 
 
 def base_config(method: str) -> ConfigDict:

@@ -14,7 +14,7 @@ Arguments: method=hoc|sce|fd|er, tasks=7|31, replace=true|false.
 from ml_collections import ConfigDict
 
 from compat_jax.errors import UserError
-from configs.common import base_config, parse_arguments
+from configs.common import base_config, parse_arguments, tfds_source
 
 _INCREMENTS = {7: 15, 31: 3}
 _REPLACE_AT = {7: (0, 2, 4), 31: (0, 10, 20)}
@@ -35,19 +35,11 @@ def get_config(arguments: str | None = None) -> ConfigDict:
         }
     )
     config.pretrained = ""
-    cifar10 = {"source": "tfds", "name": "cifar10", "size": 32, "data_dir": None}
     config.data = ConfigDict(
         {
-            "train": {
-                "source": "tfds",
-                "name": "cifar100",
-                "split": "train",
-                "size": 32,
-                "data_dir": None,
-                "per_class": 300,
-            },
-            "query": {**cifar10, "split": "train"},
-            "gallery": {**cifar10, "split": "test"},
+            "train": tfds_source("cifar100", "train", per_class=300),
+            "query": tfds_source("cifar10", "train"),
+            "gallery": tfds_source("cifar10", "test"),
             "mean": (0.5071, 0.4867, 0.4408),
             "std": (0.2675, 0.2565, 0.2761),
             "crop_padding": 4,

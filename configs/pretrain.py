@@ -14,10 +14,11 @@ data=glyphs|imagenet32|folder, seed=0.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from compat_jax.errors import unknown
 from configs import glyphs
-from configs.common import base_config, parse_arguments
+from configs.common import base_config, parse_arguments, tfds_source
 
 METHODS = ("hoc", "sce", "fd", "er")
 DATA = ("glyphs", "imagenet32", "folder")
@@ -52,18 +53,13 @@ def get_config(arguments: str | None = None) -> ConfigDict:
         return config
     config.epochs = 70
     config.pretrain_classes = (100, 300, 600)
-    if args.data == "imagenet32":
-        train = {
-            "source": "tfds",
-            "name": "imagenet_resized/32x32",
-            "split": "train",
-            "data_dir": None,
-        }
-    else:
-        train = {"source": "folder", "path": ""}
+    train = tfds_source("imagenet_resized/32x32", "train")
+    if args.data == "folder":
+        unset = {"classes": placeholder(tuple), "per_class": placeholder(int)}
+        train = {"source": "folder", "path": "", "size": 32, **unset}
     config.data = ConfigDict(
         {
-            "train": {**train, "size": 32, "classes": None, "per_class": None},
+            "train": train,
             "mean": (0.5071, 0.4867, 0.4408),
             "std": (0.2675, 0.2565, 0.2761),
             "crop_padding": 4,

@@ -9,6 +9,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from compat_jax import hosts
 from compat_jax import mesh as meshes
 from compat_jax.chain import Chain, Version
 from compat_jax.data import sources
@@ -110,6 +111,10 @@ def claim_workdir(
       UserError: the folder belongs to another run (the differing fields are named), or cannot be
         written to.
     """
+    hosts.first_does(lambda: _claim(workdir, config, data, replacements))
+
+
+def _claim(workdir, config, data, replacements):
     path = epath.Path(workdir) / "run.json"
     mine = {
         **plain(config),

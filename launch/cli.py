@@ -65,7 +65,9 @@ def _one_line(error):
         error = error.args[0]
     # What a configuration raised arrives as the text of its traceback.
     text = str(error).rpartition("compat_jax.errors.UserError: ")[2]
-    if isinstance(error, KeyError | AttributeError):
+    if "has no attribute 'get_config'" in text:
+        text = "the configuration file has no get_config(): configs/ has some to start from"
+    elif isinstance(error, KeyError | AttributeError):
         text = f"unknown field of the configuration: {error.args[0]}"
     return " ".join(text.split())
 
@@ -74,7 +76,7 @@ def define_config(default: str | None = None) -> None:
     """--config=FILE.py:arguments, overridden by --config.FIELD=VALUE."""
     try:  # reads the overrides at once
         config_flags.DEFINE_config_file("config", default, "FILE.py:key=value,... of the run")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         _fail(error)
 
 
@@ -114,13 +116,36 @@ def cache_folder() -> Path:
     return Path(os.environ.get("COMPAT_JAX_CACHE") or Path.home() / ".cache" / "compat_jax")
 
 
+def define_hosts() -> None:
+    """--multihost and what it needs elsewhere than on TPU VMs."""
+    flags.DEFINE_bool("multihost", False, "join the other hosts; each runs the same command")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; TPU VMs need none")
+    flags.DEFINE_integer("num_processes", None, "how many processes join; TPU VMs need none", 1)
+    flags.DEFINE_integer("process_id", None, "number of this process; TPU VMs need none", 0)
+
+
 def start_jax() -> None:
-    """Turn on the persistent compilation cache; call before the first computation."""
+    """Join the other hosts, turn on the compilation cache; call before the first computation."""
     import jax
 
+    args = flags.FLAGS
+    if "multihost" in args:
+        given = (args.coordinator, args.num_processes, args.process_id)
+        if args.multihost or given != (None, None, None):
+            from compat_jax import hosts
+
+            hosts.start(*given)
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def say(text: object) -> None:
+    """Print, on the first host only."""
+    from compat_jax import hosts
+
+    if hosts.is_first():
+        print(text)
 
 
 class StopSignal:
@@ -134,5 +159,7 @@ class StopSignal:
         self.received = True
 
     def __call__(self) -> bool:
-        """Whether the signal came."""
-        return self.received
+        """Whether the signal came, to any of the hosts: they stop at the same step."""
+        from compat_jax import hosts
+
+        return hosts.any_says(self.received)

@@ -18,6 +18,7 @@ flags.DEFINE_string("out", None, "folder for matrix.json and pictures; beside th
 flags.DEFINE_integer("batch_size", 256, "images a batch", lower_bound=1)
 flags.DEFINE_string("dtype", "float32", "of the networks' computation: float32 or bfloat16")
 flags.DEFINE_string("mesh", "data:-1", "devices")
+cli.define_hosts()
 flags.DEFINE_bool("progress", True, "show progress bars")
 
 
@@ -28,7 +29,7 @@ def main(_) -> None:
     cli.start_jax()
     from etils import epath
 
-    from compat_jax import evaluation, models, report
+    from compat_jax import evaluation, hosts, models, report
     from compat_jax.chain import Chain
     from launch import runs
 
@@ -48,6 +49,8 @@ def main(_) -> None:
         args.progress,
     )
     method = chain.record(chain.numbers()[-1]).method
+    if not hosts.is_first():
+        return
     print(report.table({method: result}))
     for file in report.write({method: result}, out):
         print(file)

@@ -14,6 +14,7 @@ from launch import cli
 
 cli.define_config("configs/pretrain.py")
 flags.DEFINE_string("workdir", None, "folder of the run: chain, progress, log")
+cli.define_hosts()
 flags.DEFINE_bool("progress", True, "show progress bars")
 
 
@@ -25,8 +26,8 @@ def main(_) -> None:
     from launch import runs
 
     chain = runs.pretrain(args.config, workdir, cli.StopSignal(), args.progress)
-    print(f"{len(chain)} models in {chain.path}; next:")
-    print(f"  python -m launch.train --config.pretrained={chain.path} --config=... --workdir=...")
+    cli.say(f"{len(chain)} models in {chain.path}; next:")
+    cli.say(f"  python -m launch.train --config.pretrained={chain.path} --config=... --workdir=...")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,13 @@ import time
 
 from absl import flags
 
+from compat_jax.errors import UserError
 from launch import cli
 
 flags.DEFINE_string("workdir", "runs/quickstart", "folder of the run")
 flags.DEFINE_integer("seed", 0, "of everything random", lower_bound=0)
 flags.DEFINE_list("methods", ["hoc", "er"], "methods to compare")
+cli.define_hosts()
 flags.DEFINE_bool("progress", True, "show progress bars")
 
 
@@ -24,16 +26,15 @@ def main(_) -> None:
     """Pre-train, train and evaluate each method; print and draw."""
     began = time.perf_counter()
     args = flags.FLAGS
+    if not args.methods:
+        raise UserError("--methods is empty: for example --methods=hoc,er")
     cli.start_jax()
     from etils import epath
 
-    from compat_jax import report
-    from compat_jax.errors import UserError
+    from compat_jax import hosts, report
     from compat_jax.methods import get_method
     from launch import runs
 
-    if not args.methods:
-        raise UserError("--methods is empty: for example --methods=hoc,er")
     for method in args.methods:
         get_method(method)
     stop, results, folder = cli.StopSignal(), {}, epath.Path(args.workdir)
@@ -44,6 +45,8 @@ def main(_) -> None:
         chain = runs.train(config, f"{folder}/{method}", stop, args.progress)
         out = folder / method / "evaluation"
         results[method] = runs.evaluate(chain, out, config, should_stop=stop, bar=args.progress)
+    if not hosts.is_first():
+        return
     print(report.table(results))
     print("\n" + report.sentence(results))
     for path in report.write(results, folder):

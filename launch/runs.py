@@ -6,7 +6,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from compat_jax import evaluation
+from compat_jax import evaluation, hosts
 from compat_jax import mesh as meshes
 from compat_jax.chain import Chain
 from compat_jax.data.tasks import TaskSequence
@@ -21,7 +21,7 @@ def pretrain(
     config: ConfigDict, workdir: str, should_stop: Callable[[], bool], bar: bool = True
 ) -> Chain:
     """Model i of the chain learns the first `pretrain_classes[i]` classes of the data."""
-    folder = epath.Path(workdir)
+    folder, bar = epath.Path(workdir), bar and hosts.is_first()
     counts = tuple(config.pretrain_classes)
     if not counts or min(counts) < 2:
         raise UserError(f"pretrain_classes needs numbers of classes, each at least 2, got {counts}")
@@ -60,7 +60,7 @@ def train(
     config: ConfigDict, workdir: str, should_stop: Callable[[], bool], bar: bool = True
 ) -> Chain:
     """The task sequence of a configuration; one version a task."""
-    folder = epath.Path(workdir)
+    folder, bar = epath.Path(workdir), bar and hosts.is_first()
     mesh = build.build_mesh(config)
     initial = max(config.tasks.initial, 1)
     first_task = TaskSequence(initial, initial, 1)
@@ -122,5 +122,5 @@ def evaluate(
         dtype=dtype,
         cache=out / "cache",
         should_stop=should_stop,
-        progress="evaluating" if bar else None,
+        progress="evaluating" if bar and hosts.is_first() else None,
     )

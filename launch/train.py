@@ -14,6 +14,7 @@ from launch import cli
 
 cli.define_config("configs/iamcl2r.py")
 flags.DEFINE_string("workdir", None, "folder of the run: chain, progress, log")
+cli.define_hosts()
 flags.DEFINE_bool("progress", True, "show progress bars")
 
 
@@ -25,8 +26,8 @@ def main(_) -> None:
     from launch import runs
 
     chain = runs.train(args.config, workdir, cli.StopSignal(), args.progress)
-    print(f"{len(chain)} versions in {chain.path}; next:")
-    print(f"  python -m launch.evaluate --chain={chain.path}")
+    cli.say(f"{len(chain)} versions in {chain.path}; next:")
+    cli.say(f"  python -m launch.evaluate --chain={chain.path}")
 
 
 if __name__ == "__main__":

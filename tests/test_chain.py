@@ -24,6 +24,12 @@ SMALL = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def backbone():
+    with tiny.one_conv():
+        yield
+
+
 def small(seed):
     """Another version's variables, as small."""
     return jax.tree.map(lambda x: x + np.float32(seed), SMALL)
@@ -61,6 +67,7 @@ def test_an_entry_says_everything_about_its_version(tmp_path):
     chain = Chain(tmp_path / "chain")
     record = tiny.record(
         method="fd",
+        backbone_arguments={"width": 16},
         task=3,
         classes_seen=40,
         parent=2,
@@ -74,8 +81,8 @@ def test_an_entry_says_everything_about_its_version(tmp_path):
     assert content["format"] == 1
     assert content["record"] == {
         "method": "fd",
-        "backbone": "resnet_small",
-        "backbone_arguments": {"width": 4},
+        "backbone": "one_conv",
+        "backbone_arguments": {"width": 16},
         "image_shape": [8, 8, 3],
         "mean": [0.5, 0.5, 0.5],
         "std": [0.3, 0.3, 0.3],
@@ -134,8 +141,8 @@ def test_opening_gives_the_bits_that_were_added(tmp_path):
 
 def test_the_path_is_enough_also_when_architectures_differ(tmp_path):
     described = [
-        tiny.record(),
-        tiny.record(backbone_arguments={"width": 8}),
+        tiny.record(backbone="resnet_small", backbone_arguments={"width": 4}),
+        tiny.record(backbone="resnet_small", backbone_arguments={"width": 8}),
         tiny.record(method="er", head_classes=5, feature_size=16),
         tiny.record(backbone="resnet32_cifar", backbone_arguments={}),
     ]

@@ -18,11 +18,17 @@ QUERY = tiny.dataset(classes=4, per_class=9, seed=1, name="retrieval")
 GALLERY = tiny.dataset(classes=4, per_class=5, seed=2, name="retrieval")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def backbone():
+    with tiny.one_conv():
+        yield
+
+
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
     """Three versions of one feature size and two widths; the last but one replaced another."""
     made = Chain(tmp_path_factory.mktemp("evaluation") / "chain")
-    for task, width in enumerate((4, 8, 4)):
+    for task, width in enumerate((8, 16, 8)):
         record = tiny.record(
             task=task,
             backbone_arguments={"width": width},
@@ -140,12 +146,12 @@ def test_the_cache_knows_what_its_numbers_were_made_of(chain, extractions, tmp_p
 
 def test_features_of_other_sizes_count_as_nothing_and_are_listed(tmp_path):
     chain = Chain(tmp_path / "chain")
-    for task, width in enumerate((4, 8, 4)):
+    for task, width in enumerate((8, 16, 8)):
         record = tiny.record(
             method="er",
             task=task,
             head_classes=2 + task,
-            feature_size=4 * width,
+            feature_size=width,
             backbone_arguments={"width": width},
         )
         chain.add(tiny.variables(record, seed=task), record)

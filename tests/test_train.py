@@ -1,5 +1,6 @@
 """One step, a sequence of tasks, and the same on eight devices."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -15,46 +16,68 @@ import tiny
 
 from compat_jax import losses
 from compat_jax.chain import Chain
-from compat_jax.data.tasks import TaskSequence, batch_plan
+from compat_jax.data.tasks import batch_plan
 from compat_jax.errors import Stopped, UserError
 from compat_jax.mesh import along_data, make_mesh, replicated
 from compat_jax.methods import METHODS, LossSettings
+from compat_jax.retrieval import extract
 from compat_jax.train import DeviceData, TaskInfo, loop
-from compat_jax.train.optimizer import OptimizerSettings
 from compat_jax.train.step import Trainer, step_key
 
 DATA = tiny.dataset()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def backbone():
+    with tiny.one_conv():
+        yield
+
+
 def start_of(method, **changes):
     """A model to start from, so that no initialisation is compiled."""
-    fields = {"task": None, **changes}
     if METHODS[method].fixed_simplex:
-        return tiny.version(method="sce", **fields)
-    return tiny.version(method="er", head_classes=3, feature_size=16, **fields)
+        return tiny.version(method="sce", **changes)
+    return tiny.version(method="er", head_classes=3, feature_size=16, **changes)
 
 
-def train(method, folder, mesh=None, replace_at=(0,), **changes):
+def train(method, folder, mesh=None, replace_at=(0,), replacements=None, **changes):
     """Chain and log of the tiny sequence."""
-    run = tiny.run(method, **changes)
-    replacements = {task: start_of(method, seed=task) for task in replace_at}
+    if replacements is None:
+        replacements = {task: start_of(method, seed=task) for task in replace_at}
+    log = folder / "log.jsonl"
     chain = tiny.train(
-        run, folder, DATA, mesh, replacements=replacements, log=chain_log(folder), config={"a": 1}
+        tiny.run(method, **changes),
+        folder,
+        DATA,
+        mesh,
+        replacements=replacements,
+        log=log,
+        config={"a": 1},
     )
-    return chain, [json.loads(line) for line in chain_log(folder).read_text().splitlines()]
-
-
-def chain_log(folder):
-    return folder / "log.jsonl"
+    return chain, [json.loads(line) for line in log.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def sequences(tmp_path_factory):
+def traces():
+    """How often the step of each method was traced since the module's first test."""
+    return collections.Counter()
+
+
+@pytest.fixture(scope="module")
+def sequences(tmp_path_factory, traces):
     """Each method over three tasks, replaced at task 1."""
-    return {
-        method: train(method, tmp_path_factory.mktemp(method), replace_at=(0, 1))
-        for method in METHODS
-    }
+    train_step = Trainer.train_step
+
+    def counted(trainer, *arguments):
+        traces[trainer.method.name] += 1
+        return train_step(trainer, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", counted)
+        return {
+            method: train(method, tmp_path_factory.mktemp(method), replace_at=(0, 1))
+            for method in METHODS
+        }
 
 
 # Sequences
@@ -88,12 +111,20 @@ def test_a_sequence_ends_as_one_version_a_task(sequences, method):
     assert all(line["images_per_second"] > 0 for line in log)
 
 
-def test_training_learns(tmp_path):
-    optim = OptimizerSettings(lr=0.05, schedule="constant")
-    one_task = {"sequence": TaskSequence(6, 6, 1), "epochs": 8, "optim": optim}
-    _, log = train("sce", tmp_path, **one_task)
-    assert log[0]["loss"] > 2 and log[-1]["loss"] < 0.75 * log[0]["loss"]
-    assert log[-1]["accuracy"] > 0.6 > log[0]["accuracy"]
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_is_traced_once_for_all_tasks(sequences, traces, method):
+    assert traces[method] == 1
+
+
+def test_training_learns(sequences):
+    for method in ("sce", "er"):
+        first, last = (line["loss"] for line in sequences[method][1][:2])
+        assert last < first
+    chain, _ = sequences["sce"]
+    features = extract(chain.open(2), DATA.images)
+    # By chance one in six; with the wrong label order or a frozen network not much more.
+    own = features @ np.stack([features[DATA.labels == c].mean(0) for c in range(6)]).T
+    assert (own.argmax(1) == DATA.labels).mean() > 0.5
 
 
 def test_the_head_of_er_grows_and_keeps_what_it_learned(sequences):
@@ -115,10 +146,7 @@ def test_a_replaced_er_begins_with_a_fresh_head():
     head, pretrained = start["params"]["fc2"]["kernel"], model.variables["params"]["fc2"]["kernel"]
     assert head.shape == (16, 6) and pretrained.shape == (16, 3)
     assert not np.isclose(head[:, :3], pretrained).any()
-    for name in ("conv1", "layer3_0"):
-        chex.assert_trees_all_equal(
-            start["params"]["backbone"][name], model.variables["params"]["backbone"][name]
-        )
+    chex.assert_trees_all_equal(start["params"]["backbone"], model.variables["params"]["backbone"])
 
 
 def test_a_missing_version_is_trained_again_to_the_same_bits(sequences, tmp_path):
@@ -140,48 +168,37 @@ def test_a_corrupt_version_is_named_and_not_trained_from(tmp_path):
 
 
 def test_a_model_of_another_architecture_joins_the_sequence(tmp_path):
-    wide = tiny.version(method="sce", task=None, backbone_arguments={"width": 8})
-    sequence = TaskSequence(4, 2, 2)
-    replacements = {0: start_of("hoc"), 1: wide}
-    run = tiny.run(sequence=sequence, epochs=1)
-    chain = tiny.train(run, tmp_path, DATA.select(range(4)), replacements=replacements)
-    assert [chain.record(n).backbone_arguments for n in (0, 1)] == [{"width": 4}, {"width": 8}]
-    shapes = [chain.open(n).variables["params"]["fc1"]["kernel"].shape for n in (0, 1)]
-    assert shapes == [(16, 15), (32, 15)]
-
-
-def test_pretraining_writes_models_to_replace_with(tmp_path):
-    chain = tiny.pretrain(tiny.run("sce", epochs=1), tmp_path, config={"b": 2})
-    record = chain.record(0)
-    assert record.task is None and record.parent is None and record.replaced_by is None
-    assert record.class_names == ("other0", "other1", "other2", "other3")
-    assert record.label_order == "ascending" and record.config == {"b": 2}
-    before = chain.open(0).sha256
-    tiny.pretrain(tiny.run("sce", epochs=1), tmp_path)  # there already: nothing to do
-    assert chain.open(0).sha256 == before and len(chain) == 1
-    run = tiny.run(sequence=TaskSequence(2, 2, 1), epochs=1)
-    loop.check_replacements(run, {0: chain.open(0)}, (8, 8, 3))
+    wide = start_of("sce", backbone_arguments={"width": 24})
+    chain, _ = train("sce", tmp_path, replacements={0: start_of("sce"), 1: wide})
+    widths = [chain.record(n).backbone_arguments.get("width", 16) for n in range(3)]
+    assert widths == [16, 24, 24]
+    shapes = [chain.open(n).variables["params"]["fc1"]["kernel"].shape for n in range(3)]
+    assert shapes == [(16, 15), (24, 15), (24, 15)]
 
 
 # One step
 
 
-def trainer_of(run, mesh, width=4):
-    return loop._cached_trainer(
-        loop.run_key(run), "resnet_small", json.dumps({"width": width}), mesh
-    )
-
-
-def prepared(run, mesh, task=0):
+def prepared(method, mesh=None, task=1, fresh=False):
     """Trainer, state at the start of a task, previous model, data and plan, all on the mesh."""
-    start = start_of(run.method.name, seed=1)
-    trainer = trainer_of(run, mesh)
+    run, mesh = tiny.run(method), mesh or tiny.one_device()
+    trainer = loop._trainer(run, None, mesh)  # with the program that `sequences` compiled
+    if fresh:
+        trainer = dataclasses.replace(trainer)
     plans = loop._plans(run, DATA.labels)
+    start = start_of(method, seed=1)
     variables = loop._starting_variables(run, trainer, start, task, (8, 8, 3))
     state = trainer.create_state(variables, loop._task_info(run, task, len(plans[task])))
-    previous = jax.device_put(variables, replicated(mesh))
+    previous = trainer.place(variables) if run.method.needs_previous else None
     data = jax.device_put(DeviceData(DATA.images, DATA.labels), replicated(mesh))
-    return trainer, state, previous, data, jax.device_put(plans[task], along_data(mesh, 1))
+    plan = np.pad(plans[task], ((0, 6 - len(plans[task])), (0, 0)))
+    return trainer, state, previous, data, jax.device_put(plan, along_data(mesh, 1))
+
+
+def augmented(state, images):
+    """What the step sees."""
+    preprocess = tiny.PREPROCESS
+    return preprocess.normalize(preprocess.augment(step_key(state), images))
 
 
 @functools.cache
@@ -213,72 +230,80 @@ def hoc_by_hand(new, old, rows, lam, mu):
 
 
 def test_the_loss_compares_with_the_model_that_the_task_started_from():
-    run = tiny.run("hoc")
-    trainer, state, previous, data, plan = prepared(run, tiny.one_device(), task=1)
-    step = jax.jit(trainer.train_step)
+    trainer, state, previous, data, plan = prepared("hoc")
     start = jax.tree.map(np.asarray, previous)
-    for number in range(3):
-        batch = {"image": data.images[plan[number]], "label": data.labels[plan[number]]}
-        images = run.preprocess.normalize(run.preprocess.augment(step_key(state), batch["image"]))
+    for step in range(3):
+        images = augmented(state, data.images[plan[step]])
         new = features(trainer, state.variables, images, train=True)
-        old = features(trainer, previous, images, train=False)
-        rows = 15 - np.asarray(batch["label"])  # the first class is written to the last prototype
-        state, metrics = step(state, batch, previous)
+        old = features(trainer, start, images, train=False)
+        rows = 15 - np.asarray(data.labels[plan[step]])  # class 0 is written to the last prototype
         expected = hoc_by_hand(new, old, rows, lam=0.1, mu=10.0)
+        state, metrics = trainer.run_steps(state, previous, data, plan, step + 1)
         assert float(metrics.loss) == pytest.approx(expected, rel=1e-4)
-        assert int(state.step) == number + 1
+    assert int(state.step) == 3
     chex.assert_trees_all_equal(previous, start)  # frozen
     assert not np.allclose(state.params["fc1"]["kernel"], start["params"]["fc1"]["kernel"])
 
 
 def test_the_first_loss_of_a_task_is_against_the_version_before(tmp_path):
-    run = tiny.run("hoc", preprocess=dataclasses.replace(tiny.PREPROCESS, crop_padding=0))
-    tiny.train(
-        run,
-        tmp_path,
-        DATA,
-        replacements={0: start_of("hoc")},
-        save_every=1,
-        log=chain_log(tmp_path),
-    )
-    lines = [json.loads(line) for line in chain_log(tmp_path).read_text().splitlines()]
+    def stop():
+        return len(Chain(tmp_path / "chain")) == 2
+
+    with pytest.raises(Stopped):
+        tiny.train(
+            tiny.run("hoc"),
+            tmp_path,
+            DATA,
+            replacements={0: start_of("hoc")},
+            save_every=1,
+            log=tmp_path / "log.jsonl",
+            should_stop=stop,
+        )
+    lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     logged = next(line for line in lines if line["task"] == 1 and line["step"] == 1)
-    version = Chain(tmp_path / "chain").open(0)
-    labels = DATA.labels
-    plan = loop._plans(run, labels)[1][0]
-    assert set(labels[plan[:8]]) == {0, 1} and set(labels[plan[8:]]) == {2, 3}
-    images = run.preprocess.normalize(jnp.asarray(DATA.images[plan]))
-    trainer = trainer_of(run, tiny.one_device())
-    new = features(trainer, version.variables, images, train=True)
-    old = features(trainer, version.variables, images, train=False)
-    expected = hoc_by_hand(new, old, 15 - labels[plan], lam=0.1, mu=10.0)
+    variables = Chain(tmp_path / "chain").open(0).variables
+    trainer, state, _, data, plan = prepared("hoc")
+    labels = DATA.labels[np.asarray(plan[0])]
+    assert set(labels[:8]) == {0, 1} and set(labels[8:]) == {2, 3}  # half memory, half new
+    images = augmented(state, data.images[plan[0]])
+    new = features(trainer, variables, images, train=True)
+    old = features(trainer, variables, images, train=False)
+    expected = hoc_by_hand(new, old, 15 - labels, lam=0.1, mu=10.0)
     assert logged["loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_rate_is_constant_within_an_epoch_and_follows_the_cosine():
-    optim = OptimizerSettings(lr=0.5, min_lr=0.1, momentum=0.0, weight_decay=0.0)
-    run = tiny.run("sce", optim=optim, epochs=4)
-    trainer, state, _, data, _ = prepared(run, tiny.one_device())
-    images = run.preprocess.normalize(data.images[:16])
-    update = jax.jit(trainer.update)
+    trainer, state, _, data, plan = prepared("sce", task=0)
+    plan = jnp.broadcast_to(plan[:1], plan.shape)  # the same images in every step
+    task = state.task.replace(epochs=jnp.int32(3), steps_per_epoch=jnp.int32(2))
+    before = np.asarray(state.params["fc1"]["kernel"])
 
     def moved(step):
-        state_then = state.replace(step=jnp.int32(step))
-        new, _ = update(state_then, images, data.labels[:16], None)
-        kernels = (s.params["fc1"]["kernel"] for s in (new, state))
-        return float(np.abs(np.subtract(*kernels)).sum())
+        then = state.replace(step=jnp.int32(step), task=task)
+        new, _ = trainer.run_steps(jax.tree.map(jnp.copy, then), None, data, plan, step + 1)
+        return np.asarray(new.params["fc1"]["kernel"]) - before
 
-    # Two steps an epoch; 0.1 + 0.4 (1 + cos(pi e / 4)) / 2, as shares of the first.
-    shares = [moved(step) / moved(0) for step in range(8)]
-    cosine = [0.1 + 0.4 * (1 + math.cos(math.pi * e / 4)) / 2 for e in range(4)]
-    expected = np.repeat(cosine, 2) / 0.5
-    np.testing.assert_allclose(shares, expected, rtol=1e-4)
+    # 0.001 + 0.049 (1 + cos(pi e / 3)) / 2 in epoch e, as shares of the first.
+    cosine = [0.001 + 0.049 * (1 + math.cos(math.pi * e / 3)) / 2 for e in range(3)]
+    for step in range(6):
+        np.testing.assert_allclose(
+            moved(step), moved(0) * cosine[step // 2] / 0.05, rtol=1e-3, atol=1e-6
+        )
+    assert np.abs(moved(0)).max() > 1e-3
+
+
+def test_the_contract_of_a_step():
+    trainer, state, previous, data, plan = prepared("hoc", task=0)
+    batch = {"image": data.images[plan[0]], "label": data.labels[plan[0]]}
+    new_state, metrics = jax.eval_shape(trainer.train_step, state, batch, previous)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+    assert metrics._fields == ("loss", "accuracy")
+    assert {(m.shape, m.dtype.name) for m in metrics} == {((), "float32")}
 
 
 def test_a_step_may_compute_in_bfloat16_with_float32_weights(tmp_path, sequences):
-    # Cross-entropy, since mu = 10 would multiply the rounding of features by ten.
-    chain, log = train("sce", tmp_path, sequence=TaskSequence(2, 2, 1), dtype="bfloat16")
-    leaves = jax.tree.leaves(chain.open(0).variables)
+    chain, log = train("sce", tmp_path, dtype="bfloat16")
+    leaves = jax.tree.leaves(chain.open(2).variables)
     assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
     exact = sequences["sce"][1][0]["loss"]
     assert log[0]["loss"] == pytest.approx(exact, rel=0.05) and log[0]["loss"] != exact
@@ -287,56 +312,68 @@ def test_a_step_may_compute_in_bfloat16_with_float32_weights(tmp_path, sequences
 # Devices
 
 
-def test_eight_devices_give_what_one_gives(tmp_path, sequences):
-    one, one_log = sequences["hoc"]
-    eight, eight_log = train("hoc", tmp_path, make_mesh("data:8"), replace_at=(0, 1))
-    np.testing.assert_allclose(
-        [line["loss"] for line in eight_log], [line["loss"] for line in one_log], rtol=1e-4
-    )
+@pytest.fixture(scope="module")
+def eight():
+    return make_mesh("data:8")
+
+
+def test_eight_devices_give_what_one_gives(tmp_path, sequences, eight):
+    (one, one_log), (many, many_log) = sequences["hoc"], train("hoc", tmp_path, eight, (0, 1))
+    for key in ("loss", "accuracy"):
+        np.testing.assert_allclose(
+            [line[key] for line in many_log], [line[key] for line in one_log], rtol=1e-4
+        )
     for number in range(3):
         chex.assert_trees_all_close(
-            eight.open(number).variables, one.open(number).variables, rtol=1e-3, atol=1e-4
+            many.open(number).variables, one.open(number).variables, rtol=1e-3, atol=1e-4
         )
 
 
-def test_statistics_and_contrast_see_the_whole_batch():
+def test_statistics_and_contrast_see_the_whole_batch(eight):
     # What each device would get from its own two images is something else by far.
-    run = tiny.run("hoc")
-    trainer, state, previous, data, plan = prepared(run, make_mesh("data:8"), task=1)
-    batch = {"image": data.images[plan[0]], "label": data.labels[plan[0]]}
-    _, metrics = jax.jit(trainer.train_step)(state, batch, previous)
-    images = run.preprocess.normalize(run.preprocess.augment(step_key(state), batch["image"]))
-    rows = jnp.asarray(15 - np.asarray(batch["label"]))
+    trainer, state, previous, data, plan = prepared("hoc", eight)
+    variables = jax.tree.map(np.asarray, state.variables)
+    images = np.asarray(augmented(state, data.images[plan[0]]))
+    rows = 15 - DATA.labels[np.asarray(plan[0])]
+    state, metrics = trainer.run_steps(state, previous, data, plan, 1)
 
     def loss(part):
-        new = features(trainer, state.variables, images[part], train=True)
-        old = features(trainer, previous, images[part], train=False)
-        return float(losses.hoc(jnp.float32(new), jnp.float32(old), rows[part]).mean())
+        new = jnp.float32(features(trainer, variables, images[part], train=True))
+        old = jnp.float32(features(trainer, variables, images[part], train=False))
+        return float(losses.hoc(new, old, rows[part]).mean())
 
     assert float(metrics.loss) == pytest.approx(loss(slice(None)), rel=1e-4)
     shards = np.mean([loss(slice(2 * i, 2 * i + 2)) for i in range(8)])
-    assert abs(shards - float(metrics.loss)) > 0.5
+    assert abs(shards - float(metrics.loss)) > 0.1
 
 
-def test_many_steps_in_one_dispatch_give_what_single_steps_give(monkeypatch):
-    run = tiny.run("hoc")
-    mesh = make_mesh("data:2", jax.devices()[:2])
+@pytest.fixture(scope="module")
+def loop_on_device():
+    """As on an accelerator, where many steps are one dispatch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_dispatch_each_step", False)
+        trainer, *_ = prepared("hoc", fresh=True)
+        yield trainer
+
+
+def test_many_steps_in_one_dispatch_give_what_single_steps_give(loop_on_device, monkeypatch):
     results = []
-    for each in (True, False):
-        monkeypatch.setattr(Trainer, "_dispatch_each_step", each)
-        trainer, state, previous, data, plan = prepared(run, mesh, task=2)
+    for at_once in (True, False):
+        monkeypatch.setattr(Trainer, "_dispatch_each_step", not at_once)
+        trainer, state, previous, data, plan = prepared("hoc", task=2)
+        trainer = loop_on_device if at_once else trainer
         state, first = trainer.run_steps(state, previous, data, plan, 2)
         state, rest = trainer.run_steps(state, previous, data, plan, 6)
         results.append((state, first, rest))
-    assert int(results[1][0].step) == 6
+    assert int(results[0][0].step) == 6
     chex.assert_trees_all_close(*results, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("each", [True, False])
-def test_the_hot_path_moves_nothing_to_or_from_the_devices(monkeypatch, each):
-    monkeypatch.setattr(Trainer, "_dispatch_each_step", each)
-    mesh = make_mesh("data:2", jax.devices()[:2])
-    trainer, state, previous, data, plan = prepared(tiny.run("hoc"), mesh, task=2)
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_hot_path_moves_nothing_between_host_and_devices(loop_on_device, monkeypatch, at_once):
+    monkeypatch.setattr(Trainer, "_dispatch_each_step", not at_once)
+    trainer, state, previous, data, plan = prepared("hoc", task=2)
+    trainer = loop_on_device if at_once else trainer
     state, _ = trainer.run_steps(state, previous, data, plan, 2)
     with jax.transfer_guard("disallow"):
         with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
@@ -346,34 +383,19 @@ def test_the_hot_path_moves_nothing_to_or_from_the_devices(monkeypatch, each):
 
 
 def test_only_the_first_task_compiles(tmp_path, caplog):
-    run, chain = tiny.run("er"), Chain(tmp_path / "chain")
-    start = {0: start_of("er")}
-
-    def after_first_task():
-        return len(chain) == 1
-
+    run, start, chain = tiny.run("er"), {0: start_of("er")}, Chain(tmp_path / "chain")
     with pytest.raises(Stopped):
-        tiny.train(run, tmp_path, DATA, replacements=start, should_stop=after_first_task)
+        tiny.train(run, tmp_path, DATA, replacements=start, should_stop=lambda: len(chain) == 1)
+
+    def compiled():
+        return [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
+
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         jax.jit(lambda x: x + 1)(jnp.float32(1))
-        assert any("Compiling" in r.getMessage() for r in caplog.records)  # it does log
+        assert compiled()  # it would be seen
         caplog.clear()
         tiny.train(run, tmp_path, DATA, replacements=start)
-    assert len(chain) == 3
-    assert [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()] == []
-    (program,) = trainer_of(run, tiny.one_device())._programs.values()
-    assert program._cache_size() == 1
-
-
-def test_a_step_is_traced_once():
-    run = tiny.run("fd")
-    trainer, state, previous, data, plan = prepared(run, tiny.one_device(), task=1)
-    chex.clear_trace_counter()
-    step = jax.jit(chex.assert_max_traces(trainer.train_step, n=1))
-    for number in range(4):
-        batch = {"image": data.images[plan[number]], "label": data.labels[plan[number]]}
-        state, _ = step(state, batch, previous)
-        state = state.replace(task=state.task.replace(index=state.task.index + 1))
+    assert len(chain) == 3 and compiled() == []
 
 
 # Refused before any work
@@ -385,26 +407,24 @@ def refused(message, data=DATA, mesh=None, replacements=None, **changes):
         loop.train(run, data, None, None, mesh or tiny.one_device(), replacements)
 
 
-def test_what_cannot_work_is_refused_before_any_work():
+def test_what_cannot_work_is_refused_before_any_work(eight):
     refused("num_prototypes 5 is too small for 6 classes", num_prototypes=5)
     refused("epochs must be at least 1, got 0", epochs=0)
     refused("batch_size must be at least 1, got -2", batch_size=-2)
     refused("rehearsal must not be negative, got -1", rehearsal=-1)
-    refused("seed must lie in 0..4294967295, got -1", seed=-1)
+    refused(r"seed must lie in 0\.\.4294967295, got -1", seed=-1)
     refused("unknown label_order 'descendin'. Did you mean 'descending'", label_order="descendin")
     refused("unknown backbone 'resnet_smal'", backbone=loop.Backbone("resnet_smal"))
-    refused("unknown argument .* 'widht'", backbone=loop.Backbone("resnet_small", {"widht": 4}))
+    refused("unknown argument .* 'widht'", backbone=loop.Backbone("one_conv", {"widht": 4}))
     refused("unknown dtype 'float16'", dtype="float16")
     refused(
-        "batch_size 12 does not divide over 8 devices .*: use 8 or 16",
-        batch_size=12,
-        mesh=make_mesh("data:8"),
+        "batch_size 12 does not divide over 8 devices .*: use 8 or 16", DATA, eight, batch_size=12
     )
 
 
-def test_batches_that_the_devices_cannot_share_are_refused_before_any_work():
+def test_batches_that_the_devices_cannot_share_are_refused_before_any_work(eight):
     few = tiny.dataset(per_class=5)  # ten images a task: a batch of 16 shrinks to them
-    refused("task 0 has batches of 10 images, which 8 devices", few, make_mesh("data:8"))
+    refused("task 0 has batches of 10 images, which 8 devices", few, eight)
     refused("task 1 has batches of 0 images", batch_size=1)
 
 

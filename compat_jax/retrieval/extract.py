@@ -5,11 +5,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from compat_jax import hosts
 from compat_jax import mesh as meshes
 from compat_jax.chain import Version
 from compat_jax.data.augment import Preprocess
@@ -91,6 +91,6 @@ def extract(
         missing = batch_size - len(batch)
         if missing:
             batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
-        pending.append(apply(variables, jnp.asarray(batch)))
-    features = np.concatenate([np.asarray(x) for x in pending])
+        pending.append(apply(variables, meshes.feed(batch, mesh)))
+    features = np.concatenate([hosts.whole(x) for x in pending])
     return features[: len(images), : record.feature_size]

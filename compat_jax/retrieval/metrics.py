@@ -10,7 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from compat_jax import hosts
 from compat_jax.errors import UserError
 from compat_jax.retrieval.search import check_finite, check_sizes, search
 
@@ -56,6 +58,7 @@ def identification(
     query_labels: np.ndarray,
     gallery: np.ndarray,
     gallery_labels: np.ndarray,
+    mesh: Mesh | None = None,
 ) -> float:
     """Share of queries whose nearest class template, by inner product, is that of their class.
 
@@ -64,6 +67,7 @@ def identification(
       query_labels: int[q].
       gallery: float[n, d], L2-normalised; the lengths weigh the images within a template.
       gallery_labels: int[n].
+      mesh: devices to spread the search over.
 
     Returns:
       A float in [0, 1]. A query whose class the gallery lacks counts as wrong.
@@ -77,7 +81,7 @@ def identification(
     """
     query, query_labels = _check_labels("query", query, query_labels)
     templates, classes = class_templates(gallery, gallery_labels)
-    nearest = search(query, templates, 1)[1][:, 0]
+    nearest = search(query, templates, 1, mesh=mesh)[1][:, 0]
     return float(np.mean(classes[nearest] == query_labels))
 
 
@@ -88,6 +92,7 @@ def cumulative_matching_characteristic(
     gallery_labels: np.ndarray,
     max_rank: int = 10,
     same_set: bool = False,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """CMC: share of queries with an image of their class among the first 1, 2, … neighbours.
 
@@ -101,6 +106,7 @@ def cumulative_matching_characteristic(
       max_rank: 1..n (1..n-1 with `same_set`).
       same_set: query and gallery are the same images, maybe of two versions, in the same order; an
         image is not its own neighbour.
+      mesh: devices to spread the search over.
 
     Returns:
       float64[max_rank], not falling, in [0, 1].
@@ -111,7 +117,7 @@ def cumulative_matching_characteristic(
     query, query_labels = _check_labels("query", query, query_labels)
     gallery, gallery_labels = _check_labels("gallery", gallery, gallery_labels)
     has_match = _has_match(query_labels, gallery_labels, same_set)
-    neighbours = search(query, gallery, max_rank + same_set)[1]
+    neighbours = search(query, gallery, max_rank + same_set, mesh=mesh)[1]
     if same_set:
         neighbours = _drop_self(neighbours)
     hits = gallery_labels[neighbours] == query_labels[:, None]
@@ -125,6 +131,7 @@ def recall_at_k(
     gallery_labels: np.ndarray,
     ks: Sequence[int] = (1, 5, 10),
     same_set: bool = False,
+    mesh: Mesh | None = None,
 ) -> dict[int, float]:
     """Share of queries with an image of their class among the k nearest, as in metric learning.
 
@@ -135,6 +142,7 @@ def recall_at_k(
       gallery_labels: int[n].
       ks: neighbours to look at, each in 1..n (1..n-1 with `same_set`).
       same_set: see `cumulative_matching_characteristic`.
+      mesh: devices to spread the search over.
 
     Returns:
       {k: recall in [0, 1]}; queries without any match in the gallery are left out.
@@ -145,7 +153,7 @@ def recall_at_k(
     if not ks or min(ks) < 1:
         raise UserError(f"ks must be one or more numbers >= 1, got {tuple(ks)}")
     curve = cumulative_matching_characteristic(
-        query, query_labels, gallery, gallery_labels, max(ks), same_set
+        query, query_labels, gallery, gallery_labels, max(ks), same_set, mesh
     )
     return {k: float(curve[k - 1]) for k in ks}
 
@@ -171,7 +179,8 @@ def mean_average_precision(
       same_set: see `cumulative_matching_characteristic`.
 
     Returns:
-      MeanAveragePrecision; queries without a match are left out of the mean and counted.
+      MeanAveragePrecision; queries without a match are left out of the mean and counted. Several
+      processes (`jax.distributed`) share the queries.
 
     Raises:
       UserError: lengths or feature sizes that differ, or no query with a match.
@@ -180,16 +189,18 @@ def mean_average_precision(
     gallery, gallery_labels = _check_labels("gallery", gallery, gallery_labels)
     check_sizes(query, gallery)
     has_match = _has_match(query_labels, gallery_labels, same_set)
-    total = 0.0
     chosen = np.flatnonzero(has_match)
+    own = chosen[jax.process_index() :: jax.process_count()]
+    precisions = np.zeros(len(query))
     on_device = jax.device_put(gallery)
-    for rows in np.array_split(chosen, -(-len(chosen) * len(gallery) // SCORES)):
+    for rows in np.array_split(own, max(1, -(-len(own) * len(gallery) // SCORES))):
         for row, scores in zip(rows, np.asarray(_scores(query[rows], on_device)), strict=True):
             match = gallery_labels == query_labels[row]
             if same_set:
                 scores, match = np.delete(scores, row), np.delete(match, row)
-            total += _average_precision(scores, match)
-    return MeanAveragePrecision(total / len(chosen), len(chosen), len(query) - len(chosen))
+            precisions[row] = _average_precision(scores, match)
+    value = float(hosts.total(precisions)[chosen].mean())
+    return MeanAveragePrecision(value, len(chosen), len(query) - len(chosen))
 
 
 @jax.jit

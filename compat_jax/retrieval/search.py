@@ -8,12 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from compat_jax import mesh as meshes
 from compat_jax.errors import UserError
 
 # On CPU the scores are made TILE gallery rows at a time, small enough to stay in cache until they
 # are reduced to one maximum for each GROUP of neighbouring rows.
 TILE = 1024
 GROUP = 64
+# Sizes of one compiled call: queries, and gallery rows a device.
+QUERY_BLOCK = 256
+GALLERY_BLOCK = 1 << 18
 
 
 def search(
@@ -23,8 +27,8 @@ def search(
     *,
     mesh: Mesh | None = None,
     approx_recall: float | None = None,
-    query_block: int = 256,
-    gallery_block: int = 1 << 18,
+    query_block: int = QUERY_BLOCK,
+    gallery_block: int = GALLERY_BLOCK,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k gallery rows of largest inner product with each query, largest first.
 
@@ -55,11 +59,9 @@ def search(
     """
     _check(query, gallery, k, mesh, approx_recall)
     num_rows = len(gallery)
-    query_size = _power_of_two(min(query_block, len(query)))
+    query_size, size = _block_sizes(len(query), num_rows, k, mesh, query_block, gallery_block)
     queries = [_place(b, mesh) for _, b in _blocks("query", query, query_size)]
-    best = [_nothing(query_size, k)] * len(queries)
-    shards = 1 if mesh is None else mesh.shape["data"]
-    size = shards * _power_of_two(max(k, min(gallery_block, -(-num_rows // shards))))
+    best = [tuple(_place(part, mesh) for part in _nothing(query_size, k))] * len(queries)
     step = partial(_search_block, k=k, approx_recall=approx_recall, mesh=mesh)
     for start, block in _blocks("gallery", gallery, size):
         block = _place(block, mesh, "data")
@@ -69,10 +71,41 @@ def search(
     return scores[: len(query)], rows[: len(query)]
 
 
+def lower(num_rows: int, feature_size: int, k: int, mesh: Mesh) -> jax.stages.Lowered:
+    """The step that `search` compiles for a full block of queries, lowered on a mesh: for plans."""
+    queries, size = _block_sizes(QUERY_BLOCK, num_rows, k, mesh, QUERY_BLOCK, GALLERY_BLOCK)
+
+    def shape(rows, columns, dtype=jnp.float32, axis=None):
+        sharding = NamedSharding(mesh, PartitionSpec(axis))
+        return jax.ShapeDtypeStruct((rows, columns), dtype, sharding=sharding)
+
+    gallery = shape(size, feature_size, axis="data")
+    best = (shape(queries, k), shape(queries, k, jnp.int32))
+    first = stop = np.int32(0)
+    return _search_block.lower(
+        shape(queries, feature_size),
+        gallery,
+        first,
+        stop,
+        best,
+        k=k,
+        approx_recall=None,
+        mesh=mesh,
+    )
+
+
+def _block_sizes(num_queries, num_rows, k, mesh, query_block, gallery_block) -> tuple[int, int]:
+    """Queries and gallery rows of one step, the latter over all devices."""
+    shards = 1 if mesh is None else mesh.shape["data"]
+    rows = _power_of_two(max(k, min(gallery_block, -(-num_rows // shards))))
+    return _power_of_two(min(query_block, num_queries)), shards * rows
+
+
 @partial(jax.jit, static_argnames=("k", "approx_recall", "mesh"))
 def _search_block(query, gallery, first, stop, best, *, k, approx_recall, mesh):
     """Update the best k of a block of queries with a block of gallery rows, first..stop-1."""
-    local = partial(_local_top_k, k=k, approx_recall=approx_recall)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    local = partial(_local_top_k, k=k, approx_recall=approx_recall, on_cpu=platform == "cpu")
     if mesh is None:
         return _merge(best, local(query, gallery, first, stop), k)
 
@@ -92,9 +125,9 @@ def _search_block(query, gallery, first, stop, best, *, k, approx_recall, mesh):
     )(query, gallery, first, stop, best)
 
 
-def _local_top_k(query, gallery, first, stop, *, k, approx_recall):
+def _local_top_k(query, gallery, first, stop, *, k, approx_recall, on_cpu):
     """Best k of the rows first, first + 1, … < stop that `gallery` holds; the rest is padding."""
-    grouped = jax.default_backend() == "cpu" and len(gallery) >= 4 * k * GROUP
+    grouped = on_cpu and len(gallery) >= 4 * k * GROUP
     if grouped and approx_recall is None:
         return _grouped_top_k(query, gallery, first, stop, k)
     scores = jnp.dot(query, gallery.T, precision="highest")
@@ -153,8 +186,9 @@ def _top_k_of(scores, rows, k):
     return scores, jnp.take_along_axis(rows, place, axis=1)
 
 
-def _nothing(num_queries: int, k: int) -> tuple[jax.Array, jax.Array]:
-    return jnp.full((num_queries, k), -jnp.inf), jnp.zeros((num_queries, k), jnp.int32)
+def _nothing(num_queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    # In NumPy: a weakly typed array of JAX would compile the first step once more.
+    return np.full((num_queries, k), -np.inf, np.float32), np.zeros((num_queries, k), np.int32)
 
 
 def _blocks(name: str, features, size: int) -> Iterator[tuple[int, np.ndarray | jax.Array]]:
@@ -179,7 +213,11 @@ def _slice(features, start, size):
 
 def _place(block, mesh: Mesh | None, axis: str | None = None) -> jax.Array:
     # device_put takes an aligned host array as it is on CPU, where jnp.asarray copies it.
-    return jax.device_put(block, None if mesh is None else NamedSharding(mesh, PartitionSpec(axis)))
+    if mesh is None:
+        return jax.device_put(block)
+    if axis is not None and isinstance(block, np.ndarray):
+        return meshes.feed(block, mesh)
+    return meshes.put(block, NamedSharding(mesh, PartitionSpec(axis)))
 
 
 def _power_of_two(n: int) -> int:

@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from compat_jax import losses, models, simplex
+from compat_jax import hosts, losses, models, simplex
 from compat_jax import mesh as meshes
 from compat_jax.chain import Chain, Record, Version
 from compat_jax.data.augment import Preprocess
@@ -267,6 +267,40 @@ def pretrain(
     progress.clear()
 
 
+def lower(
+    run: Run,
+    labels: np.ndarray,
+    image_shape: tuple[int, int, int],
+    mesh: Mesh,
+    start: Record | None = None,
+) -> jax.stages.Lowered:
+    """The step that `train` compiles, lowered on a mesh, also of devices that are not there.
+
+    Args:
+      run: what to compute.
+      labels: int[n] of the data.
+      image_shape: (height, width, channels).
+      mesh: devices.
+      start: record of the model that the task starts from; None for the run's own backbone.
+
+    Returns:
+      A jax.stages.Lowered, to be compiled.
+    """
+    steps, batch = _plan_shape(run, labels)
+    shape = jax.ShapeDtypeStruct
+    data = DeviceData(
+        shape((len(labels), *image_shape), jnp.uint8), shape((len(labels),), jnp.int32)
+    )
+    trainer = _trainer(run, start, mesh)
+    return trainer.lower(*trainer.shapes(image_shape), data, shape((steps, batch), jnp.int32))
+
+
+def _plan_shape(run, labels):
+    """Steps of the longest task and images of the largest batch."""
+    plans = _plans(dataclasses.replace(run, epochs=1), labels)
+    return run.epochs * max(len(p) for p in plans), max(p.shape[1] for p in plans)
+
+
 @dataclasses.dataclass
 class _Fit:
     """Trains one task from given variables, saving on the way."""
@@ -281,7 +315,7 @@ class _Fit:
 
     def __post_init__(self):
         on_host = DeviceData(self.data.images, self.data.labels)
-        self.on_device = jax.device_put(on_host, meshes.replicated(self.mesh))
+        self.on_device = meshes.put(on_host, meshes.replicated(self.mesh))
 
     def __call__(self, trainer, variables, info, plan, total, meter, label):
         """Variables after `total` steps of the plan."""
@@ -290,7 +324,7 @@ class _Fit:
         if self.run.method.needs_previous:
             previous = trainer.place(variables)
         state = self.progress.restore(task, trainer.create_state(variables, info))
-        plan = jax.device_put(plan, meshes.along_data(self.mesh, 1))
+        plan = meshes.feed(plan, self.mesh, axis=1)
         meter.update(int(state.step))
         epoch = int(info.steps_per_epoch)
         save_every = self.save_every or epoch
@@ -316,7 +350,7 @@ class _Fit:
             f"{label}, loss {metrics.loss:.3f}, accuracy {metrics.accuracy:.2f}, "
             f"{rate:.0f} images/s"
         )
-        if self.log is not None:
+        if self.log is not None and hosts.is_first():
             line = {"task": task, "step": stop, **metrics._asdict()}
             line["images_per_second"] = round(rate, 1)
             self.log.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from etils import epath
 from flax import serialization
 from orbax.checkpoint import v1 as ocp
 
+from compat_jax import hosts
 from compat_jax import mesh as meshes
 from compat_jax.errors import UserError
 from compat_jax.files import absolute, first_line
@@ -37,10 +38,11 @@ class Progress:
         name = f"task{task}-step{int(state.step)}"
         tree = _without_empty(serialization.to_state_dict(state))
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if not (self.path / name).exists():
-                ocp.save(self.path / name, jax.tree.map(np.asarray, tree))
-            self._remove_others(name)
+            hosts.first_does(lambda: self.path.mkdir(parents=True, exist_ok=True))
+            if not hosts.first_says((self.path / name).exists()):
+                # Several processes write a share each.
+                ocp.save(self.path / name, tree if hosts.several() else _on_host(tree))
+            hosts.first_does(lambda: self._remove_others(name))
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise UserError(
                 f"cannot save to {self.path} ({first_line(error)}): make room or free it, then "
@@ -84,7 +86,7 @@ class Progress:
 
     def clear(self) -> None:
         """Forget everything: the task is in the chain now."""
-        self._remove_others(None)
+        hosts.first_does(lambda: self._remove_others(None))
 
     def _saved(self):
         if not self.path.exists():
@@ -96,6 +98,10 @@ class Progress:
             for path in self.path.iterdir():
                 if path.name != name:
                     path.rmtree()
+
+
+def _on_host(tree: Any) -> Any:
+    return jax.tree.map(np.asarray, tree)
 
 
 def _without_empty(tree: Any) -> Any:

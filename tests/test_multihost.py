@@ -1,0 +1,232 @@
+"""Two real processes over loopback, each with four CPU devices, against one with a single device."""
+
+import json
+import os
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from flat import Flat
+from PIL import Image
+
+from compat_jax import hosts, models
+from compat_jax.chain import Chain
+from compat_jax.data.dataset import Dataset
+from compat_jax.errors import UserError
+from launch import runs
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = """
+from configs import iamcl2r
+
+def get_config():
+    config = iamcl2r.get_config("replace=false")
+    config.backbone.name = "flat"
+    config.num_prototypes, config.batch_size, config.epochs = 13, 16, 2
+    config.optim.lr = 0.05
+    config.data.flip, config.data.crop_padding = False, 1
+    config.tasks.update(initial=3, increment=3, rehearsal=4)
+    for role in ("train", "query", "gallery"):
+        config.data[role] = {"source": "folder", "path": f"%s/{role}", "size": 8}
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pictures in class folders and the configuration of two tasks."""
+    folder = tmp_path_factory.mktemp("hosts")
+    other = tiny.dataset(4, 24, seed=1, name="other")
+    parts = {"train": tiny.dataset(), "query": other.per_class(15)}
+    parts["gallery"] = Dataset(other.images[::-1], other.labels[::-1], other.class_names).per_class(
+        9
+    )
+    for role, data in parts.items():
+        for i, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
+            path = folder / role / data.class_names[label] / f"{i:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    (folder / "config.py").write_text(CONFIG % folder)
+    return folder
+
+
+def start(program, *arguments, devices=1, **process):
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+    }
+    environment.pop("XLA_FLAGS", None)
+    flags = [f"--{key}={value}" for key, value in process.items()]
+    return subprocess.Popen(
+        [sys.executable, ROOT / "tests/run_flat.py", program, *arguments, *flags, "--noprogress"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_two(program, *arguments):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+    return [
+        start(
+            program,
+            *arguments,
+            devices=4,
+            coordinator=coordinator,
+            num_processes=2,
+            process_id=i,
+        )
+        for i in range(2)
+    ]
+
+
+def finish(*processes, code=0):
+    """What each printed, once all have ended with the same code."""
+    ended = [(p.communicate(timeout=300), p.returncode) for p in processes]
+    for (_, errors), returncode in ended:
+        assert returncode == code, errors
+    return [output for (output, _), _ in ended]
+
+
+def training(folder, workdir):
+    return ("launch.train", f"--config={folder}/config.py", f"--workdir={folder / workdir}")
+
+
+def evaluation(folder, workdir):
+    return ("launch.evaluate", f"--chain={folder / workdir / 'chain'}", "--metric=map")
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    """This process, with one device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.BACKBONES, "flat", Flat)
+        module = runpy.run_path(str(folder / "config.py"))
+        config = module["get_config"]()
+        config.mesh = "data:1"
+        chain = runs.train(config, str(folder / "one"), lambda: False, bar=False)
+        result = runs.evaluate(
+            chain, folder / "one" / "evaluation", metric="map", mesh="data:1", bar=False
+        )
+    return folder / "one", result
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """Two processes, stopped by a signal to the second one and started again."""
+    mesh = ("--config.mesh=data:2,model:4", "--config.save_every=1")
+    processes = start_two(*training(folder, "two"), *mesh)
+    wait_for(folder / "two" / "progress", processes)
+    processes[1].send_signal(signal.SIGTERM)
+    finish(*processes, code=75)
+    assert any((folder / "two" / "progress").iterdir())
+    first, second = finish(*start_two(*training(folder, "two"), *mesh))
+    assert "2 versions in " in first and "versions in" not in second
+    first, second = finish(*start_two(*evaluation(folder, "two"), "--mesh=data:4,model:2"))
+    assert "matrix.json" in first and "matrix" not in second
+    return folder / "two"
+
+
+def wait_for(path, processes):
+    while not path.exists():
+        assert all(p.poll() is None for p in processes), finish(*processes)
+        time.sleep(0.02)
+
+
+def test_two_processes_end_with_the_matrix_of_one(one, two):
+    _, expected = one
+    assert expected.matrix.shape == (2, 2) and (np.diag(expected.matrix) > 0.5).all()
+    result = json.loads((two / "evaluation" / "matrix.json").read_text())["hoc"]
+    np.testing.assert_allclose(result["matrix"], expected.matrix, rtol=1e-5)
+    assert result["metric"] == "map" and result["replaced"] == [False, False]
+
+
+def test_two_processes_end_with_the_variables_of_one(one, two):
+    for number in range(2):
+        a, b = (Chain(d / "chain").open(number) for d in (one[0], two))
+        assert a.record == b.record
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5),
+            a.variables,
+            b.variables,
+        )
+
+
+def test_first_process_writes_the_log_once(two):
+    lines = [json.loads(line) for line in (two / "log.jsonl").read_text().splitlines()]
+    positions = [(line["task"], line["step"]) for line in lines]
+    assert positions == sorted(set(positions)) and positions[-1][0] == 1
+    assert not list((two / "progress").iterdir())
+    assert not [p for p in (two / "chain").iterdir() if p.name.startswith(".")]
+
+
+OPEN = """
+import sys, jax
+from compat_jax.chain import Chain
+assert jax.device_count() == 1
+chains = [Chain(path) for path in sys.argv[1:]]
+assert [c.verify() for c in chains] == [{0: None, 1: None}] * 2
+versions = [c.open(number) for number in (0, 1) for c in chains]
+print(*[v.sha256 for v in versions])
+"""
+
+
+def test_chain_of_two_processes_opens_anywhere(one, two, tmp_path):
+    """On one device, in another folder, beside another chain in the same program."""
+    moved = tmp_path / "elsewhere" / "moved"
+    shutil.copytree(two / "chain", moved)
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN, moved, one[0] / "chain"],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = [Chain(d / "chain").open(n).sha256 for n in (0, 1) for d in (two, one[0])]
+    assert done.stdout.split() == expected
+
+
+def test_mistake_is_told_by_every_process(folder, two):
+    """The first process alone looks at run.json; the others learn of it and do not hang."""
+    processes = start_two(*training(folder, "two"), "--config.mesh=data:8", "--config.seed=5")
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert "belongs to a run with other settings: seed was 0, now 5" in errors
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("localhost:1", None, None), "go together: give all"),
+        (("localhost:1", 2, 2), r"--process_id must lie in 0\.\.1 \(--num_processes\), got 2"),
+    ],
+)
+def test_hosts_that_cannot_join(given, message):
+    with pytest.raises(UserError, match=message):
+        hosts.start(*given)
+
+
+def test_one_process_needs_no_other():
+    assert not hosts.several() and hosts.is_first()
+    assert hosts.first_says(True) and not hosts.any_says(False)
+    done = []
+    hosts.first_does(lambda: done.append(1))
+    assert done == [1] and len(hosts.token()) == 8
+    np.testing.assert_array_equal(hosts.whole(np.arange(3)), [0, 1, 2])
