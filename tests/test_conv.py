@@ -19,6 +19,9 @@ CASES = [
     ((2, 4, 5, 3), 5, 4, 2, 2, 1, ("native", "im2col", "dense")),
     ((2, 5, 5, 3), 1, 4, 2, 0, 1, ("native", "im2col", "dense")),
     ((2, 9, 8, 3), 4, 4, 4, 0, 1, ("native", "im2col", "patches")),
+    ((2, 6, 4, 3), 3, 4, 1, 1, 1, ("native", "winograd")),
+    ((2, 5, 7, 3), 3, 4, 1, 1, 1, ("native", "winograd")),
+    ((2, 2, 2, 3), 3, 4, 1, 1, 1, ("native", "dense", "toeplitz")),
     ((2, 6, 6, 4), 3, 6, 2, 1, 2, ("native", "split")),
     ((2, 2, 2, 4), 3, 4, 1, 1, 4, ("native", "split")),
 ]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Form = Literal["native", "im2col", "dense", "patches", "split"]
+Form = Literal["native", "im2col", "dense", "patches", "split", "winograd", "toeplitz"]
 
 
 def conv(
@@ -60,7 +60,9 @@ def _cpu_form(shape, kernel_shape, stride, padding, groups) -> Form:
     if size == stride and not padding:
         return "patches"
     if shape[1] <= 2 and shape[2] <= 2:
-        return "dense"
+        return "toeplitz" if (size, stride, *shape[1:3]) == (3, 1, 2, 2) else "dense"
+    if size == 3 and stride == 1 and shape[1] == shape[2] and shape[1] in (4, 8):
+        return "winograd"
     return "im2col" if out <= 4 else "native"
 
 
@@ -124,6 +126,139 @@ def _dense(x, kernel, stride, padding, groups):
     return out.reshape(batch, out_h, out_w, c_out)
 
 
+def _winograd(x, kernel, stride, padding, groups):
+    """F(2x2, 3x3): four outputs from 16 products, where the sum over taps has 36.
+
+    Each of the 16 is a matmul of its own, since XLA:CPU is slow at stacking. See Lavin and Gray, "Fast
+    Algorithms for Convolutional Neural Networks", CVPR 2016.
+    """
+    del stride, padding, groups
+    return _winograd_conv(x, kernel)
+
+
+@jax.custom_vjp
+def _winograd_conv(x, kernel):
+    return _winograd_forward(x, kernel)[0]
+
+
+def _winograd_forward(x, kernel):
+    return _by_winograd(x, kernel), (x, kernel)
+
+
+def _winograd_backward(saved, gradient):
+    # What autodiff makes of the overlapping tiles is slow. The gradient of the inputs is a convolution
+    # again, with the kernel turned round; that of the kernel is 16 matmuls.
+    x, kernel = saved
+    of_x = _by_winograd(gradient, kernel[::-1, ::-1].swapaxes(2, 3))
+    return of_x, _kernel_gradient(x, gradient)
+
+
+@jax.jit  # so that equal layers are traced once
+def _by_winograd(x, kernel):
+    batch, height, width, _ = x.shape
+    inputs = _both_axes(_TO_INPUT, _overlapping_tiles(x))
+    products = _products(inputs, _both_axes(_TO_KERNEL, list(map(list, kernel))))
+    return _from_tiles(_both_axes(_TO_OUTPUT, products), batch, height, width)
+
+
+@jax.jit
+def _kernel_gradient(x, gradient):
+    inputs = _both_axes(_TO_INPUT, _overlapping_tiles(x))
+    outputs = _both_axes(_transposed(_TO_OUTPUT), _tiles(gradient))
+    products = _products([[a.T for a in row] for row in inputs], outputs)
+    of_kernel = _both_axes(_transposed(_TO_KERNEL), products)
+    return jnp.stack([jnp.stack(row) for row in of_kernel])
+
+
+_winograd_conv.defvjp(_winograd_forward, _winograd_backward)
+
+_TO_INPUT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
+_TO_KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
+_TO_OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
+
+
+def _products(left, right):
+    """The matrix products of two grids, entry by entry."""
+    rows = zip(left, right, strict=True)
+    return [[a @ b for a, b in zip(*pair, strict=True)] for pair in rows]
+
+
+def _transposed(matrix):
+    return tuple(zip(*matrix, strict=True))
+
+
+def _both_axes(matrix, grid):
+    """matrix @ grid @ matrix.T, where the entries of the grid are arrays."""
+
+    def along_rows(rows):
+        return [
+            [_combined(weights, column) for column in zip(*rows, strict=True)] for weights in matrix
+        ]
+
+    return _transposed(along_rows(_transposed(along_rows(grid))))
+
+
+def _combined(weights, arrays):
+    """The weighted sum, without a multiplication by 0, 1 or -1."""
+    total = None
+    for weight, array in zip(weights, arrays, strict=True):
+        if weight == 0:
+            continue
+        term = array if abs(weight) == 1 else abs(weight) * array
+        if total is None:
+            total = term if weight > 0 else -term
+        else:
+            total = total + term if weight > 0 else total - term
+    return total
+
+
+def _overlapping_tiles(x):
+    """Entry (i, j) of every 4 x 4 tile, tiles 2 apart on a map with a border of zeros: 4 x 4 arrays."""
+    batch, height, width, channels = x.shape
+    rows, columns = (height + 1) // 2, (width + 1) // 2
+    x = jnp.pad(x, ((0, 0), (1, 1 + height % 2), (1, 1 + width % 2), (0, 0)))
+
+    def entry(i, j):
+        stop = (batch, i + 2 * rows - 1, j + 2 * columns - 1, channels)
+        return lax.slice(x, (0, i, j, 0), stop, (1, 2, 2, 1)).reshape(-1, channels)
+
+    return [[entry(i, j) for j in range(4)] for i in range(4)]
+
+
+def _tiles(x):
+    """Entry (i, j) of every 2 x 2 tile: 2 x 2 arrays."""
+    _, height, width, channels = x.shape
+    x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
+    return [[x[:, i::2, j::2].reshape(-1, channels) for j in range(2)] for i in range(2)]
+
+
+def _from_tiles(grid, batch, height, width):
+    """The map that `_tiles` takes apart."""
+    rows, columns = (height + 1) // 2, (width + 1) // 2
+    parts = [[x.reshape(batch, rows, columns, -1) for x in line] for line in grid]
+    x = jnp.stack([jnp.stack(line, axis=3) for line in parts], axis=2)
+    return x.reshape(batch, 2 * rows, 2 * columns, -1)[:, :height, :width]
+
+
+def _toeplitz(x, kernel, stride, padding, groups):
+    """A 3x3 convolution of a 2x2 map: nine matmuls instead of 16.
+
+    Along one axis the two outputs are b x0 + c x1 and a x0 + b x1 with the taps (a, b, c), hence
+    b (x0 + x1) + (c - b) x1 and b (x0 + x1) + (a - b) x0.
+    """
+    del stride, padding, groups
+    return _by_toeplitz(x, kernel)
+
+
+@jax.jit
+def _by_toeplitz(x, kernel):
+    entries = [[x[:, i, j] for j in range(2)] for i in range(2)]
+    inputs = _both_axes(((1, 1), (0, 1), (1, 0)), entries)
+    kernels = _both_axes(((0, 1, 0), (0, -1, 1), (1, -1, 0)), list(map(list, kernel)))
+    outputs = _both_axes(((1, 1, 0), (1, 0, 1)), _products(inputs, kernels))
+    return _from_tiles(outputs, len(x), 2, 2)
+
+
 def _patches(x, kernel, stride, padding, groups):
     """Windows that neither overlap nor touch the border, as a ViT's: a reshape and one matmul."""
     del padding, groups
@@ -161,4 +296,6 @@ _FORMS = {
     "dense": _dense,
     "patches": _patches,
     "split": _split,
+    "winograd": _winograd,
+    "toeplitz": _toeplitz,
 }

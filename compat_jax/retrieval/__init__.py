@@ -8,6 +8,7 @@ from compat_jax.retrieval.metrics import (
     identification,
     mean_average_precision,
     recall_at_k,
+    template_accuracies,
 )
 from compat_jax.retrieval.search import search
 from compat_jax.retrieval.verification import (
@@ -29,5 +30,6 @@ __all__ = [
     "recall_at_k",
     "search",
     "tar_at_far",
+    "template_accuracies",
     "verification_accuracy",
 ]

@@ -15,6 +15,7 @@ from compat_jax.chain import Version
 from compat_jax.data.augment import Preprocess
 from compat_jax.errors import UserError
 from compat_jax.losses import normalize
+from compat_jax.models.fold import fold_batch_norm
 
 
 @functools.lru_cache(maxsize=64)
@@ -25,7 +26,7 @@ def features_program(embedder: nn.Module, preprocess: Preprocess, mesh: Mesh, st
       embedder: the network, with a projection that the model axis divides (`mesh.fitted`).
       preprocess: normalisation.
       mesh: devices.
-      structure: `jax.tree.structure` of the variables.
+      structure: `jax.tree.structure` of the variables, in `extract` those of `fold_batch_norm`.
 
     Returns:
       (variables, uint8[batch, h, w, c]) -> float32[batch, feature_size], normalised; the batch is
@@ -82,7 +83,8 @@ def extract(
     batch_size = meshes.round_up(mesh, min(batch_size, len(images)))
     preprocess = Preprocess(record.mean, record.std)
     network = meshes.fitted(version.embedder(dtype), mesh)
-    variables = meshes.place(version.variables, mesh, network.projection)
+    folded = fold_batch_norm(network, version.variables, record.image_shape)
+    variables = meshes.place(folded, mesh, network.projection)
     apply = features_program(network, preprocess, mesh, jax.tree.structure(variables))
     batches = range(0, len(images), batch_size)
     pending: list[Any] = []

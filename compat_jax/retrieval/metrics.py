@@ -5,6 +5,7 @@ L2-normalised. Versions of unequal feature size are refused.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -58,7 +59,6 @@ def identification(
     query_labels: np.ndarray,
     gallery: np.ndarray,
     gallery_labels: np.ndarray,
-    mesh: Mesh | None = None,
 ) -> float:
     """Share of queries whose nearest class template, by inner product, is that of their class.
 
@@ -67,7 +67,6 @@ def identification(
       query_labels: int[q].
       gallery: float[n, d], L2-normalised; the lengths weigh the images within a template.
       gallery_labels: int[n].
-      mesh: devices to spread the search over.
 
     Returns:
       A float in [0, 1]. A query whose class the gallery lacks counts as wrong.
@@ -79,10 +78,54 @@ def identification(
       with the class that it names rather than its place among the templates, which is the same
       when classes are numbered 0, 1, ….
     """
-    query, query_labels = _check_labels("query", query, query_labels)
     templates, classes = class_templates(gallery, gallery_labels)
-    nearest = search(query, templates, 1, mesh=mesh)[1][:, 0]
-    return float(np.mean(classes[nearest] == query_labels))
+    return float(template_accuracies(query, query_labels, [templates], classes)[0])
+
+
+def template_accuracies(
+    query: np.ndarray,
+    query_labels: np.ndarray,
+    templates: Sequence[np.ndarray],
+    classes: np.ndarray,
+) -> np.ndarray:
+    """`identification` of the same queries in the galleries of several versions, by one matmul.
+
+    Args:
+      query: float[q, d], L2-normalised.
+      query_labels: int[q].
+      templates: float32[c, d] for each version, of `class_templates`.
+      classes: int[c], the classes of the templates, the same in every version.
+
+    Returns:
+      float64[versions], each in [0, 1]. Several processes (`jax.distributed`) share the queries.
+
+    Raises:
+      UserError: lengths or feature sizes that differ, an empty set, values that are not finite.
+    """
+    query, query_labels = _check_labels("query", query, query_labels)
+    check_sizes(query, templates[0])
+    check_finite("query", query)
+    # Filled up to a power of two: a chain that grows compiles few programs.
+    filled = np.zeros((1 << (len(templates) - 1).bit_length(), *templates[0].shape), np.float32)
+    filled[: len(templates)] = templates
+    on_device = jax.device_put(filled.reshape(-1, filled.shape[-1]))
+    size = min(len(query), max(1, SCORES // len(on_device)))
+    hits = np.zeros(len(templates))
+    for start in range(size * jax.process_index(), len(query), size * jax.process_count()):
+        rows, labels = query[start : start + size], query_labels[start : start + size]
+        missing = size - len(rows)
+        rows = np.pad(rows, ((0, missing), (0, 0))) if missing else rows
+        nearest = np.asarray(_nearest_templates(rows, on_device, len(filled)))
+        found = classes[nearest[: len(labels), : len(templates)]]
+        hits += (found == labels[:, None]).sum(axis=0)
+    return hosts.total(hits) / len(query)
+
+
+@partial(jax.jit, static_argnames="versions")
+def _nearest_templates(query, templates, versions):
+    """int32[q, versions]: the nearest of each version's templates."""
+    scores = jnp.dot(query, templates.T, precision="highest")
+    return scores.reshape(len(query), versions, -1).argmax(axis=-1).astype(jnp.int32)
 
 
 def cumulative_matching_characteristic(

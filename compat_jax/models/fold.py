@@ -1,0 +1,76 @@
+"""BatchNorm of a frozen network folded into the convolutions before it."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from compat_jax.models.layers import BatchNorm, Conv
+
+EPSILON = BatchNorm.epsilon
+
+
+def fold_batch_norm(
+    network: nn.Module, variables: Mapping[str, Any], image_shape: tuple[int, int, int]
+) -> dict[str, Any]:
+    """Variables of the same function in evaluation mode, with fewer normalisations.
+
+    A BatchNorm that normalises what a `Conv` gave is a factor and a shift a channel: the factor goes
+    into the kernel, the shift becomes the bias, and its other variables are left out, from which
+    `BatchNorm` sees that it has only a bias to add. What one of them shares with another layer, as
+    in networks that normalise before the convolution, is left as it is.
+
+    Args:
+      network: an Embedder or a backbone.
+      variables: {"params", "batch_stats"} of it; arrays or tracers.
+      image_shape: (height, width, channels).
+
+    Returns:
+      Variables for `network.apply(variables, images, train=False)`.
+    """
+    params, stats = (_copy(variables.get(part, {})) for part in ("params", "batch_stats"))
+    for conv, norm in _pairs(network, tuple(image_shape)):
+        layer, own, running = _at(params, conv), _at(params, norm), _at(stats, norm)
+        factor = own.pop("scale") / (running.pop("var") + EPSILON) ** 0.5
+        own["bias"] = own["bias"] - running.pop("mean") * factor
+        for name in layer:  # the output channels come last in a kernel as in a bias
+            layer[name] = layer[name] * factor
+    return {"params": params, "batch_stats": _without_empty(stats)}
+
+
+@functools.lru_cache(maxsize=64)
+def _pairs(network, image_shape):
+    """Paths of the convolutions whose output goes into a BatchNorm, and of that BatchNorm."""
+    outputs, pairs = {}, []
+
+    def watch(call, arguments, keywords, context):
+        module, is_call = context.module, context.method_name == "__call__"
+        if is_call and isinstance(module, BatchNorm) and id(arguments[0]) in outputs:
+            pairs.append((outputs[id(arguments[0])][0], module.path))
+        result = call(*arguments, **keywords)
+        if is_call and isinstance(module, Conv):
+            outputs[id(result)] = module.path, result  # kept, so that no other gets its id
+        return result
+
+    def run(key, image):
+        with nn.intercept_methods(watch):
+            return network.init(key, image, train=False)
+
+    jax.eval_shape(run, jax.random.key(0), jnp.zeros((1, *image_shape)))
+    return tuple(pairs)
+
+
+def _copy(tree):
+    return {k: _copy(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _at(tree, path):
+    return functools.reduce(lambda t, name: t[name], path, tree)
+
+
+def _without_empty(tree):
+    cut = {k: _without_empty(v) if isinstance(v, dict) else v for k, v in tree.items()}
+    return {k: v for k, v in cut.items() if not (isinstance(v, dict) and not v)}

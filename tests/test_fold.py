@@ -1,0 +1,72 @@
+"""BatchNorm folded into the kernels: the same features with fewer operations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from compat_jax import models
+from compat_jax.methods import build_embedder, get_method
+from compat_jax.models import conv as forms
+from compat_jax.models.fold import fold_batch_norm
+
+# backbone, arguments, image side, how many normalisations are left
+CASES = {
+    "regnet_y_400mf": ({}, 16, 0),
+    "resnet18": ({}, 32, 0),
+    "resnet32_cifar": ({}, 16, 0),
+    "resnet50": ({}, 32, 0),
+    "resnet_small": ({"width": 4}, 16, 0),
+    "senet18": ({}, 16, 8),  # each block normalises its input, which its shortcut takes as it is
+}
+
+
+def test_all_backbones_are_here():
+    assert {*models.BACKBONES} - {*CASES} == {"vit_s16", "vit_ti16"}  # without BatchNorm
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_features_are_the_same_with_fewer_normalisations(name, monkeypatch):
+    monkeypatch.setattr(forms, "_cpu_form", lambda *_: "native")  # the quickest to compile
+    arguments, side, left = CASES[name]
+    network = build_embedder(
+        get_method("hoc"), models.create_backbone(name, arguments), 16, None, jnp.float32
+    )
+    shape = (side, side, 3)
+    variables = tiny.variables(
+        tiny.record(backbone=name, backbone_arguments=arguments, image_shape=shape)
+    )
+    params = variables["params"]  # halved, since random residual branches add up to thousands
+    variables["params"] = jax.tree_util.tree_map_with_path(
+        lambda path, x: x / 2 if path[-1].key == "scale" else x, params
+    )
+    images = np.random.default_rng(0).standard_normal((2, *shape), np.float32)
+    folded = fold_batch_norm(network, variables, shape)
+    forward = jax.jit(
+        lambda v: network.apply(v, images, train=False).features,
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    expected = np.asarray(forward(variables))
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(
+        forward(folded), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max()
+    )
+    names = [path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(folded)]
+    assert names.count("mean") == names.count("var") == left
+
+
+def test_variables_are_not_changed():
+    network = build_embedder(
+        get_method("hoc"),
+        models.create_backbone("resnet_small", {"width": 4}),
+        16,
+        None,
+        jnp.float32,
+    )
+    variables = tiny.variables(
+        tiny.record(backbone="resnet_small", backbone_arguments={"width": 4})
+    )
+    before = jax.tree.map(np.copy, variables)
+    fold_batch_norm(network, variables, (8, 8, 3))
+    jax.tree.map(np.testing.assert_array_equal, variables, before)
