@@ -55,6 +55,10 @@ def tfds_source(name: str, split: str, **fields: Any) -> dict[str, Any]:
     }
 
 
+# Those of all backbones; unset, each takes its own default.
+_BACKBONE_ARGUMENTS = ("width", "patch", "image_size")
+
+
 def base_config(method: str) -> ConfigDict:
     """The fields that every run has, with the reference's values.
 
@@ -66,11 +70,15 @@ def base_config(method: str) -> ConfigDict:
             "seed": 0,
             "num_prototypes": 1024,
             "label_order": "descending",
-            "backbone": {"name": "resnet18", "arguments": ConfigDict()},
+            "backbone": {
+                "name": "resnet18",
+                "arguments": {k: placeholder(int) for k in _BACKBONE_ARGUMENTS},
+            },
             "dtype": "float32",
             "epochs": 70,
             "batch_size": 128,
             "save_every": 0,
+            "device_budget_mb": 0,
             "mesh": "data:-1",
             "loss": {"lam": 0.1, "mu": 10.0, "same_class": "exclude", "distillation": 5.0},
             "optim": {

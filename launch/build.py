@@ -23,15 +23,17 @@ from compat_jax.train.loop import Backbone, Run
 from compat_jax.train.optimizer import OptimizerSettings
 
 # Fields that change how a run is computed or watched, not what comes out.
-_FREE = ("save_every", "mesh")
+_FREE = ("save_every", "mesh", "device_budget_mb")
 
 
 def build_run(config: ConfigDict, sequence: TaskSequence, rehearsal: int) -> Run:
     """The Run of a configuration; unknown names are refused here, before any data is read."""
-    data = config.data
+    data, arguments = config.data, config.backbone.arguments
     return Run(
         method=get_method(config.method),
-        backbone=Backbone(config.backbone.name, dict(config.backbone.arguments)),
+        backbone=Backbone(
+            config.backbone.name, {k: v for k, v in arguments.items() if v is not None}
+        ),
         num_prototypes=config.num_prototypes,
         label_order=config.label_order,
         sequence=sequence,
@@ -51,9 +53,9 @@ def build_mesh(config: ConfigDict) -> Mesh:
     return meshes.make_mesh(config.mesh, jax.devices())
 
 
-def load_data(config: ConfigDict, *roles: str) -> list[Dataset]:
+def load_data(config: ConfigDict, *roles: str, bar: bool = False) -> list[Dataset]:
     """The data sets of some roles ("train", "query", "gallery")."""
-    return [sources.load(config.data[role].to_dict()) for role in roles]
+    return [sources.load(config.data[role].to_dict(), bar) for role in roles]
 
 
 def load_replacements(config: ConfigDict) -> dict[int, Version]:

@@ -12,6 +12,7 @@ from compat_jax.chain import Chain
 from compat_jax.data.tasks import TaskSequence
 from compat_jax.errors import UserError
 from compat_jax.evaluation import Evaluation
+from compat_jax.files import absolute
 from compat_jax.train import loop
 from compat_jax.train.progress import Progress
 from launch import build
@@ -21,37 +22,39 @@ def pretrain(
     config: ConfigDict, workdir: str, should_stop: Callable[[], bool], bar: bool = True
 ) -> Chain:
     """Model i of the chain learns the first `pretrain_classes[i]` classes of the data."""
-    folder, bar = epath.Path(workdir), bar and hosts.is_first()
+    folder, bar = absolute(workdir), bar and hosts.is_first()
     counts = tuple(config.pretrain_classes)
     if not counts or min(counts) < 2:
         raise UserError(f"pretrain_classes needs numbers of classes, each at least 2, got {counts}")
     mesh = build.build_mesh(config)
     largest = TaskSequence(max(counts), max(counts), 1)
     build.build_run(config, largest, 0).check(mesh)  # before reading data
-    (data,) = build.load_data(config, "train")
+    (data,) = build.load_data(config, "train", bar=bar)
     if max(counts) > data.num_classes:
         raise UserError(
             f"pretrain_classes is {counts}, but the data has {data.num_classes} classes"
         )
-    runs = [build.build_run(config, TaskSequence(n, n, 1), 0) for n in counts]
-    parts = [data.select(range(n)) for n in counts]
-    for run, part in zip(runs, parts, strict=True):
-        run.check(mesh, part.labels)
+    for count in counts:
+        part = build.build_run(config, TaskSequence(count, count, 1), 0)
+        part.check(mesh, data.labels[data.labels < count])
     build.claim_workdir(workdir, config, data, {})
+    run, data = build.build_run(config, largest, 0), data.select(range(max(counts)))
     chain = Chain(folder / "chain")
-    for number, (run, part) in enumerate(zip(runs, parts, strict=True)):
+    for number, count in enumerate(counts):
         loop.pretrain(
             run,
-            part,
+            data,
             chain,
             Progress(folder / "progress"),
             mesh,
             number,
+            count,
             config=build.plain(config),
             save_every=config.save_every,
+            device_budget=config.device_budget_mb << 20,
             log=folder / "log.jsonl",
             should_stop=should_stop,
-            bar=f"{config.method}: pre-training on {counts[number]} classes" if bar else None,
+            bar=f"{config.method}: pre-training on {count} classes" if bar else None,
         )
     return chain
 
@@ -60,13 +63,13 @@ def train(
     config: ConfigDict, workdir: str, should_stop: Callable[[], bool], bar: bool = True
 ) -> Chain:
     """The task sequence of a configuration; one version a task."""
-    folder, bar = epath.Path(workdir), bar and hosts.is_first()
+    folder, bar = absolute(workdir), bar and hosts.is_first()
     mesh = build.build_mesh(config)
     initial = max(config.tasks.initial, 1)
     first_task = TaskSequence(initial, initial, 1)
     build.build_run(config, first_task, config.tasks.rehearsal).check(mesh)  # before reading data
     replacements = build.load_replacements(config)
-    data, query, gallery = build.load_data(config, "train", "query", "gallery")
+    data, query, gallery = build.load_data(config, "train", "query", "gallery", bar=bar)
     build.check_roles(config, data, query, gallery, replacements)
     sequence = TaskSequence(data.num_classes, config.tasks.initial, config.tasks.increment)
     run = build.build_run(config, sequence, config.tasks.rehearsal)
@@ -83,6 +86,7 @@ def train(
         replacements,
         config=build.plain(config),
         save_every=config.save_every,
+        device_budget=config.device_budget_mb << 20,
         log=folder / "log.jsonl",
         should_stop=should_stop,
         bar=config.method if bar else None,
@@ -111,7 +115,8 @@ def evaluate(
             )
         config = ConfigDict(dict(record.config))
     devices = meshes.make_mesh(mesh, jax.devices())
-    query, gallery = build.load_data(config, "query", "gallery")
+    bar = bar and hosts.is_first()
+    query, gallery = build.load_data(config, "query", "gallery", bar=bar)
     return evaluation.evaluate(
         chain,
         query,
@@ -122,5 +127,5 @@ def evaluate(
         dtype=dtype,
         cache=out / "cache",
         should_stop=should_stop,
-        progress="evaluating" if bar and hosts.is_first() else None,
+        progress="evaluating" if bar else None,
     )

@@ -1,6 +1,7 @@
 """Every configuration, shrunken, run for a step; and how its arguments are read."""
 
 import importlib
+import inspect
 import itertools
 import json
 import operator
@@ -54,6 +55,11 @@ def test_every_name_in_a_configuration_is_a_valid_one(file, arguments):
         if spec is not None:
             source, fields = spec["source"], sources.SOURCES[spec["source"]][1]
             assert {k for k in spec if k != "source"} <= set(fields), source
+    assert set(config.backbone.arguments) == {
+        argument
+        for build_backbone in models.BACKBONES.values()
+        for argument in inspect.signature(build_backbone).parameters
+    } - {"dtype"}
     assert json.loads(config.to_json())["epochs"] == config.epochs
 
 
@@ -139,6 +145,7 @@ def parsed(*argv):
 def test_every_field_can_be_overridden(file, arguments):
     config = load(file, arguments)
     unset = {"data_dir": "/data", "classes": (3, 7), "per_class": 5}
+    unset |= {"width": 16, "patch": 4, "image_size": 32}
     fields = dict(config.items(preserve_field_references=False))
     leaves, rest = {}, [("", fields)]
     while rest:
@@ -165,6 +172,20 @@ def test_overriding_one_role_leaves_the_others_alone():
     assert (data.query.data_dir, data.query.classes) == ("/here", None)
     assert (data.gallery.data_dir, data.gallery.classes) == (None, (0, 5))
     assert (data.train.data_dir, data.train.per_class) == (None, 300)
+
+
+@old_import
+def test_a_backbone_is_chosen_with_its_arguments():
+    config = parsed(
+        "--config=configs/iamcl2r.py",
+        "--config.backbone.name=vit_ti16",
+        "--config.backbone.arguments.patch=4",
+        "--config.backbone.arguments.image_size=32",
+    )
+    run = build.build_run(config, build.TaskSequence(100, 10, 15), 20)
+    assert run.backbone.arguments == {"patch": 4, "image_size": 32}
+    run.check(tiny.one_device())
+    assert dict(load("iamcl2r").backbone.arguments)["patch"] is None
 
 
 # The text behind the colon

@@ -66,6 +66,7 @@ def traces():
 @pytest.fixture(scope="module")
 def sequences(tmp_path_factory, traces):
     """Each method over three tasks, replaced at task 1."""
+    loop._cached_trainer.cache_clear()  # another file of tests may have traced the step
     train_step = Trainer.train_step
 
     def counted(trainer, *arguments):

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from compat_jax import hosts, losses, models, simplex
+from compat_jax import losses, models, simplex
 from compat_jax import mesh as meshes
 from compat_jax.chain import Chain, Record, Version
 from compat_jax.data.augment import Preprocess
@@ -23,6 +22,7 @@ from compat_jax.data.tasks import TaskSequence, batch_plan, memory_indices
 from compat_jax.errors import Stopped, UserError, unknown
 from compat_jax.methods import LossSettings, Method, build_embedder
 from compat_jax.models.layers import linear_init
+from compat_jax.train.fit import Fit
 from compat_jax.train.optimizer import OptimizerSettings
 from compat_jax.train.progress import Progress
 from compat_jax.train.state import TaskInfo
@@ -161,6 +161,7 @@ def train(
     log: epath.Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     bar: str | None = None,
+    device_budget: int = 0,
 ) -> None:
     """Run the task sequence; every task ends as a version of the chain.
 
@@ -175,10 +176,13 @@ def train(
       mesh: devices.
       replacements: pre-trained model by task at which it replaces the present one.
       config: written into every record.
-      save_every: steps between saves within a task; 0 saves at the end of each epoch.
+      save_every: steps between saves within a task; 0 saves at the end of an epoch, if the last save
+        is half a minute old.
       log: file that gets one JSON line an epoch.
       should_stop: asked between dispatches; when it says True, the state is saved.
       bar: label of the progress bar; None for none.
+      device_budget: bytes of images that may lie on a device; if the data has more, batches are put
+        there ahead of their use, which changes no bit. 0 for no limit.
 
     Raises:
       Stopped: after saving, when `should_stop` said so.
@@ -193,7 +197,7 @@ def train(
     missing = [task for task in range(len(run.sequence)) if task not in done]
     if not missing:
         return
-    fit = _Fit(run, data, mesh, progress, save_every, log, should_stop)
+    fit = Fit(data, mesh, progress, save_every, log, should_stop, device_budget)
     plans = _plans(run, data.labels)
     longest = max(len(plan) for plan in plans)
     steps = [len(plan) for plan in plans]
@@ -210,7 +214,7 @@ def train(
             label = f"task {task + 1}/{len(run.sequence)}"
             trained = fit(trainer, variables, info, plan, steps[task], meter, label)
             chain.add(
-                _stored_variables(run, trained, task),
+                _stored_variables(run, trained, run.sequence.num_seen(task)),
                 _record(run, data, task, start, task in replacements, config or {}),
                 number=task,
             )
@@ -224,20 +228,25 @@ def pretrain(
     progress: Progress,
     mesh: Mesh,
     number: int,
+    num_classes: int | None = None,
     config: Mapping[str, Any] | None = None,
     save_every: int = 0,
     log: epath.Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     bar: str | None = None,
+    device_budget: int = 0,
 ) -> None:
-    """Train one model on all classes of a data set, to replace others in a sequence later.
+    """Train one model on the first classes of a data set, to replace others in a sequence later.
+
+    Models that differ in their number of classes only are trained by one compiled program.
 
     Args:
-      run: what to compute; its sequence must be one task of all classes.
+      run: what to compute; its sequence must be one task of all classes of the data.
       data: images of the classes.
       chain: takes the model as version `number`, unless it has it already.
-      progress, mesh, config, save_every, log, should_stop, bar: see `train`.
+      progress, mesh, config, save_every, log, should_stop, bar, device_budget: see `train`.
       number: of the version; also the address of its random numbers.
+      num_classes: how many classes it learns; None for all.
 
     Raises:
       Stopped, UserError: see `train`.
@@ -250,20 +259,28 @@ def pretrain(
         return
     if should_stop():
         raise Stopped
-    fit = _Fit(run, data, mesh, progress, save_every, log, should_stop)
+    fit = Fit(data, mesh, progress, save_every, log, should_stop, device_budget)
     trainer = _trainer(run, None, mesh)
     key = jax.random.fold_in(jax.random.key(run.seed), _INIT)
     variables = trainer.init(jax.random.fold_in(key, number), data.images.shape[1:])
-    plan = batch_plan(
-        np.arange(len(data)), np.zeros(0, int), run.batch_size, run.epochs, run.seed, number
-    )
+    num_classes = num_classes or data.num_classes
+    own = np.flatnonzero(data.labels < num_classes)
+    plan = batch_plan(own, np.zeros(0, int), run.batch_size, run.epochs, run.seed, number)
     plan = plan.reshape(-1, plan.shape[-1])
-    info = TaskInfo.create(run.seed, number, run.epochs, len(plan) // run.epochs, data.num_classes)
-    with tqdm(total=len(plan), desc=bar, disable=bar is None, unit="step") as meter:
-        trained = fit(trainer, variables, info, plan, len(plan), meter, f"model {number}")
-    record = _record(run, data, 0, None, False, config or {})
-    record = dataclasses.replace(record, task=None, class_names=data.class_names)
-    chain.add(trained, record, number=number)
+    steps, longest = len(plan), run.epochs * (len(data) // plan.shape[-1])
+    info = TaskInfo.create(run.seed, number, run.epochs, steps // run.epochs, num_classes)
+    plan = np.pad(plan, ((0, longest - steps), (0, 0)))
+    with tqdm(total=steps, desc=bar, disable=bar is None, unit="step") as meter:
+        trained = fit(trainer, variables, info, plan, steps, meter, f"model {number}")
+    part = data if num_classes == data.num_classes else data.select(range(num_classes))
+    record = dataclasses.replace(
+        _record(run, part, 0, None, False, config or {}),
+        task=None,
+        class_names=part.class_names,
+        classes_seen=num_classes,
+        head_classes=None if run.method.fixed_simplex else num_classes,
+    )
+    chain.add(_stored_variables(run, trained, num_classes), record, number=number)
     progress.clear()
 
 
@@ -299,67 +316,6 @@ def _plan_shape(run, labels):
     """Steps of the longest task and images of the largest batch."""
     plans = _plans(dataclasses.replace(run, epochs=1), labels)
     return run.epochs * max(len(p) for p in plans), max(p.shape[1] for p in plans)
-
-
-@dataclasses.dataclass
-class _Fit:
-    """Trains one task from given variables, saving on the way."""
-
-    run: Run
-    data: Dataset
-    mesh: Mesh
-    progress: Progress
-    save_every: int
-    log: epath.Path | None
-    should_stop: Callable[[], bool]
-
-    def __post_init__(self):
-        on_host = DeviceData(self.data.images, self.data.labels)
-        self.on_device = meshes.put(on_host, meshes.replicated(self.mesh))
-
-    def __call__(self, trainer, variables, info, plan, total, meter, label):
-        """Variables after `total` steps of the plan."""
-        task = int(info.index)
-        previous = None
-        if self.run.method.needs_previous:
-            previous = trainer.place(variables)
-        state = self.progress.restore(task, trainer.create_state(variables, info))
-        plan = meshes.feed(plan, self.mesh, axis=1)
-        meter.update(int(state.step))
-        epoch = int(info.steps_per_epoch)
-        save_every = self.save_every or epoch
-        while (step := int(state.step)) < total:
-            stop = min(_next_multiple(step, epoch), _next_multiple(step, save_every), total)
-            began = time.perf_counter()
-            state, metrics = trainer.run_steps(
-                state, previous, self.on_device, plan, stop, self.should_stop
-            )
-            metrics, stop = jax.tree.map(float, metrics), int(state.step)
-            self._report(task, step, stop, metrics, time.perf_counter() - began, meter, label)
-            stopping = stop < total and self.should_stop()
-            if stopping or (stop < total and stop % save_every == 0):
-                self.progress.save(task, state)
-            if stopping:
-                raise Stopped
-        return trainer.stored(state.variables)
-
-    def _report(self, task, start, stop, metrics, seconds, meter, label):
-        rate = (stop - start) * self.run.batch_size / seconds
-        meter.update(stop - start)
-        meter.set_postfix_str(
-            f"{label}, loss {metrics.loss:.3f}, accuracy {metrics.accuracy:.2f}, "
-            f"{rate:.0f} images/s"
-        )
-        if self.log is not None and hosts.is_first():
-            line = {"task": task, "step": stop, **metrics._asdict()}
-            line["images_per_second"] = round(rate, 1)
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            with self.log.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-
-
-def _next_multiple(step, period):
-    return (step // period + 1) * period
 
 
 def _plans(run, labels):
@@ -446,11 +402,11 @@ def _grown_head(run, width, old, task):
     return head
 
 
-def _stored_variables(run, variables, task):
+def _stored_variables(run, variables, num_seen):
     """What the chain gets: a learnable head without the columns of classes not yet seen."""
     if run.method.fixed_simplex:
         return variables
-    kernel = np.asarray(variables["params"]["fc2"]["kernel"])[:, : run.sequence.num_seen(task)]
+    kernel = np.asarray(variables["params"]["fc2"]["kernel"])[:, :num_seen]
     return {**variables, "params": {**variables["params"], "fc2": {"kernel": kernel}}}
 
 

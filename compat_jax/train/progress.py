@@ -13,7 +13,7 @@ from orbax.checkpoint import v1 as ocp
 from compat_jax import hosts
 from compat_jax import mesh as meshes
 from compat_jax.errors import UserError
-from compat_jax.files import absolute, first_line
+from compat_jax.files import absolute, first_line, in_bucket
 from compat_jax.train.state import TrainState
 
 _NAME = re.compile(r"task(\d+)-step(\d+)")
@@ -39,9 +39,10 @@ class Progress:
         tree = _without_empty(serialization.to_state_dict(state))
         try:
             hosts.first_does(lambda: self.path.mkdir(parents=True, exist_ok=True))
-            if not hosts.first_says((self.path / name).exists()):
-                # Several processes write a share each.
-                ocp.save(self.path / name, tree if hosts.several() else _on_host(tree))
+            if not hosts.first_says(_is_whole(self.path / name)):
+                # Several processes write a share each. What is there already was cut off.
+                tree = tree if hosts.several() else _on_host(tree)
+                ocp.save(self.path / name, tree, overwrite=in_bucket(self.path))
             hosts.first_does(lambda: self._remove_others(name))
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise UserError(
@@ -91,13 +92,19 @@ class Progress:
     def _saved(self):
         if not self.path.exists():
             return []
-        return [m for m in (_NAME.fullmatch(p.name) for p in self.path.iterdir()) if m]
+        names = [p.name for p in self.path.iterdir() if _is_whole(p)]
+        return [m for m in map(_NAME.fullmatch, names) if m]
 
     def _remove_others(self, name):
         if self.path.exists():
             for path in self.path.iterdir():
                 if path.name != name:
                     path.rmtree()
+
+
+def _is_whole(path: epath.Path) -> bool:
+    """Whether a saved state is there: in a bucket, where none is renamed, Orbax marks the end."""
+    return (path / "commit_success.txt" if in_bucket(path) else path).exists()
 
 
 def _on_host(tree: Any) -> Any:
