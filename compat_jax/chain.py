@@ -7,6 +7,9 @@ the chain. It also lists size and SHA-256 of every file and the SHA-256 of the v
 an entry that was cut off or altered is named and refused before Orbax reads it, and the others stay
 readable. Entries are written aside and renamed, so a reader never sees half of one; nothing in a
 chain is ever executed.
+
+In a bucket (gs://) nothing can be renamed: there an entry is one from when `record.json` is there,
+which is created last, once, and names the folder `variables-TOKEN` that its writer filled.
 """
 
 import dataclasses
@@ -29,7 +32,7 @@ from orbax.checkpoint import v1 as ocp
 
 from compat_jax import hosts, models
 from compat_jax.errors import UserError
-from compat_jax.files import absolute, first_line
+from compat_jax.files import absolute, create, first_line, in_bucket, sha256, walk
 from compat_jax.methods import build_embedder, get_method
 
 FORMAT = 1
@@ -37,6 +40,7 @@ FORMAT = 1
 # other.
 _ORBAX = threading.Lock()
 _ENTRY = re.compile(r"\d{4,9}")
+_VARIABLES = re.compile(r"variables(-[0-9a-f]{8})?")
 # What no version comes near: a record that claims more is not believed, nor memory asked for it.
 _MAX_COUNT, _MAX_BYTES, _MAX_RECORD_BYTES = 2**31, 2**40, 2**26
 _PACKAGES = ("compat_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -148,7 +152,11 @@ class Chain:
         """Numbers of the entries, ascending."""
         if not self.path.is_dir():
             return []
-        return sorted(int(p.name) for p in self.path.iterdir() if _ENTRY.fullmatch(p.name))
+        if in_bucket(self.path):
+            found = [p.parent for p in self.path.glob("*/record.json")]
+        else:
+            found = self.path.iterdir()
+        return sorted(int(p.name) for p in found if _ENTRY.fullmatch(p.name))
 
     def require(self) -> "Chain":
         """This chain, if it has an entry.
@@ -184,33 +192,40 @@ class Chain:
             self._check_fits(record, numbers[0])
         if number is None:
             number = numbers[-1] + 1 if numbers else 0
-        final = self.path / f"{number:04d}"
-        if final.exists():
+        if hosts.first_says(self._has(number)):
             raise self._taken(number)
-        aside = self.path / f".adding-{number:04d}-{hosts.token()}"
-        host = jax.tree.map(hosts.whole, dict(variables))
+        final, token = self.path / f"{number:04d}", hosts.token()
+        if in_bucket(self.path):
+            folder = aside = final / f"variables-{token}"
+        else:
+            aside = self.path / f".adding-{number:04d}-{token}"
+            folder = aside / "variables"
+        host, published = jax.tree.map(hosts.whole, dict(variables)), []
 
         def publish():
-            (aside / "record.json").write_text(_encode(number, record, host, aside))
-            aside.rename(final)  # refuses an entry that appeared meanwhile: it is not empty
+            text = _encode(number, record, host, folder)
+            if in_bucket(self.path):
+                if not create(final / "record.json", text.encode()):
+                    raise self._taken(number)
+            else:
+                (aside / "record.json").write_text(text)
+                aside.rename(final)  # refuses an entry that appeared meanwhile: it is not empty
+            published.append(number)
 
         try:
             hosts.first_does(lambda: self.path.mkdir(parents=True, exist_ok=True))
             with _ORBAX:  # several processes write a share each
-                ocp.save(
-                    aside / "variables",
-                    _without_empty(dict(variables) if hosts.several() else host),
-                )
+                ocp.save(folder, _without_empty(dict(variables) if hosts.several() else host))
             hosts.first_does(publish)
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            if final.exists():
+            if self._has(number):
                 raise self._taken(number) from error
             raise UserError(
                 f"cannot write version {number} to {self.path} ({first_line(error)}): "
                 "make room or choose another folder; the versions before it are untouched"
             ) from error
         finally:
-            if hosts.is_first():
+            if hosts.is_first() and not published:
                 _remove(aside)
         return number
 
@@ -242,7 +257,9 @@ class Chain:
         try:
             _check_files(folder, content["files"])
             with _ORBAX:
-                variables = ocp.load(folder / "variables", _template(content["variables"]))
+                variables = ocp.load(
+                    folder / _variables_folder(content["files"]), _template(content["variables"])
+                )
             variables = {k: variables.get(k, {}) for k in ("params", "batch_stats")}
             if variables_sha256(variables) != content["variables_sha256"]:
                 raise UserError("the variables differ from those that were added (SHA-256)")
@@ -255,6 +272,10 @@ class Chain:
     def verify(self) -> dict[int, str | None]:
         """Opens every version: {number: None if it is whole, else what is wrong with it}."""
         return {number: self._problem(number) for number in self.require().numbers()}
+
+    def _has(self, number):
+        entry = self.path / f"{number:04d}"
+        return (entry / "record.json" if in_bucket(entry) else entry).exists()
 
     def _problem(self, number):
         try:
@@ -352,17 +373,12 @@ def _encode(number, record, host, folder):
         },
         "variables_sha256": variables_sha256(host),
         "files": {
-            str(p.relative_to(folder)): {"bytes": p.stat().length, "sha256": _file_sha256(p)}
-            for p in _files(folder / "variables")
+            str(p.relative_to(folder.parent)): {"bytes": p.stat().length, "sha256": sha256(p)}
+            for p in walk(folder)
         },
     }
     body = json.loads(json.dumps(body))
     return json.dumps({**body, "record_sha256": _json_sha256(body)}, indent=1)
-
-
-def _files(folder):
-    for path in sorted(folder.iterdir()):
-        yield from _files(path) if path.is_dir() else [path]
 
 
 def _installed(names):
@@ -378,17 +394,16 @@ def _json_sha256(body):
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _file_sha256(path):
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _variables_folder(files):
+    """Name of the one folder that all files of an entry are in."""
+    (name,) = {relative.partition("/")[0] for relative in files}
+    return name
 
 
 def _check_files(folder, files):
     for relative, expected in files.items():
-        if ".." in epath.Path(relative).parts or not relative.startswith("variables/"):
+        top = relative.partition("/")[0]
+        if ".." in epath.Path(relative).parts or not _VARIABLES.fullmatch(top):
             raise UserError(f"it lists a file outside itself, {relative!r:.80}")
         path = folder / relative
         if not path.exists():
@@ -397,7 +412,7 @@ def _check_files(folder, files):
             raise UserError(
                 f"{relative} has {path.stat().length} bytes instead of {expected['bytes']}"
             )
-        if _file_sha256(path) != expected["sha256"]:
+        if sha256(path) != expected["sha256"]:
             raise UserError(f"{relative} was altered (SHA-256)")
 
 

@@ -43,6 +43,8 @@ def start(
     try:
         jax.distributed.initialize(*given)
     except (RuntimeError, ValueError) as error:
+        if "DEADLINE_EXCEEDED" in str(error):  # the others did not come in time: no mistake
+            raise
         raise UserError(
             f"cannot join the other processes ({str(error).splitlines()[0]}): on TPU VMs "
             "--multihost is all, elsewhere give --coordinator=HOST:PORT --num_processes=N "

@@ -13,6 +13,7 @@ from compat_jax import mesh as meshes
 from compat_jax import models
 from compat_jax.data.augment import Preprocess
 from compat_jax.errors import UserError, unknown
+from compat_jax.models.fold import fold_batch_norm
 from compat_jax.retrieval.extract import features_program
 
 # What the compiler lets a program use of one device, in GiB, a little less than the chip has: taken
@@ -88,9 +89,12 @@ def lower_features(
 ) -> jax.stages.Lowered:
     """The program that `retrieval.extract` compiles, lowered on a mesh."""
     network = meshes.fitted(embedder, mesh)
-    variables = jax.eval_shape(
-        lambda key: models.init_variables(network, key, image_shape), jax.random.key(0)
-    )
+
+    def make(key):
+        variables = models.init_variables(network, key, image_shape)
+        return fold_batch_norm(network, variables, image_shape)
+
+    variables = jax.eval_shape(make, jax.random.key(0))
     images = jax.ShapeDtypeStruct((meshes.round_up(mesh, batch_size), *image_shape), jnp.uint8)
     program = features_program(network, preprocess, mesh, jax.tree.structure(variables))
     return program.lower(variables, images)

@@ -92,7 +92,9 @@ def remedies(
         if costing.fits(cost, hbm):
             continue
         if cost.name == "search":
-            advice.append("search: a smaller gallery_block of compat_jax.retrieval.search")
+            rows = 2.0 ** max(0, math.floor(math.log2(hbm / 32 / config.num_prototypes)))
+            block = f", for example gallery_block={rows:.0f}" if many_prototypes else ""
+            advice.append(f"search: a smaller gallery_block of compat_jax.retrieval.search{block}")
             continue
         smaller = "--batch_size"
         if cost.name == "training step":

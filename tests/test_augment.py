@@ -50,6 +50,11 @@ def test_normalisation_of_every_value():
     np.testing.assert_allclose(preprocess().normalize(batch), (batch / 255 - mean) / std, atol=1e-6)
 
 
+def test_a_mean_for_each_channel():
+    with pytest.raises(UserError, match="have 3 numbers, the images have 1 channels: give one"):
+        preprocess().normalize(np.zeros((2, 4, 4, 1), np.uint8))
+
+
 def test_nothing_to_do():
     np.testing.assert_array_equal(augment(images()), images())
 

@@ -299,6 +299,10 @@ def field(**fields):
     return lambda body: body["record"].update(fields)
 
 
+def file(**fields):
+    return lambda body: next(iter(body["files"].values())).update(fields)
+
+
 def extra_file(name):
     digest = hashlib.sha256(b"secret").hexdigest()
     return lambda body: body["files"].update({name: {"bytes": 6, "sha256": digest}})
@@ -324,6 +328,10 @@ FORGERIES = {
     "unknown dtype": (kernel(dtype="float31"), "float31"),
     "another dtype": (kernel(dtype="float64"), "SHA-256"),
     "another network": (lambda b: b["variables"].clear(), "."),
+    "negative file size": (file(bytes=-1), "bytes instead of -1"),
+    "huge file size": (file(bytes=10**30), "bytes instead of 1000"),
+    "file size of text": (file(bytes="many"), "bytes instead of many"),
+    "two folders": (extra_file("variables-01234567/x"), "variables-01234567/x is missing"),
     "list for a folder": (lambda b: b.update(files=[1, 2]), "AttributeError"),
     "no size": (lambda b: b["files"].popitem()[1] and b["files"].update(x=1), "outside itself"),
     "negative K": (field(num_prototypes=-16), "num_prototypes cannot be -16"),
@@ -403,6 +411,11 @@ def test_whatever_is_forged_opens_right_or_is_refused(attacked, data):
         opens_right_or_is_refused(chain)
     finally:
         path.write_bytes(whole)
+
+
+def test_an_entry_of_future_packages_opens_with_the_right_bits(chain):
+    forge(chain, lambda body: body["packages"].update(jax="99.0", compat_jax="99.0", orbax="9"))
+    assert_same_bits(chain.open(1).variables, small(1))
 
 
 def test_swapped_entries_are_refused(chain):

@@ -166,10 +166,10 @@ def test_every_class_can_be_drawn_at_an_extreme_strength(names):
 
 def test_bar_only_for_many_pictures(capsys, monkeypatch):
     monkeypatch.setattr(glyphs, "_BAR_FROM", 5)
-    draw([0], 4)
-    draw([0], 6, progress=False)
+    draw([0], 4, progress=True)
+    draw([0], 6)
     assert capsys.readouterr().err == ""
-    draw([0], 7)
+    draw([0], 7, progress=True)
     assert "rendering glyphs" in capsys.readouterr().err
 
 

@@ -63,7 +63,10 @@ def unsharded():
     return four_steps("data:1", "hoc")
 
 
-@pytest.mark.parametrize(("text", "columns"), [("data:1,model:8", 16), ("data:2,model:4", 12)])
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [("data:2", 11), ("data:1,model:8", 16), ("data:2,model:4", 12)],
+)
 def test_split_step_equals_the_unsplit_one(unsharded, text, columns):
     expected, _, reference = unsharded
     history, one, state = four_steps(text, "hoc")

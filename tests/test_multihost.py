@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import runpy
 import shutil
 import signal
@@ -167,8 +168,23 @@ def test_two_processes_end_with_the_variables_of_one(one, two):
         )
 
 
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_have_the_losses_of_one(one, two):
+    """There a line an epoch, here a line a step."""
+    steps = {(line["task"], line["step"]): line["loss"] for line in log_of(two)}
+    first = 0
+    for line in log_of(one[0]):
+        first = 0 if line["step"] <= first else first
+        mean = np.mean([steps[line["task"], s + 1] for s in range(first, line["step"])])
+        np.testing.assert_allclose(mean, line["loss"], rtol=1e-4)
+        first = line["step"]
+
+
 def test_first_process_writes_the_log_once(two):
-    lines = [json.loads(line) for line in (two / "log.jsonl").read_text().splitlines()]
+    lines = log_of(two)
     positions = [(line["task"], line["step"]) for line in lines]
     assert positions == sorted(set(positions)) and positions[-1][0] == 1
     assert not list((two / "progress").iterdir())
@@ -202,6 +218,45 @@ def test_chain_of_two_processes_opens_anywhere(one, two, tmp_path):
     assert done.stdout.split() == expected
 
 
+@pytest.mark.slow
+def test_two_processes_killed_end_with_the_bits_of_an_unbroken_pair(folder):
+    """Killed three times, one process or the other first; at last stopped and gone on alone."""
+    flags = ("--config.mesh=data:2,model:4", "--config.save_every=1")
+    finish(*start_two(*training(folder, "unbroken"), *flags))
+    moments = random.Random(0)
+    for kill in range(3):
+        processes = start_two(*training(folder, "killed"), *flags)
+        wait_for_line(folder / "killed" / "log.jsonl", processes)
+        time.sleep(moments.uniform(0, 1))
+        first = kill % 2
+        for process in (processes[first], processes[1 - first]):
+            process.kill()
+            process.communicate()
+            time.sleep(0.2)
+        chain = Chain(folder / "killed" / "chain")
+        assert all(chain.open(number) for number in chain.numbers())
+    shutil.copytree(folder / "killed", folder / "alone")
+    finish(*start_two(*training(folder, "killed"), *flags))
+    expected, killed = (Chain(folder / name / "chain") for name in ("unbroken", "killed"))
+    assert [killed.open(n).sha256 for n in (0, 1)] == [expected.open(n).sha256 for n in (0, 1)]
+    # What two processes have saved, one goes on with, to rounding.
+    finish(start(*training(folder, "alone"), devices=1, **{"config.mesh": "data:1"}))
+    alone = Chain(folder / "alone" / "chain")
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5),
+        alone.open(1).variables,
+        expected.open(1).variables,
+    )
+
+
+def wait_for_line(path, processes):
+    """Until the log has a line that was not there before."""
+    before = path.stat().st_size if path.exists() else 0
+    while not path.exists() or path.stat().st_size == before:
+        assert all(p.poll() is None for p in processes), finish(*processes)
+        time.sleep(0.02)
+
+
 def test_mistake_is_told_by_every_process(folder, two):
     """The first process alone looks at run.json; the others learn of it and do not hang."""
     processes = start_two(*training(folder, "two"), "--config.mesh=data:8", "--config.seed=5")
@@ -221,6 +276,17 @@ def test_mistake_is_told_by_every_process(folder, two):
 def test_hosts_that_cannot_join(given, message):
     with pytest.raises(UserError, match=message):
         hosts.start(*given)
+
+
+def test_hosts_that_come_too_late_are_no_mistake_of_the_user(monkeypatch):
+    """The launcher gives up after exit code 2, and starts the program again after any other."""
+
+    def wait(*_):
+        raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
+
+    monkeypatch.setattr(jax.distributed, "initialize", wait)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="DEADLINE_EXCEEDED"):
+        hosts.start()
 
 
 def test_one_process_needs_no_other():

@@ -1,6 +1,8 @@
 """Stopped, killed, started again: the same bits as if nothing had happened."""
 
+import errno
 import json
+import os
 import random
 import re
 import shutil
@@ -10,7 +12,9 @@ import time
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
+from compat_jax import chain as chains
 from compat_jax.chain import Chain
 from compat_jax.errors import Stopped, UserError
 from compat_jax.train import progress as progresses
@@ -149,11 +153,11 @@ def test_a_damaged_save_is_named_with_the_remedy(tmp_path, unbroken):
 def test_a_full_disk_keeps_what_was_saved_before(tmp_path, unbroken, monkeypatch):
     save, calls = progresses.ocp.save, []
 
-    def full(path, tree):
+    def full(path, tree, **settings):
         calls.append(path)
         if len(calls) == 3:
             raise ValueError(f"INTERNAL: Error writing {path}: No space left on device")
-        save(path, tree)
+        save(path, tree, **settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(progresses.ocp, "save", full)
@@ -164,7 +168,47 @@ def test_a_full_disk_keeps_what_was_saved_before(tmp_path, unbroken, monkeypatch
     assert bits(train(tmp_path)) == unbroken["hoc"]
 
 
+@pytest.mark.parametrize(
+    ("step", "refusal"),
+    [("progress", "cannot save to .*progress"), ("chain", "cannot write version 1 to .*chain")],
+)
+def test_a_folder_that_became_read_only(tmp_path, unbroken, monkeypatch, step, refusal):
+    """Refused by name; the versions before it open, and with the folder free it goes on."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def frozen():
+        if Chain(tmp_path / "chain").numbers():
+            module = {"progress": progresses, "chain": chains}[step]
+            patch.setattr(module.ocp, "save", refuse)
+        return False
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=refusal) as caught:
+        train(tmp_path, should_stop=frozen, save_every=1 if step == "progress" else 1000)
+    assert "Read-only file system" in str(caught.value)
+    assert Chain(tmp_path / "chain").verify() == {0: None}
+    assert bits(train(tmp_path)) == unbroken["hoc"]
+
+
 # With configurations
+
+
+def test_data_that_vanished_is_told_and_the_chain_is_whole(tmp_path):
+    config, pictures, workdir = tiny.config(), tmp_path / "pictures", tmp_path / "run"
+    data = tiny.dataset(4, 8)
+    for i, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
+        (pictures / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(pictures / str(label) / f"{i}.png")
+    config.backbone.name, config.backbone.arguments = "one_conv", {}
+    config.data.train = {"source": "folder", "path": str(pictures), "size": 8}
+    chain = Chain(workdir / "chain")
+    with pytest.raises(Stopped):
+        runs.train(config, workdir, lambda: chain.numbers() == [0], bar=False)
+    pictures.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"no folder .*pictures: data\.\*\.path must hold"):
+        runs.train(config, workdir, never, bar=False)
+    assert chain.verify() == {0: None}
 
 
 def test_a_folder_of_another_run_is_refused_with_the_differing_fields(tmp_path):

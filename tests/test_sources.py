@@ -82,6 +82,11 @@ def test_data_sets_that_cannot_be(images, labels, message):
         Dataset(images, np.array(labels), ("cat", "dog"))
 
 
+def test_select_no_class():
+    with pytest.raises(UserError, match="no classes asked for: name at least one"):
+        small_dataset().select([])
+
+
 @pytest.mark.parametrize("classes", [[0, 3], [-1, 0]])
 def test_select_classes_that_are_not_there(classes):
     with pytest.raises(UserError, match=r"asked for, but the data set has classes 0\.\.2"):
@@ -160,6 +165,12 @@ def test_folders_that_cannot_be(folder, make, message):
         sources.from_folder(str(folder))
 
 
+def test_vanished_picture(folder, monkeypatch):
+    monkeypatch.setattr(sources, "_pictures", lambda folder: [folder / "gone.png"])
+    with pytest.raises(UserError, match=r"cat/gone.png vanished while .* was read: put it back"):
+        sources.from_folder(str(folder))
+
+
 def test_cut_off_picture(folder):
     content = (folder / "cat" / "more" / "c.jpg").read_bytes()
     (folder / "dog" / "cut.jpg").write_bytes(content[: len(content) // 2])
@@ -226,6 +237,11 @@ def test_tfds_split_and_size(tfds_folder):
     dataset = sources.from_tfds("tiny_pictures", "test", size=4, data_dir=str(tfds_folder))
     assert dataset.images.shape == (2, 4, 4, 3)
     assert sorted(values(dataset)) == [120, 140]
+
+
+def test_tfds_folder_by_the_environment_of_the_moment(tfds_folder, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_folder))
+    assert len(sources.from_tfds("tiny_pictures")) == 6
 
 
 def test_tfds_not_prepared_names_the_command(tmp_path):
@@ -306,11 +322,29 @@ def test_load_glyphs():
         ),
         ({"path": "x"}, "unknown data source 'None'. Valid: folder, glyphs, tfds"),
         ({"source": "folder", "pth": "x"}, "unknown field of data source 'folder' 'pth'. .*'path'"),
+        ({"source": "folder", "path": ""}, r"'folder' needs path: set data\.\*\.path"),
+        ({"source": "tfds", "split": "train"}, r"'tfds' needs name: set data\.\*\.name"),
+        ({"source": "glyphs", "look": "print"}, "'glyphs' needs classes, per_class, seed: set"),
     ],
 )
 def test_load_what_is_not_there(spec, message):
     with pytest.raises(UserError, match=message):
         sources.load(spec)
+
+
+@pytest.mark.parametrize("classes", [(3, 3), (4, 2), (-1, 2), (1, 2, 3), (7,), ("a", "b"), ()])
+def test_classes_that_are_no_range(folder, classes):
+    with pytest.raises(UserError, match=r"classes must be \(start, stop\) with 0 <= start < stop"):
+        sources.load({"source": "folder", "path": str(folder), "classes": classes})
+
+
+def test_bars_only_where_they_are_asked_for(folder, monkeypatch):
+    spec, shown = {"source": "folder", "path": str(folder)}, []
+    monkeypatch.setattr(
+        sources, "tqdm", lambda items, *_, disable, **__: shown.append(disable) or items
+    )
+    sources.load(spec), sources.load(spec, progress=True)
+    assert shown == [True, None]  # None: on a terminal
 
 
 # Roles

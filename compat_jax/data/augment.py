@@ -37,7 +37,16 @@ class Preprocess:
             raise UserError(f"data.crop_padding must not be negative, got {self.crop_padding}")
 
     def normalize(self, images: jax.Array) -> jax.Array:
-        """uint8[batch, h, w, c] -> float32[batch, h, w, c]."""
+        """uint8[batch, h, w, c] -> float32[batch, h, w, c].
+
+        Raises:
+          UserError: another number of channels than of means.
+        """
+        if images.shape[-1] != len(self.mean):
+            raise UserError(
+                f"data.mean and data.std have {len(self.mean)} numbers, the images have "
+                f"{images.shape[-1]} channels: give one number a channel"
+            )
         mean, std = (jnp.asarray(x, jnp.float32) for x in (self.mean, self.std))
         return images.astype(jnp.float32) * (1.0 / (255.0 * std)) - mean / std
 

@@ -9,6 +9,8 @@ import numpy as np
 
 from compat_jax.errors import UserError
 
+_BLOCK = 4096
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
@@ -63,7 +65,9 @@ class Dataset:
     def select(self, classes: Sequence[int]) -> "Dataset":
         """The images of some classes, relabelled 0, 1, … in the order given."""
         classes = np.asarray(classes, np.int64)
-        if len(classes) and (classes.min() < 0 or classes.max() >= self.num_classes):
+        if not len(classes):
+            raise UserError("no classes asked for: name at least one")
+        if classes.min() < 0 or classes.max() >= self.num_classes:
             raise UserError(
                 f"classes {classes.min()}..{classes.max()} asked for, "
                 f"but the data set has classes 0..{self.num_classes - 1}"
@@ -92,7 +96,8 @@ class Dataset:
         digest = hashlib.sha256()
         for part in (self.images, self.labels):
             digest.update(f"{part.dtype}{part.shape}".encode())
-            digest.update(np.ascontiguousarray(part))
+            for start in range(0, len(part), _BLOCK):  # they need not fit into memory
+                digest.update(np.ascontiguousarray(part[start : start + _BLOCK]))
         digest.update("\0".join(self.class_names).encode())
         return digest.hexdigest()
 

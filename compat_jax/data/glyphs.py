@@ -92,7 +92,7 @@ def render(
     strength: float = 1.0,
     noise: float = 1.0,
     cache_dir: str | os.PathLike | None = None,
-    progress: bool = True,
+    progress: bool = False,
 ) -> Dataset:
     """Pictures of some classes, drawn now or read from the cache.
 

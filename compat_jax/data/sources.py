@@ -1,11 +1,13 @@
 """Data sets from where they are: embedded glyphs, TensorFlow Datasets, folders of classes."""
 
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -15,7 +17,11 @@ from compat_jax.errors import UserError, unknown
 
 
 def from_tfds(
-    name: str, split: str = "train", size: int | None = None, data_dir: str | None = None
+    name: str,
+    split: str = "train",
+    size: int | None = None,
+    data_dir: str | None = None,
+    progress: bool = False,
 ) -> Dataset:
     """An image-classification data set of TensorFlow Datasets, read without TensorFlow.
 
@@ -24,6 +30,7 @@ def from_tfds(
       split: e.g. "train", "test".
       size: pictures are resized to size x size; None needs them all of one size.
       data_dir: of the prepared data; TFDS_DATA_DIR or ~/tensorflow_datasets by default.
+      progress: whether to show a bar on a terminal.
 
     Returns:
       A Dataset with the class names of TFDS.
@@ -34,6 +41,7 @@ def from_tfds(
     """
     import tensorflow_datasets as tfds  # slow to import, and only this source needs it
 
+    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR")  # TFDS reads it once, when imported
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.registered.DatasetNotFoundError as error:
@@ -42,7 +50,7 @@ def from_tfds(
         ) from (error)
     except Exception as error:
         raise UserError(f"TFDS cannot open {name!r}: {str(error).splitlines()[0]}") from error
-    if not os.path.isdir(builder.data_dir):
+    if not epath.Path(builder.data_dir).is_dir():
         raise UserError(
             f"{name} is not prepared in {builder.data_dir}: run `{_preparing(name, data_dir)}` "
             "(this once needs tensorflow), or set TFDS_DATA_DIR to where it is"
@@ -53,7 +61,7 @@ def from_tfds(
     if "image" not in features or "label" not in features:
         raise UserError(f"{name} has no image and label: its features are {sorted(features)}")
     try:
-        source = builder.as_data_source(split, decoders=None)
+        source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     except NotImplementedError as error:
         raise UserError(
             f"{name} in {builder.data_dir} is not in array_record format: delete it and run "
@@ -62,10 +70,20 @@ def from_tfds(
     except ValueError as error:
         raise UserError(f"split {split!r} of {name}: {str(error).splitlines()[0]}") from error
     images, labels = [], np.empty(len(source), np.int32)
-    for i, record in enumerate(tqdm(source, f"reading {name} {split}", leave=False, disable=None)):
-        images.append(_resized(record["image"], size))
+    for i, record in enumerate(_bar(source, f"{name} {split}", progress)):
+        images.append(_resized(_decoded(record["image"]), size))
         labels[i] = record["label"]
     return _stack(images, labels, tuple(features["label"].names), f"{name} {split}")
+
+
+def _decoded(encoded):
+    # TFDS would do the same, and warn once that it does so without OpenCV.
+    with Image.open(io.BytesIO(encoded)) as image:
+        return np.atleast_3d(np.asarray(image))
+
+
+def _bar(items, label, progress):
+    return tqdm(items, f"reading {label}", leave=False, disable=None if progress else True)
 
 
 def _preparing(name, data_dir):
@@ -76,12 +94,13 @@ def _preparing(name, data_dir):
     )
 
 
-def from_folder(path: str, size: int | None = None) -> Dataset:
+def from_folder(path: str, size: int | None = None, progress: bool = False) -> Dataset:
     """A folder with one sub-folder of pictures a class.
 
     Args:
       path: of the folder; sub-folders sort by name into classes.
       size: pictures are resized to size x size; None needs them all of one size.
+      progress: whether to show a bar on a terminal.
 
     Returns:
       A Dataset, pictures in the order of their names.
@@ -99,12 +118,14 @@ def from_folder(path: str, size: int | None = None) -> Dataset:
         raise UserError(f"{path} has no sub-folder: it must hold one folder of pictures a class")
     files = [(f, c) for c, folder in enumerate(classes) for f in _pictures(folder)]
     images = []
-    for file, _ in tqdm(files, f"reading {root.name}", leave=False, disable=None):
+    for file, _ in _bar(files, root.name, progress):
         try:
             with Image.open(file) as image:
                 if image.mode[0] in "IF":  # Pillow would clip these to 0..255
                     raise UserError(f"{file} has more than 8 bits a channel: convert it to 8")
                 images.append(_resized(np.asarray(image.convert("RGB")), size))
+        except FileNotFoundError as error:
+            raise UserError(f"{file} vanished while {path} was read: put it back") from error
         except (UnidentifiedImageError, OSError) as error:
             raise UserError(f"{file} is not a picture: remove it or repair it") from error
     labels = np.asarray([c for _, c in files], np.int32)
@@ -136,33 +157,50 @@ def _stack(images, labels, names, where):
     return Dataset(np.stack(images), labels, names)
 
 
-def load(spec: Mapping[str, Any]) -> Dataset:
+def load(spec: Mapping[str, Any], progress: bool = False) -> Dataset:
     """The data set that a section of a configuration describes.
 
     Args:
       spec: `source` is "glyphs", "tfds" or "folder"; the other fields are arguments of that
         source. Everywhere, `classes` = (start, stop) selects classes and `per_class` the first images
         of each.
+      progress: whether to show bars.
 
     Returns:
       A Dataset labelled 0.. within the selected classes.
 
     Raises:
-      UserError: unknown source or field, and what the source raises.
+      UserError: unknown source or field, missing field, no classes, and what the source raises.
     """
-    arguments = {k: v for k, v in spec.items() if v is not None}
+    arguments = {k: v for k, v in spec.items() if v not in (None, "")}
     source = arguments.pop("source", None)
     if source not in SOURCES:
         raise unknown("data source", str(source), SOURCES)
-    load_one, fields = SOURCES[source]
+    load_one, fields, required = SOURCES[source]
     for key in arguments:
         if key not in fields:
             raise unknown(f"field of data source {source!r}", key, fields)
-    return load_one(**arguments)
+    missing = [key for key in required if key not in arguments]
+    if missing:
+        raise UserError(
+            f"data source {source!r} needs {', '.join(missing)}: set data.*.{missing[0]}"
+        )
+    if "classes" in arguments:
+        arguments["classes"] = _class_range(arguments["classes"])
+    return load_one(progress=progress, **arguments)
+
+
+def _class_range(classes):
+    whole = all(isinstance(c, int) for c in classes)
+    if not whole or len(classes) != 2 or not 0 <= classes[0] < classes[1]:
+        raise UserError(
+            f"data.*.classes must be (start, stop) with 0 <= start < stop, got {tuple(classes)}"
+        )
+    return range(*classes)
 
 
 def _glyphs(classes, per_class, **arguments):
-    return glyphs.render(range(*classes), per_class, **arguments)
+    return glyphs.render(classes, per_class, **arguments)
 
 
 def _tfds(name, classes=None, per_class=None, **arguments):
@@ -175,17 +213,19 @@ def _folder(path, classes=None, per_class=None, **arguments):
 
 def _selected(dataset, classes, per_class):
     if classes is not None:
-        dataset = dataset.select(range(*classes))
+        dataset = dataset.select(classes)
     return dataset.per_class(per_class)
 
 
+# name: (function, its fields, those that have no default)
 SOURCES = {
     "glyphs": (
         _glyphs,
         ("classes", "per_class", "look", "seed", "size", "photo_share", "strength", "noise"),
+        ("classes", "per_class", "look", "seed"),
     ),
-    "tfds": (_tfds, ("name", "split", "size", "data_dir", "classes", "per_class")),
-    "folder": (_folder, ("path", "size", "classes", "per_class")),
+    "tfds": (_tfds, ("name", "split", "size", "data_dir", "classes", "per_class"), ("name",)),
+    "folder": (_folder, ("path", "size", "classes", "per_class"), ("path",)),
 }
 
 

