@@ -22,9 +22,9 @@ NOTES = {
     "another order make it some 1e-6.",
     "network": "The same through a network of 18 or 32 layers, whose rounding adds up.",
     "step": "Relative; of weights, to the largest update. A step starts from weights that differ by "
-    "the rounding of all steps before, and a ReLU or a maximum that falls the other way adds to it: "
-    "over 20 steps the reference with 1 thread differs from itself with 2 about as much. Both sides "
-    "start from trained weights, since from random ones its float32 leaves its own float64 at once.",
+    "the rounding of all steps before, and a ReLU or a maximum that falls the other way adds to it: the "
+    "reference differs as much from itself when its first weights are changed by a rounding. The 20 "
+    "steps start from trained weights; from random ones that difference grows tenfold a step.",
     "matrix": "In points. A query whose two nearest templates are as near as the versions of both sides "
     "are apart may be counted for another class.",
     "pairs": "A pair of versions can be judged otherwise only if its margin, M[t,k] - M[k,k], is within "
