@@ -4,6 +4,7 @@ IAMCL2R_CLONE (and CL2R_CLONE) name clones; without them only what concerns this
 """
 
 import os
+import sys
 import types
 
 import numpy as np
@@ -12,7 +13,7 @@ from reference_weights import zero_variables
 
 from compat_jax import compatibility, losses
 from compat_jax.errors import UserError
-from compat_jax.interop import from_torch, reference, to_torch
+from compat_jax.interop import from_torch, reference, to_torch, torch_files
 from compat_jax.methods import build_embedder, get_method
 from compat_jax.models import create_backbone
 
@@ -144,6 +145,25 @@ def test_its_own_checkpoint_is_refused_by_the_torch_of_today(modules, tmp_path):
     torch.save({"net": {}, "args": args}, file)
     with pytest.raises(Exception, match="Weights only load failed"):
         modules("models").create_model(args, "cpu", resume_path=file)
+
+
+@pytest.mark.torch
+def test_a_checkpoint_with_its_transforms_is_read_without_torchvision(modules, tmp_path):
+    """Its settings hold the training transforms, objects of torchvision."""
+    torch, args = reference.torch_module(), modules("params").ExperimentParams()
+    name = "torchvision.transforms.transforms"
+    stand_in = types.ModuleType(name)
+    for kind in ("Resize", "RandomCrop", "RandomHorizontalFlip", "ToTensor", "Normalize"):
+        setattr(stand_in, kind, type(kind, (torch.nn.Module,), {"__module__": name}))
+    args.train_transform = [stand_in.RandomCrop(), stand_in.Normalize()]
+    args.new_data_ids_at_task = [np.arange(3)]
+    with pytest.MonkeyPatch.context() as patch:
+        for part in ("torchvision", "torchvision.transforms"):
+            patch.setitem(sys.modules, part, types.ModuleType(part))
+        patch.setitem(sys.modules, name, stand_in)
+        torch.save({"net": {"a": torch.arange(3.0)}, "args": args}, tmp_path / "ckpt_0.pt")
+    found = torch_files.read(tmp_path / "ckpt_0.pt")
+    np.testing.assert_array_equal(found["a"], [0, 1, 2])
 
 
 @pytest.mark.torch

@@ -1,6 +1,6 @@
 """PyTorch's weight files, read and written without running anything they contain.
 
-The only module of the package that imports torch, and only when a `.pt` file is at hand.
+Imports torch only when a `.pt` file is at hand.
 """
 
 import pickle
@@ -15,7 +15,8 @@ from compat_jax.errors import UserError
 from compat_jax.interop.weights import unwrap
 
 # What the reference's checkpoints hold beside weights and plain values: its settings object, and
-# NumPy numbers inside it. Each is replaced by an inert stand-in; nothing of either is imported.
+# NumPy numbers and torchvision's transforms inside it. Each is replaced by an inert stand-in; none of
+# them is imported.
 _STOOD_IN = (
     "iamcl2r.params.ExperimentParams",
     "numpy.core.multiarray._reconstruct",
@@ -24,6 +25,11 @@ _STOOD_IN = (
     "numpy._core.multiarray.scalar",
     "numpy.ndarray",
     "numpy.dtype",
+    "torchvision.transforms.functional.InterpolationMode",
+    *(
+        f"torchvision.transforms.transforms.{name}"
+        for name in ("Normalize", "RandomCrop", "RandomHorizontalFlip", "Resize", "ToTensor")
+    ),
 )
 
 
