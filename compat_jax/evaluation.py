@@ -162,12 +162,7 @@ def evaluate(
         galleries.append(store.gallery(version, lambda e=embed: keep(e(gallery), gallery.labels)))
         row = store.row(version)
         if row is None:
-            features = embed(query)
-            row = [None] * len(galleries)
-            fit = [k for k, (kept, _) in enumerate(galleries) if kept.shape[1] == features.shape[1]]
-            values = score(features, query.labels, [galleries[k] for k in fit], mesh)
-            for k, value in zip(fit, values, strict=True):
-                row[k] = float(value)
+            row = _row(score, embed(query), query.labels, galleries, mesh)
             store.add_row(version, row)
         incomparable += [(t, k) for k, value in enumerate(row) if value is None]
         rows.append([0.0 if value is None else float(value) for value in row])
@@ -181,6 +176,16 @@ def evaluate(
         tuple(r.replaced_by is not None and t > 0 for t, r in enumerate(records)),
         tuple(incomparable),
     )
+
+
+def _row(score, features, labels, galleries, mesh):
+    """The score in each gallery; None where its features have another size."""
+    row = [None] * len(galleries)
+    fit = [k for k, (kept, _) in enumerate(galleries) if kept.shape[1] == features.shape[1]]
+    values = score(features, labels, [galleries[k] for k in fit], mesh)
+    for k, value in zip(fit, values, strict=True):
+        row[k] = float(value)
+    return row
 
 
 class _Store:

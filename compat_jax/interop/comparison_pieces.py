@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,62 +20,25 @@ from compat_jax.train.optimizer import OptimizerSettings, learning_rate
 SIZES = ((2, 3, 0.3, 5.0), (7, 10, 0.2, 3.0), (32, 100, 0.05, 12.0), (128, 1024, 0.1, 10.0))
 
 
-class Side(Protocol):
-    """The functions of one side, arrays in and arrays out; `reference.Pieces` has the same.
+class Side(NamedTuple):
+    """The functions of one side, arrays in and arrays out; `reference.Pieces` has the same methods.
 
-    A loss gives the mean over the batch and its gradient with respect to the (first) features.
+    A field can be replaced, which is how the comparison itself is tested. A loss gives the mean over
+    the batch and its gradient with respect to the (first) features.
+
+    Attributes:
+      prototypes: (num_classes) -> float[K, K-1].
+      rows: (classes, num_classes) -> the prototype row of each class.
+      cross_entropy: (features, rows) -> loss on the fixed classifier.
+      contrast: (new, old, labels, mu) -> the contrastive term as the reference codes it.
+      batch_loss: (new, old, classes, lam, mu) -> the whole loss of a batch of class numbers.
+      identification: (query, query_labels, gallery, gallery_labels) -> share that find their class.
+      average_compatibility: (matrix) -> AC.
+      average_accuracy: (matrix) -> AA in percent of a matrix in 0..1.
+      learning_rates: (lr, min_lr, epochs) -> of every epoch.
+      batch_norm: (maps, scale, bias, mean, var) -> result, running mean and running variance of a
+        batch in training.
     """
-
-    def prototypes(self, num_classes: int) -> np.ndarray:
-        """float[K, K-1]."""
-
-    def rows(self, classes: np.ndarray, num_classes: int) -> np.ndarray:
-        """The prototype row of each class."""
-
-    def cross_entropy(self, features: np.ndarray, rows: np.ndarray) -> tuple[float, np.ndarray]:
-        """Cross-entropy on the fixed classifier."""
-
-    def contrast(
-        self, new: np.ndarray, old: np.ndarray, labels: np.ndarray, mu: float
-    ) -> tuple[float, np.ndarray]:
-        """The contrastive term as the reference codes it."""
-
-    def batch_loss(
-        self, new: np.ndarray, old: np.ndarray, classes: np.ndarray, lam: float, mu: float
-    ) -> tuple[float, np.ndarray]:
-        """The whole loss of a batch of class numbers."""
-
-    def identification(
-        self,
-        query: np.ndarray,
-        query_labels: np.ndarray,
-        gallery: np.ndarray,
-        gallery_labels: np.ndarray,
-    ) -> float:
-        """Share of queries that find their class."""
-
-    def average_compatibility(self, matrix: np.ndarray) -> float:
-        """AC."""
-
-    def average_accuracy(self, matrix: np.ndarray) -> float:
-        """AA in percent of a matrix in 0..1."""
-
-    def learning_rates(self, lr: float, min_lr: float, epochs: int) -> np.ndarray:
-        """Of every epoch."""
-
-    def batch_norm(
-        self,
-        maps: np.ndarray,
-        scale: np.ndarray,
-        bias: np.ndarray,
-        mean: np.ndarray,
-        var: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Result, running mean and running variance of a batch in training."""
-
-
-class Ours(NamedTuple):
-    """Our side; a field can be replaced, which is how the comparison itself is tested."""
 
     prototypes: Any
     rows: Any
@@ -153,7 +116,7 @@ def _batch_norm(maps, scale, bias, mean, var):
     return result, updated["batch_stats"]["mean"], updated["batch_stats"]["var"]
 
 
-OURS = Ours(
+OURS = Side(
     prototypes=simplex.prototypes,
     rows=simplex.prototype_rows,
     cross_entropy=_cross_entropy,
@@ -167,7 +130,7 @@ OURS = Ours(
 )
 
 
-def lines(ours: Side, theirs: Side, seed: int, progress: bool = False) -> Iterator[Line]:
+def lines(ours: Side, theirs: Any, seed: int, progress: bool = False) -> Iterator[Line]:
     """Every piece at several sizes; a line shows the size at which both differ most.
 
     Args:
