@@ -10,23 +10,18 @@ import urllib.request
 import uuid
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import tiny
 from etils import epath
+from small_chain import assert_the_later_writer_is_refused, small
 
-from compat_jax import chain as chains
 from compat_jax import files
 from compat_jax.chain import Chain, CorruptEntry
 from compat_jax.errors import Stopped, UserError
 from launch import runs
 
 SMALL = {"params": {"fc1": {"kernel": np.arange(12, dtype=np.float32).reshape(3, 4)}}}
-
-
-def small(seed):
-    return jax.tree.map(lambda x: x + np.float32(seed), SMALL)
 
 
 def test_what_to_install_is_told(monkeypatch, tmp_path):
@@ -125,19 +120,7 @@ def test_what_a_killed_writer_left_is_no_version(folder):
 
 @emulated
 def test_of_two_writers_one_wins(folder, monkeypatch):
-    mine, theirs = Chain(folder), Chain(folder)
-    encode, first = chains._encode, [True]
-
-    def while_the_other_adds(*arguments):
-        if first.pop():
-            first.append(False)
-            theirs.add(small(5), tiny.record())
-        return encode(*arguments)
-
-    monkeypatch.setattr(chains, "_encode", while_the_other_adds)
-    with pytest.raises(UserError, match=r"version 0 of gs://.* was added by another program"):
-        mine.add(small(4), tiny.record())
-    assert mine.open(0).sha256 == chains.variables_sha256({**small(5), "batch_stats": {}})
+    assert_the_later_writer_is_refused(folder, monkeypatch)
     assert len(names(folder / "0000")) == 2  # the loser's folder is gone
 
 
