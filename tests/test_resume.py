@@ -8,13 +8,16 @@ import re
 import shutil
 import signal
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import tiny
+from flat import Flat
 from PIL import Image
 
 from compat_jax import chain as chains
+from compat_jax import models
 from compat_jax.chain import Chain
 from compat_jax.errors import Stopped, UserError
 from compat_jax.train import progress as progresses
@@ -255,7 +258,21 @@ def test_a_damaged_identity_is_told(tmp_path):
 
 # Programs, killed for real
 
-FLAGS = ["--config=configs/glyphs.py:method=hoc,replace=false", *tiny.flags(tiny.TRAIN)]
+
+def small(overrides):
+    """Flags of a program that compiles in no time."""
+    kept = {k: v for k, v in overrides.items() if k != "backbone.arguments"}
+    return tiny.flags({**kept, "backbone.name": "flat"})
+
+
+start, call = partial(tiny.start, flat=True), partial(tiny.call, flat=True)
+FLAGS = ["--config=configs/glyphs.py:method=hoc,replace=false", *small(tiny.TRAIN)]
+
+
+@pytest.fixture
+def flat(monkeypatch):
+    """What the programs know by that name."""
+    monkeypatch.setitem(models.BACKBONES, "flat", Flat)
 
 
 def saved(workdir, task):
@@ -275,9 +292,9 @@ def interrupt(process, moment, how=signal.SIGKILL):
     return process.returncode, err
 
 
-def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(tmp_path):
+def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(tmp_path, flat):
     unbroken, workdir = Chain(tmp_path / "unbroken" / "chain"), tmp_path / "killed"
-    code, out, err = tiny.call("train", *FLAGS, f"--workdir={tmp_path / 'unbroken'}")
+    code, out, err = call("train", *FLAGS, f"--workdir={tmp_path / 'unbroken'}")
     assert (
         code == 0
         and "error" not in err
@@ -290,15 +307,15 @@ def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(tmp_path):
     command = ("train", *FLAGS, "--config.save_every=1", f"--workdir={workdir}", "--noprogress")
     chain = Chain(workdir / "chain")
 
-    code, _ = interrupt(tiny.start(*command), lambda: saved(workdir, task=0))
+    code, _ = interrupt(start(*command), lambda: saved(workdir, task=0))
     assert code == -signal.SIGKILL and chain.numbers() == []  # within a task
-    code, _ = interrupt(tiny.start(*command), lambda: chain.numbers() == [0])
+    code, _ = interrupt(start(*command), lambda: chain.numbers() == [0])
     assert code == -signal.SIGKILL and chain.numbers() == [0]  # between tasks
-    code, err = interrupt(tiny.start(*command), lambda: saved(workdir, task=1), signal.SIGTERM)
+    code, err = interrupt(start(*command), lambda: saved(workdir, task=1), signal.SIGTERM)
     assert code == 75 and err == "stopped and saved; the same command goes on\n"
     assert chain.numbers() == [0] and saved(workdir, task=1)
 
-    code, _, err = tiny.call(*command)
+    code, _, err = call(*command)
     assert (code, err) == (0, "")
     assert bits(chain) == bits(unbroken)
     assert chain.record(2) == unbroken.record(2)
@@ -306,15 +323,15 @@ def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(tmp_path):
     assert {(0, 4), (1, 6), (2, 8)} <= steps
 
 
-def test_a_killed_pretraining_ends_with_the_bits_of_an_unbroken_one(tmp_path):
-    flags = ("--config=configs/pretrain.py:data=glyphs", *tiny.flags(tiny.PRETRAIN))
+def test_a_killed_pretraining_ends_with_the_bits_of_an_unbroken_one(tmp_path, flat):
+    flags = ("--config=configs/pretrain.py:data=glyphs", *small(tiny.PRETRAIN))
     unbroken, workdir = Chain(tmp_path / "unbroken" / "chain"), tmp_path / "killed"
-    assert tiny.call("pretrain", *flags, f"--workdir={tmp_path / 'unbroken'}")[0] == 0
+    assert call("pretrain", *flags, f"--workdir={tmp_path / 'unbroken'}")[0] == 0
     command = ("pretrain", *flags, "--config.save_every=1", f"--workdir={workdir}", "--noprogress")
-    code, _ = interrupt(tiny.start(*command), lambda: saved(workdir, task=1))
+    code, _ = interrupt(start(*command), lambda: saved(workdir, task=1))
     assert code == -signal.SIGKILL
 
-    code, out, err = tiny.call(*command)
+    code, out, err = call(*command)
     chain = Chain(workdir / "chain")
     assert (code, err) == (0, "") and out.startswith(f"2 models in {chain.path}; next:\n")
     assert bits(chain) == bits(unbroken) and len(set(bits(chain))) == 2
@@ -326,15 +343,15 @@ def test_a_killed_pretraining_ends_with_the_bits_of_an_unbroken_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments_it_ends_with_the_same_bits(tmp_path):
-    assert tiny.call("train", *FLAGS, f"--workdir={tmp_path / 'unbroken'}")[0] == 0
+def test_killed_at_twenty_random_moments_it_ends_with_the_same_bits(tmp_path, flat):
+    assert call("train", *FLAGS, f"--workdir={tmp_path / 'unbroken'}")[0] == 0
     unbroken = bits(Chain(tmp_path / "unbroken" / "chain"))
     moments, kills, ended = random.Random(0), 0, 0
     while kills < 20 or not ended:
         workdir = tmp_path / str(ended)
         flags = (*FLAGS, "--config.save_every=1", f"--workdir={workdir}", "--noprogress")
         log, began = workdir / "log.jsonl", time.time()
-        with tiny.start("train", *flags) as process:
+        with start("train", *flags) as process:
             # From its first own step on: before it, there is nothing to lose.
             while process.poll() is None and not (log.exists() and log.stat().st_mtime > began):
                 time.sleep(0.01)

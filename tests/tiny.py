@@ -187,11 +187,12 @@ def flags(overrides, **more) -> list[str]:
     return [f"--config.{k}={v}" for k, v in {**overrides, **more}.items()]
 
 
-def start(program, *arguments) -> subprocess.Popen:
-    """`python -m launch.PROGRAM ...` on one simulated device."""
+def start(program, *arguments, flat=False) -> subprocess.Popen:
+    """`python -m launch.PROGRAM ...` on one simulated device; `flat` adds that backbone to it."""
     root = Path(__file__).parents[1]
+    runner = [root / "tests" / "run_flat.py"] if flat else ["-m"]
     return subprocess.Popen(
-        [sys.executable, "-m", f"launch.{program}", *map(str, arguments)],
+        [sys.executable, *runner, f"launch.{program}", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -200,8 +201,8 @@ def start(program, *arguments) -> subprocess.Popen:
     )
 
 
-def call(program, *arguments) -> tuple[int, str, str]:
+def call(program, *arguments, flat=False) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a program that ends by itself."""
-    with start(program, *arguments) as process:
+    with start(program, *arguments, flat=flat) as process:
         out, err = process.communicate(timeout=300)
     return process.returncode, out, err
