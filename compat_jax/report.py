@@ -2,16 +2,17 @@
 
 import io
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from compat_jax import compatibility
 from compat_jax.evaluation import Evaluation
 from compat_jax.files import write_bytes, write_json
+
+if TYPE_CHECKING:  # imported where it draws: every program imports this module, few draw
+    from matplotlib.figure import Figure
 
 TITLES = {
     "hoc": "d-Simplex-HOC",
@@ -114,8 +115,10 @@ def write(results: Mapping[str, Evaluation], folder: epath.Path) -> list[epath.P
     return paths
 
 
-def heat_maps(results: Mapping[str, Evaluation]) -> Figure:
+def heat_maps(results: Mapping[str, Evaluation]) -> "Figure":
     """The matrices side by side on one scale, incompatible cells hatched."""
+    from matplotlib.figure import Figure
+
     size = max(len(r.matrix) for r in results.values())
     side = min(max(3.6, 0.62 * size), 12)
     figure = Figure(figsize=(side * len(results) + 1.2, side + 0.9), layout="constrained")
@@ -128,6 +131,8 @@ def heat_maps(results: Mapping[str, Evaluation]) -> Figure:
 
 
 def _heat_map(axis, name, result, annotate):
+    from matplotlib.patches import Rectangle
+
     size = len(result.matrix)
     percent = np.where(np.tri(size, dtype=bool), 100 * result.matrix, np.nan)
     image = axis.imshow(percent, vmin=0, vmax=100, cmap="YlGnBu")
@@ -169,8 +174,10 @@ def _heat_map(axis, name, result, annotate):
     return image
 
 
-def accuracy_curves(results: Mapping[str, Evaluation]) -> Figure:
+def accuracy_curves(results: Mapping[str, Evaluation]) -> "Figure":
     """Average accuracy of the versions so far, a curve a method; squares mark replacements."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axis = figure.subplots()
     for colour, (name, result) in zip(_COLOURS * 9, results.items(), strict=False):
@@ -192,5 +199,5 @@ def accuracy_curves(results: Mapping[str, Evaluation]) -> Figure:
 
 def _png(figure):
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -19,7 +19,15 @@ hypothesis.settings.load_profile("default_suite")
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory):
-    """Rendered glyphs and compiled programs of the tests: $COMPAT_JAX_CACHE, or a new folder."""
+    """Rendered glyphs and compiled programs of the tests: $COMPAT_JAX_CACHE, or a new folder.
+
+    The workers of pytest-xdist share it, so that each program is compiled once.
+    """
     if "COMPAT_JAX_CACHE" not in os.environ:
-        os.environ["COMPAT_JAX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    return os.environ["COMPAT_JAX_CACHE"]
+        base = tmp_path_factory.getbasetemp()
+        shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+        os.environ["COMPAT_JAX_CACHE"] = str(shared / "cache")
+    folder = os.environ["COMPAT_JAX_CACHE"]
+    jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    return folder

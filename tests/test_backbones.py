@@ -41,7 +41,10 @@ def relative_error(found, expected):
 # 1e-5 for ResNet-18 in training mode, and for ResNet-50 1.2e-3: four images a batch, 1x1 maps.
 @pytest.mark.parametrize(
     ("name", "in_training", "after_training"),
-    [("resnet18", 1e-4, 1e-5), ("resnet50", 5e-3, 5e-4)],
+    [
+        ("resnet18", 1e-4, 1e-5),
+        pytest.param("resnet50", 5e-3, 5e-4, marks=pytest.mark.slow),
+    ],
 )
 def test_resnets_give_the_features_of_the_reference(name, in_training, after_training):
     embedder = Embedder(create_backbone(name), projection=99)
@@ -147,7 +150,13 @@ def numpy_conv(x, kernel, stride=1, padding=0, groups=1):
 compiled_conv = quick_jit(conv, static_argnames=("stride", "padding", "groups", "form"))
 
 
-@pytest.mark.parametrize("name", sorted(BACKBONES))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name.startswith("regnet") else name
+        for name in sorted(BACKBONES)
+    ],
+)
 def test_the_chosen_forms_equal_the_native_convolution(name, monkeypatch):
     """Every convolution that the backbone makes of 32x32 pixels, on random inputs."""
     calls = set()

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from flat import Flat
 
 from compat_jax import benchmarks, models
 from compat_jax.benchmarks import flops, table, timing, work
@@ -36,9 +37,10 @@ def test_the_command_measures_and_writes_what_it_printed(tmp_path):
 @pytest.fixture(scope="module")
 def lines():
     """What the measures of training and retrieval give for a network that compiles at once."""
-    sizes = dataclasses.replace(work.TINY, backbone="one_conv")
+    sizes = dataclasses.replace(work.TINY, backbone="flat")
     only = ("step", "epoch", "streaming", "features", "evaluation")
-    with tiny.one_conv(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.BACKBONES, "flat", Flat)
         patch.setitem(benchmarks.SIZES, "tiny", sizes)
         results = list(benchmarks.measure(only, sizes_name="tiny"))
     return {m: [r for r in results if r.measure == m] for m in only}

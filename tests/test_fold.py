@@ -26,7 +26,15 @@ def test_all_backbones_are_here():
     assert {*models.BACKBONES} - {*CASES} == {"vit_s16", "vit_ti16"}  # without BatchNorm
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow)
+        if name in ("regnet_y_400mf", "resnet50")
+        else name
+        for name in CASES
+    ],
+)
 def test_features_are_the_same_with_fewer_normalisations(name, monkeypatch):
     monkeypatch.setattr(forms, "_cpu_form", lambda *_: "native")  # the quickest to compile
     arguments, side, left = CASES[name]

@@ -29,7 +29,7 @@ PICTURES = np.load(GOLDEN / "forward.npz")["images_nchw"][:4].transpose(0, 2, 3,
 K = 32
 
 
-@pytest.mark.parametrize("decay", ["package", "notebook"])
+@pytest.mark.parametrize("decay", ["package", pytest.param("notebook", marks=pytest.mark.slow)])
 def test_five_steps_give_the_losses_and_features_of_the_reference(decay):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         losses, features = five_steps(decay)
