@@ -67,7 +67,6 @@ def start(program, *arguments, devices=1, **process):
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
     }
-    environment.pop("XLA_FLAGS", None)
     flags = [f"--{key}={value}" for key, value in process.items()]
     return subprocess.Popen(
         [sys.executable, ROOT / "tests/run_flat.py", program, *arguments, *flags, "--noprogress"],
