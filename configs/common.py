@@ -49,6 +49,7 @@ def tfds_source(name: str, split: str, **fields: Any) -> dict[str, Any]:
         "split": split,
         "size": 32,
         "data_dir": placeholder(str),
+        "in_memory": True,
         "classes": placeholder(tuple),
         "per_class": placeholder(int),
         **fields,

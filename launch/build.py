@@ -146,6 +146,9 @@ def _claim(workdir, config, data, replacements):
 def plain(config: ConfigDict) -> dict[str, Any]:
     """A configuration as JSON values, without the fields that do not change the result."""
     content = json.loads(config.to_json_best_effort())
+    for role in content.get("data", {}).values():
+        if isinstance(role, dict):
+            role.pop("in_memory", None)
     return {k: v for k, v in content.items() if k not in _FREE}
 
 

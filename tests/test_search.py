@@ -10,7 +10,7 @@ import pytest
 from compat_jax.errors import UserError
 from compat_jax.mesh import make_mesh
 from compat_jax.retrieval import search
-from compat_jax.retrieval.search import _search_block
+from compat_jax.retrieval.search import _coarse, _nothing, _search_block
 
 
 def random_features(rows, size, seed):
@@ -50,11 +50,13 @@ def test_by_hand():
         (130, 5000, 8),
         (130, 5000, 9),
         (130, 3000, 2500),
+        (70, 20_000, 3),
     ],
 )
-def test_equals_brute_force(num_queries, num_rows, k):
+@pytest.mark.parametrize("screen", [False, True])
+def test_equals_brute_force(num_queries, num_rows, k, screen):
     query, gallery = random_features(num_queries, 16, 0), random_features(num_rows, 16, 1)
-    scores, rows = search(query, gallery, k, **SMALL)
+    scores, rows = search(query, gallery, k, screen=screen, **SMALL)
     expected_scores, expected_rows = brute_force(query, gallery, k)
     np.testing.assert_allclose(scores, expected_scores, atol=1e-5)
     # Neighbours in the ranking may swap where their scores agree to rounding, and only there.
@@ -66,9 +68,10 @@ def test_equals_brute_force(num_queries, num_rows, k):
 
 @pytest.mark.parametrize("num_rows", [700, 2048, 5000, 6145])
 @pytest.mark.parametrize("k", [1, 5, 40])
-def test_ties_go_to_the_lower_row(num_rows, k):
+@pytest.mark.parametrize("screen", [False, True])
+def test_ties_go_to_the_lower_row(num_rows, k, screen):
     query, gallery = whole_numbers(70, 6, 0), whole_numbers(num_rows, 6, 1)
-    scores, rows = search(query, gallery, k, **SMALL)
+    scores, rows = search(query, gallery, k, screen=screen, **SMALL)
     expected_scores, expected_rows = brute_force(query, gallery, k)
     np.testing.assert_array_equal(scores, expected_scores)
     np.testing.assert_array_equal(rows, expected_rows)
@@ -107,11 +110,47 @@ def test_any_size(seed, num_queries, num_rows, k):
     np.testing.assert_array_equal(rows, expected_rows)
 
 
+def screens(query, gallery, k, mesh=None):
+    """Whether bfloat16 decides the first block."""
+    coarse = _coarse(gallery)
+    best = _nothing(len(query), k)
+    row = np.int32(0), np.int32(len(gallery))
+    static = {"k": k, "approx_recall": None, "mesh": mesh}
+    return bool(_search_block(query, gallery, *row, best, coarse, **static)[1])
+
+
+def test_bfloat16_decides_unless_rows_are_too_much_alike():
+    """Rows that differ by less than bfloat16 tells apart are scored in float32."""
+    query, gallery = random_features(64, 32, 0), random_features(8192, 32, 1)
+    assert screens(query, gallery, 5)
+    alike = (random_features(1, 32, 2) + 1e-4 * gallery).astype(np.float32)
+    assert not screens(query, alike, 5)
+    scores, rows = search(query, alike, 5, screen=True)
+    expected = search(query, alike, 5, screen=False)
+    np.testing.assert_array_equal(rows, expected[1])
+    np.testing.assert_array_equal(scores, expected[0])
+
+
+@hypothesis.settings(max_examples=15)
+@hypothesis.given(st.integers(0, 2**31), st.integers(-60, 30), st.integers(0, 12))
+def test_screening_never_changes_the_answer(seed, magnitude, spread):
+    """Whatever the size of the numbers, and however close the rows are to each other."""
+    query, gallery = random_features(16, 8, seed), random_features(2048, 8, seed + 1)
+    gallery = (np.float32(10.0**magnitude) * (1 + np.float32(2.0**-spread) * gallery)).astype(
+        np.float32
+    )
+    hypothesis.assume(np.isfinite(gallery).all())
+    plain, screened = (search(query, gallery, 3, screen=s, **SMALL) for s in (False, True))
+    np.testing.assert_array_equal(screened[1], plain[1])
+    np.testing.assert_array_equal(screened[0], plain[0])
+
+
 @pytest.mark.parametrize("num_rows", [5, 700, 5000, 40_000])
-def test_sharded_over_eight_devices_gives_the_same_answer(num_rows):
+@pytest.mark.parametrize("screen", [False, True])
+def test_sharded_over_eight_devices_gives_the_same_answer(num_rows, screen):
     query, gallery = whole_numbers(70, 6, 0), whole_numbers(num_rows, 6, 1)
     alone = search(query, gallery, 5, **SMALL)
-    together = search(query, gallery, 5, mesh=make_mesh("data:8"), **SMALL)
+    together = search(query, gallery, 5, mesh=make_mesh("data:8"), screen=screen, **SMALL)
     np.testing.assert_array_equal(together[0], alone[0])
     np.testing.assert_array_equal(together[1], alone[1])
 
@@ -163,7 +202,7 @@ def test_no_full_matrix_on_cpu():
         jax.ShapeDtypeStruct((256, k), jnp.float32),
         jax.ShapeDtypeStruct((256, k), jnp.int32),
     )
-    lowered = _search_block.lower(*args, row, row, best, k=k, approx_recall=None, mesh=None)
+    lowered = _search_block.lower(*args, row, row, best, None, k=k, approx_recall=None, mesh=None)
     assert lowered.compile().memory_analysis().temp_size_in_bytes < 16 << 20
 
 

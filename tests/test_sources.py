@@ -239,6 +239,16 @@ def test_tfds_split_and_size(tfds_folder):
     assert sorted(values(dataset)) == [120, 140]
 
 
+def test_tfds_images_may_stay_in_their_files(tfds_folder):
+    spec = {"source": "tfds", "name": "tiny_pictures", "size": 4, "data_dir": str(tfds_folder)}
+    spec |= {"classes": (1, 2), "per_class": 2}
+    read, left = (sources.load({**spec, "in_memory": there}) for there in (True, False))
+    assert isinstance(read.images, np.ndarray) and not isinstance(left.images, np.ndarray)
+    np.testing.assert_array_equal(left.images, read.images)
+    np.testing.assert_array_equal(np.asarray(left.images[1:]), read.images[1:])
+    assert left.fingerprint() == read.fingerprint() and left.class_names == read.class_names
+
+
 def test_tfds_folder_by_the_environment_of_the_moment(tfds_folder, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_folder))
     assert len(sources.from_tfds("tiny_pictures")) == 6

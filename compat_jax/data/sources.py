@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from compat_jax.data import glyphs
 from compat_jax.data.dataset import Dataset
+from compat_jax.data.streaming import RecordImages
 from compat_jax.errors import UserError, unknown
 
 
@@ -21,6 +22,7 @@ def from_tfds(
     split: str = "train",
     size: int | None = None,
     data_dir: str | None = None,
+    in_memory: bool = True,
     progress: bool = False,
 ) -> Dataset:
     """An image-classification data set of TensorFlow Datasets, read without TensorFlow.
@@ -30,6 +32,8 @@ def from_tfds(
       split: e.g. "train", "test".
       size: pictures are resized to size x size; None needs them all of one size.
       data_dir: of the prepared data; TFDS_DATA_DIR or ~/tensorflow_datasets by default.
+      in_memory: whether to read all images now; otherwise they stay in their files as a
+        `streaming.RecordImages`, for data that is larger than the memory of the host.
       progress: whether to show a bar on a terminal.
 
     Returns:
@@ -69,11 +73,32 @@ def from_tfds(
         ) from error
     except ValueError as error:
         raise UserError(f"split {split!r} of {name}: {str(error).splitlines()[0]}") from error
+    names, where = tuple(features["label"].names), f"{name} {split}"
     images, labels = [], np.empty(len(source), np.int32)
-    for i, record in enumerate(_bar(source, f"{name} {split}", progress)):
-        images.append(_resized(_decoded(record["image"]), size))
+    for i, record in enumerate(_bar(source, where, progress)):
         labels[i] = record["label"]
-    return _stack(images, labels, tuple(features["label"].names), f"{name} {split}")
+        if in_memory or not i:
+            images.append(_resized(_decoded(record["image"]), size))
+    if in_memory:
+        return _stack(images, labels, names, where)
+    shape = images[0].shape if images else (0, 0, 3)
+    return Dataset(RecordImages(_Decoding(source, size, shape, where), shape), labels, names)
+
+
+class _Decoding:
+    """Records of TFDS with their images decoded when they are asked for."""
+
+    def __init__(self, source, size, shape, where):
+        self._source, self._size, self._shape, self._where = source, size, shape, where
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitems__(self, positions):
+        records = self._source.__getitems__(positions)
+        images = [_resized(_decoded(record["image"]), self._size) for record in records]
+        _check_shapes({self._shape, *(image.shape for image in images)}, self._where)
+        return [{"image": image} for image in images]
 
 
 def _decoded(encoded):
@@ -150,11 +175,14 @@ def _resized(image, size):
 
 
 def _stack(images, labels, names, where):
-    shapes = {image.shape for image in images}
+    _check_shapes({image.shape for image in images}, where)
+    return Dataset(np.stack(images), labels, names)
+
+
+def _check_shapes(shapes, where):
     if len(shapes) > 1:
         some = sorted(shapes)[:3]
         raise UserError(f"{where} has pictures of several sizes ({some}...): set data.*.size")
-    return Dataset(np.stack(images), labels, names)
 
 
 def load(spec: Mapping[str, Any], progress: bool = False) -> Dataset:
@@ -224,7 +252,11 @@ SOURCES = {
         ("classes", "per_class", "look", "seed", "size", "photo_share", "strength", "noise"),
         ("classes", "per_class", "look", "seed"),
     ),
-    "tfds": (_tfds, ("name", "split", "size", "data_dir", "classes", "per_class"), ("name",)),
+    "tfds": (
+        _tfds,
+        ("name", "split", "size", "data_dir", "in_memory", "classes", "per_class"),
+        ("name",),
+    ),
     "folder": (_folder, ("path", "size", "classes", "per_class"), ("path",)),
 }
 

@@ -89,7 +89,7 @@ def extract(
     batches = range(0, len(images), batch_size)
     pending: list[Any] = []
     for start in tqdm(batches, progress, disable=progress is None, leave=False):
-        batch = images[start : start + batch_size]
+        batch = np.asarray(images[start : start + batch_size])
         missing = batch_size - len(batch)
         if missing:
             batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))

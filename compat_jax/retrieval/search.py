@@ -1,7 +1,9 @@
 """Exact nearest neighbours by inner product, in blocks and over any number of devices."""
 
+import functools
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,15 @@ from compat_jax.errors import UserError
 
 # On CPU the scores are made TILE gallery rows at a time, small enough to stay in cache until they
 # are reduced to one maximum for each GROUP of neighbouring rows.
-TILE = 1024
+TILE = 4096
 GROUP = 64
-# Sizes of one compiled call: queries, and gallery rows a device.
+# Sizes of one compiled call: queries, and gallery rows a device. Accelerators hold their scores.
 QUERY_BLOCK = 256
-GALLERY_BLOCK = 1 << 18
+GALLERY_BYTES = 1 << 29
+GALLERY_ROWS = {"cpu": 1 << 20}
+GALLERY_ROWS_ELSEWHERE = 1 << 18
+# Rounding a number to bfloat16 changes it by 2^-8 of itself at most, hence a product by this.
+_BFLOAT16_ERROR = 2.0**-7 + 2.0**-16
 
 
 def search(
@@ -27,14 +33,19 @@ def search(
     *,
     mesh: Mesh | None = None,
     approx_recall: float | None = None,
+    screen: bool | None = None,
     query_block: int = QUERY_BLOCK,
-    gallery_block: int = GALLERY_BLOCK,
+    gallery_block: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k gallery rows of largest inner product with each query, largest first.
 
     Exact in float32; of equal scores the lower index comes first. The full query x gallery matrix
     is never held: beyond the inputs, memory is O(q k + block). Calls whose sizes differ only in
     the number of blocks share one compiled program.
+
+    Where bfloat16 is fast, it screens: products in bfloat16 choose groups of rows that are scored again
+    in float32, and a bound on their error proves that no other group holds a row of the answer, or else
+    the block is done again in float32. The answer is the same.
 
     Args:
       query: float[q, d].
@@ -44,9 +55,12 @@ def search(
         its share and the answers are merged. The answer is that of one device.
       approx_recall: None for the exact answer, or the recall in (0, 1) that
         `jax.lax.approx_max_k` aims at. Faster on TPU only; elsewhere JAX computes the exact answer.
+      screen: whether to screen in bfloat16; None on CPUs that multiply in it, if there are enough
+        queries and rows.
       query_block: queries of one compiled call, rounded up to a power of two.
-      gallery_block: gallery rows of one compiled call and device, likewise. The largest arrays are
-        the two blocks and, on accelerators, their scores [query_block, gallery_block].
+      gallery_block: gallery rows of one compiled call and device, likewise; None for what takes
+        512 MB. The largest arrays are the two blocks and, on accelerators, their scores
+        [query_block, gallery_block].
 
     Returns:
       float32[q, k] scores and int32[q, k] gallery rows.
@@ -59,21 +73,32 @@ def search(
     """
     _check(query, gallery, k, mesh, approx_recall)
     num_rows = len(gallery)
-    query_size, size = _block_sizes(len(query), num_rows, k, mesh, query_block, gallery_block)
+    sizes = _block_sizes(query.shape, num_rows, k, mesh, query_block, gallery_block)
+    query_size, size = sizes
+    if screen is None:
+        screen = len(query) >= QUERY_BLOCK and _multiplies_in_bfloat16(_platform(mesh))
+    screen = screen and approx_recall is None and _can_screen(size, k, mesh)
     queries = [_place(b, mesh) for _, b in _blocks("query", query, query_size)]
     best = [tuple(_place(part, mesh) for part in _nothing(query_size, k))] * len(queries)
     step = partial(_search_block, k=k, approx_recall=approx_recall, mesh=mesh)
     for start, block in _blocks("gallery", gallery, size):
         block = _place(block, mesh, "data")
         first, stop = np.int32(start), np.int32(num_rows)
-        best = [step(q, block, first, stop, b) for q, b in zip(queries, best, strict=True)]
+        coarse = None
+        for i, one in enumerate(queries):
+            if screen and coarse is None:
+                coarse = _coarse(block)
+            best[i], certain = step(one, block, first, stop, best[i], coarse if screen else None)
+            if screen and not start and not i:  # too many rows alike: screening is in vain
+                screen = bool(certain)
     scores, rows = (np.concatenate([np.asarray(b[i]) for b in best]) for i in (0, 1))
     return scores[: len(query)], rows[: len(query)]
 
 
 def lower(num_rows: int, feature_size: int, k: int, mesh: Mesh) -> jax.stages.Lowered:
     """The step that `search` compiles for a full block of queries, lowered on a mesh: for plans."""
-    queries, size = _block_sizes(QUERY_BLOCK, num_rows, k, mesh, QUERY_BLOCK, GALLERY_BLOCK)
+    query = (QUERY_BLOCK, feature_size)
+    queries, size = _block_sizes(query, num_rows, k, mesh, QUERY_BLOCK, None)
 
     def shape(rows, columns, dtype=jnp.float32, axis=None):
         sharding = NamedSharding(mesh, PartitionSpec(axis))
@@ -88,44 +113,90 @@ def lower(num_rows: int, feature_size: int, k: int, mesh: Mesh) -> jax.stages.Lo
         first,
         stop,
         best,
+        None,
         k=k,
         approx_recall=None,
         mesh=mesh,
     )
 
 
-def _block_sizes(num_queries, num_rows, k, mesh, query_block, gallery_block) -> tuple[int, int]:
+def _block_sizes(shape, num_rows, k, mesh, query_block, gallery_block) -> tuple[int, int]:
     """Queries and gallery rows of one step, the latter over all devices."""
+    num_queries, feature_size = shape
     shards = 1 if mesh is None else mesh.shape["data"]
+    if gallery_block is None:
+        most = GALLERY_ROWS.get(_platform(mesh), GALLERY_ROWS_ELSEWHERE)
+        gallery_block = min(most, _power_of_two(GALLERY_BYTES // (4 * feature_size) + 1) // 2)
     rows = _power_of_two(max(k, min(gallery_block, -(-num_rows // shards))))
     return _power_of_two(min(query_block, num_queries)), shards * rows
 
 
+def _platform(mesh: Mesh | None) -> str:
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+@functools.cache
+def _multiplies_in_bfloat16(platform: str) -> bool:
+    """Whether it does so faster than in float32: XLA:CPU since jax 0.12, with instructions for it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    newer = tuple(int(x) for x in jax.__version__.split(".")[:2]) >= (0, 12)
+    if platform != "cpu" or not newer or not cpuinfo.exists():
+        return False
+    return any(flag in cpuinfo.read_text() for flag in ("avx512_bf16", "amx_bf16"))
+
+
+def _screened(k: int) -> int:
+    """Groups that are scored again."""
+    return 2 * k + 8
+
+
+def _can_screen(size: int, k: int, mesh: Mesh | None) -> bool:
+    return size // (1 if mesh is None else mesh.shape["data"]) >= 2 * GROUP * _screened(k)
+
+
+@jax.jit
+def _coarse(gallery):
+    """The block in bfloat16, and the largest norm of its rows."""
+    return gallery.astype(jnp.bfloat16), jnp.sqrt(jnp.square(gallery).sum(axis=1).max())
+
+
 @partial(jax.jit, static_argnames=("k", "approx_recall", "mesh"))
-def _search_block(query, gallery, first, stop, best, *, k, approx_recall, mesh):
-    """Update the best k of a block of queries with a block of gallery rows, first..stop-1."""
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    local = partial(_local_top_k, k=k, approx_recall=approx_recall, on_cpu=platform == "cpu")
+def _search_block(query, gallery, first, stop, best, coarse, *, k, approx_recall, mesh):
+    """Update the best k of a block of queries with a block of gallery rows, first..stop-1.
+
+    Returns them, and whether screening did (always without `coarse`).
+    """
+    on_cpu = _platform(mesh) == "cpu"
+
+    def local(query, gallery, first, stop, best, coarse):
+        if coarse is not None:
+            return _screened_top_k(query, gallery, first, stop, best, coarse, k)
+        found = _local_top_k(query, gallery, first, stop, k, approx_recall, on_cpu)
+        return found, jnp.bool(True)
+
     if mesh is None:
-        return _merge(best, local(query, gallery, first, stop), k)
+        found, certain = local(query, gallery, first, stop, best, coarse)
+        return _merge(best, found, k), certain
 
-    def on_device(query, shard, first, stop, best):
+    def on_device(query, shard, first, stop, best, coarse):
         first += jax.lax.axis_index("data") * jnp.int32(len(shard))
-        found = local(query, shard, first, stop)
+        found, certain = local(query, shard, first, stop, best, coarse)
         # Shares are gathered in the order of their rows, so ties still go to the lower index.
-        return _merge(best, jax.lax.all_gather(found, "data", axis=1, tiled=True), k)
+        found = jax.lax.all_gather(found, "data", axis=1, tiled=True)
+        return _merge(best, found, k), jax.lax.pmin(certain.astype(jnp.int32), "data")
 
-    everywhere = PartitionSpec()
+    everywhere, split = PartitionSpec(), PartitionSpec("data")
+    shares = None if coarse is None else (split, everywhere)
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(everywhere, PartitionSpec("data"), everywhere, everywhere, everywhere),
+        in_specs=(everywhere, split, everywhere, everywhere, everywhere, shares),
         out_specs=everywhere,
         check_vma=False,  # the merged answer is the same on every device, which JAX cannot see
-    )(query, gallery, first, stop, best)
+    )(query, gallery, first, stop, best, coarse)
 
 
-def _local_top_k(query, gallery, first, stop, *, k, approx_recall, on_cpu):
+def _local_top_k(query, gallery, first, stop, k, approx_recall, on_cpu):
     """Best k of the rows first, first + 1, … < stop that `gallery` holds; the rest is padding."""
     grouped = on_cpu and len(gallery) >= 4 * k * GROUP
     if grouped and approx_recall is None:
@@ -145,29 +216,63 @@ def _grouped_top_k(query, gallery, first, stop, k):
 
     The k groups with the largest maxima hold the answer: were a row of the answer in another group,
     k groups would each hold a row before it. Groups are runs of neighbouring rows, so that also
-    holds for the order among ties. The padding repeats the last row, hence does not change the
-    maximum of the group it shares.
+    holds for the order among ties.
     """
+    maxima = _group_maxima(query, gallery, first, stop)
+    return _top_k_within(query, gallery, first, stop, jax.lax.top_k(maxima, k)[1], k)
 
+
+def _screened_top_k(query, gallery, first, stop, best, coarse, k):
+    """The same by maxima in bfloat16, and whether their error cannot have changed the answer."""
+    rounded, largest = coarse
+    count = _screened(k)
+    maxima = _group_maxima(query.astype(jnp.bfloat16), rounded, first, stop)
+    maxima, groups = jax.lax.top_k(maxima, count + 1)
+    found = _top_k_within(query, gallery, first, stop, groups[:, :count], k)
+    # Of both products, in float32, the sums are rounded as well, and underflow.
+    error = _BFLOAT16_ERROR + query.shape[1] * 2.0**-22
+    bound = error * largest * jnp.sqrt(jnp.square(query).sum(axis=1)) + 1e-30
+    worst = _merge(best, found, k)[0][:, -1]
+    certain = (maxima[:, count] + bound < worst).all()
+    again = partial(_grouped_top_k, query, gallery, first, stop, k)
+    return jax.lax.cond(certain, lambda: found, again), certain
+
+
+def _group_maxima(query, gallery, first, stop):
+    """float32[queries, groups]: the largest inner product of each group of rows.
+
+    The padding repeats the last row, hence does not change the maximum of the group it shares.
+    """
     tile = min(TILE, len(gallery))
 
     def fill(i, maxima):
         rows = jax.lax.dynamic_slice_in_dim(gallery, i * tile, tile)
-        scores = jnp.dot(rows, query.T, precision="highest")
+        # As `rows @ query.T` it is twice as slow in bfloat16.
+        scores = jax.lax.dot_general(
+            rows,
+            query,
+            (((1,), (1,)), ((), ())),
+            precision="highest",
+            preferred_element_type=jnp.float32,
+        )
         return maxima.at[i].set(scores.reshape(-1, GROUP, len(query)).max(axis=1))
 
     maxima = jnp.full((len(gallery) // tile, tile // GROUP, len(query)), -jnp.inf)
     tiles_in_use = jnp.minimum(-((first - stop) // tile), len(maxima))
     maxima = jax.lax.fori_loop(0, tiles_in_use, fill, maxima)
     group_first = first + GROUP * jnp.arange(len(gallery) // GROUP, dtype=jnp.int32)
-    maxima = jnp.where(group_first[None] < stop, maxima.reshape(-1, len(query)).T, -jnp.inf)
+    return jnp.where(group_first[None] < stop, maxima.reshape(-1, len(query)).T, -jnp.inf)
+
+
+def _top_k_within(query, gallery, first, stop, groups, k):
+    """Best k of the rows in some groups, int32[queries, groups], of each query."""
     # In the order of rows, not of scores, for the sake of ties.
-    groups = jnp.sort(jax.lax.top_k(maxima, k)[1], axis=1)
+    groups = jnp.sort(groups, axis=1)
     members = gallery.reshape(-1, GROUP, gallery.shape[1])
 
     def inside(args):
         one, chosen = args
-        return members[chosen].reshape(k * GROUP, -1) @ one
+        return members[chosen].reshape(-1, gallery.shape[1]) @ one
 
     scores = jax.lax.map(inside, (query, groups))
     offsets = GROUP * groups[:, :, None] + jnp.arange(GROUP, dtype=jnp.int32)[None, None]

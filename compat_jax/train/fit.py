@@ -22,7 +22,7 @@ from compat_jax.errors import Stopped
 from compat_jax.files import append
 from compat_jax.train.progress import Progress
 from compat_jax.train.state import TaskInfo
-from compat_jax.train.step import DeviceData, Trainer
+from compat_jax.train.step import DeviceData, Metrics, Trainer
 
 # An epoch on an accelerator may take less than its save.
 _SAVE_SECONDS = 30.0
@@ -50,7 +50,7 @@ class Fit:
     def __post_init__(self):
         self.on_device = None
         if not self.device_budget or self._image_bytes() * len(self.data) <= self.device_budget:
-            self.on_device = self._place(self.data.images, self.data.labels)
+            self.on_device = self._place(np.asarray(self.data.images), self.data.labels)
 
     def __call__(
         self,
@@ -85,6 +85,7 @@ class Fit:
         epoch = int(info.steps_per_epoch)
         save_every = self.save_every or epoch
         saved, end = time.monotonic(), 0
+        unreported = []
         batches, plan = self._batches(plan, int(state.step), total)
         with contextlib.closing(batches):
             while (step := int(state.step)) < total:
@@ -96,11 +97,13 @@ class Fit:
                     state, previous, on_device, plan, stop, self.should_stop
                 )
                 metrics, stop = jax.tree.map(float, metrics), int(state.step)
-                rate = (stop - step) * plan.shape[1] / (time.perf_counter() - began)
+                unreported.append((stop - step, time.perf_counter() - began, metrics))
                 meter.update(stop - step)
-                self._report(task, stop, metrics, rate, meter, label)
                 stopping = stop < total and self.should_stop()
                 due = stop < total and stop % save_every == 0
+                if stopping or due or not stop % epoch:  # a chunk may end before that
+                    self._report(task, stop, unreported, plan.shape[1], meter, label)
+                    unreported.clear()
                 if due and not self.save_every:
                     due = hosts.first_says(time.monotonic() - saved > _SAVE_SECONDS)
                 if stopping or due:
@@ -130,7 +133,10 @@ class Fit:
     def _image_bytes(self):
         return math.prod(self.data.images.shape[1:])
 
-    def _report(self, task, step, metrics, rate, meter, label):
+    def _report(self, task, step, parts, batch, meter, label):
+        counts, seconds, metrics = zip(*parts, strict=True)
+        rate = sum(counts) * batch / sum(seconds)
+        metrics = Metrics(*(np.average(m, weights=counts) for m in zip(*metrics, strict=True)))
         meter.set_postfix_str(
             f"{label}, loss {metrics.loss:.3f}, accuracy {metrics.accuracy:.2f}, "
             f"{rate:.0f} images/s"
