@@ -156,17 +156,18 @@ def _winograd_backward(saved, gradient):
 @jax.jit  # so that equal layers are traced once
 def _by_winograd(x, kernel):
     batch, height, width, _ = x.shape
-    inputs = _both_axes(_TO_INPUT, _overlapping_tiles(x))
-    products = _products(inputs, _both_axes(_TO_KERNEL, list(map(list, kernel))))
-    return _from_tiles(_both_axes(_TO_OUTPUT, products), batch, height, width)
+    inputs = _transformed(_TO_INPUT, _overlapping_tiles(x))
+    products = _products(inputs, _transformed(_TO_KERNEL, list(map(list, kernel))))
+    outputs = _transformed(_TO_OUTPUT, products, x.dtype)
+    return _from_tiles(outputs, batch, height, width)
 
 
 @jax.jit
 def _kernel_gradient(x, gradient):
-    inputs = _both_axes(_TO_INPUT, _overlapping_tiles(x))
-    outputs = _both_axes(_transposed(_TO_OUTPUT), _tiles(gradient))
+    inputs = _transformed(_TO_INPUT, _overlapping_tiles(x))
+    outputs = _transformed(_transposed(_TO_OUTPUT), _tiles(gradient))
     products = _products([[a.T for a in row] for row in inputs], outputs)
-    of_kernel = _both_axes(_transposed(_TO_KERNEL), products)
+    of_kernel = _transformed(_transposed(_TO_KERNEL), products, x.dtype)
     return jnp.stack([jnp.stack(row) for row in of_kernel])
 
 
@@ -178,9 +179,19 @@ _TO_OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
 
 
 def _products(left, right):
-    """The matrix products of two grids, entry by entry."""
-    rows = zip(left, right, strict=True)
-    return [[a @ b for a, b in zip(*pair, strict=True)] for pair in rows]
+    """The matrix products of two grids, entry by entry, in float32."""
+
+    def product(a, b):
+        return jnp.dot(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+    return [list(map(product, *pair)) for pair in zip(left, right, strict=True)]
+
+
+def _transformed(matrix, grid, dtype=None):
+    """`_both_axes` in float32, rounded once: bfloat16 sums are slow on CPU, and rounded each."""
+    dtype = dtype or grid[0][0].dtype
+    wide = [[x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in row] for row in grid]
+    return [[x.astype(dtype) for x in row] for row in _both_axes(matrix, wide)]
 
 
 def _transposed(matrix):
@@ -253,9 +264,9 @@ def _toeplitz(x, kernel, stride, padding, groups):
 @jax.jit
 def _by_toeplitz(x, kernel):
     entries = [[x[:, i, j] for j in range(2)] for i in range(2)]
-    inputs = _both_axes(((1, 1), (0, 1), (1, 0)), entries)
-    kernels = _both_axes(((0, 1, 0), (0, -1, 1), (1, -1, 0)), list(map(list, kernel)))
-    outputs = _both_axes(((1, 1, 0), (1, 0, 1)), _products(inputs, kernels))
+    inputs = _transformed(((1, 1), (0, 1), (1, 0)), entries)
+    kernels = _transformed(((0, 1, 0), (0, -1, 1), (1, -1, 0)), list(map(list, kernel)))
+    outputs = _transformed(((1, 1, 0), (1, 0, 1)), _products(inputs, kernels), x.dtype)
     return _from_tiles(outputs, len(x), 2, 2)
 
 
