@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Form = Literal["native", "im2col", "dense", "patches", "split", "winograd", "toeplitz"]
@@ -182,7 +183,7 @@ def _products(left, right):
     """The matrix products of two grids, entry by entry, in float32."""
 
     def product(a, b):
-        return jnp.dot(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+        return jnp.dot(a, b, preferred_element_type=np.promote_types(a.dtype, np.float32))
 
     return [list(map(product, *pair)) for pair in zip(left, right, strict=True)]
 
@@ -190,7 +191,7 @@ def _products(left, right):
 def _transformed(matrix, grid, dtype=None):
     """`_both_axes` in float32, rounded once: bfloat16 sums are slow on CPU, and rounded each."""
     dtype = dtype or grid[0][0].dtype
-    wide = [[x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in row] for row in grid]
+    wide = [[x.astype(np.promote_types(x.dtype, np.float32)) for x in row] for row in grid]
     return [[x.astype(dtype) for x in row] for row in _both_axes(matrix, wide)]
 
 

@@ -99,11 +99,12 @@ class Fit:
                 metrics, stop = jax.tree.map(float, metrics), int(state.step)
                 unreported.append((stop - step, time.perf_counter() - began, metrics))
                 meter.update(stop - step)
-                stopping = stop < total and self.should_stop()
                 due = stop < total and stop % save_every == 0
-                if stopping or due or not stop % epoch:  # a chunk may end before that
+                if due or not stop % epoch:  # a chunk may end before that
                     self._report(task, stop, unreported, plan.shape[1], meter, label)
-                    unreported.clear()
+                stopping = stop < total and self.should_stop()
+                if stopping and unreported:
+                    self._report(task, stop, unreported, plan.shape[1], meter, label)
                 if due and not self.save_every:
                     due = hosts.first_says(time.monotonic() - saved > _SAVE_SECONDS)
                 if stopping or due:
@@ -135,6 +136,7 @@ class Fit:
 
     def _report(self, task, step, parts, batch, meter, label):
         counts, seconds, metrics = zip(*parts, strict=True)
+        parts.clear()
         rate = sum(counts) * batch / sum(seconds)
         metrics = Metrics(*(np.average(m, weights=counts) for m in zip(*metrics, strict=True)))
         meter.set_postfix_str(
