@@ -71,7 +71,7 @@ def test_equals_brute_force(num_queries, num_rows, k, screen):
 @pytest.mark.parametrize("screen", [False, True])
 def test_ties_go_to_the_lower_row(num_rows, k, screen):
     query, gallery = whole_numbers(70, 6, 0), whole_numbers(num_rows, 6, 1)
-    scores, rows = search(query, gallery, k, screen=screen, **SMALL)
+    scores, rows = search(query, gallery, k, screen=screen, query_block=64, gallery_block=4096)
     expected_scores, expected_rows = brute_force(query, gallery, k)
     np.testing.assert_array_equal(scores, expected_scores)
     np.testing.assert_array_equal(rows, expected_rows)
@@ -131,6 +131,28 @@ def test_bfloat16_decides_unless_rows_are_too_much_alike():
     np.testing.assert_array_equal(scores, expected[0])
 
 
+def test_bfloat16_decides_where_a_device_has_no_row():
+    query, gallery = random_features(64, 32, 0), random_features(8 * 4096, 32, 1)
+    mesh = make_mesh("data:8")
+    static = {"k": 5, "approx_recall": None, "mesh": mesh}
+    row = np.int32(0), np.int32(5 * 4096)
+    found, certain = _search_block(
+        query, gallery, *row, _nothing(64, 5), _coarse(gallery), **static
+    )
+    assert bool(certain)
+    np.testing.assert_array_equal(found[1], search(query, gallery[: 5 * 4096], 5, screen=False)[1])
+
+
+def test_squares_that_underflow_are_no_proof():
+    rng = np.random.default_rng(108)
+    query = np.repeat(rng.standard_normal((16, 8), np.float32)[2:3], 16, 0)
+    gallery = np.float32(1e-19) * (
+        1 + np.float32(2**-8) * rng.standard_normal((2048, 8), np.float32)
+    )
+    rows = search(query, gallery, 3, screen=True)[1]
+    np.testing.assert_array_equal(rows, brute_force(query, gallery, 3)[1])
+
+
 @hypothesis.settings(max_examples=15)
 @hypothesis.given(st.integers(0, 2**31), st.integers(-60, 30), st.integers(0, 12))
 def test_screening_never_changes_the_answer(seed, magnitude, spread):
@@ -150,7 +172,8 @@ def test_screening_never_changes_the_answer(seed, magnitude, spread):
 def test_sharded_over_eight_devices_gives_the_same_answer(num_rows, screen):
     query, gallery = whole_numbers(70, 6, 0), whole_numbers(num_rows, 6, 1)
     alone = search(query, gallery, 5, **SMALL)
-    together = search(query, gallery, 5, mesh=make_mesh("data:8"), screen=screen, **SMALL)
+    sizes = {**SMALL, "gallery_block": 4096}
+    together = search(query, gallery, 5, mesh=make_mesh("data:8"), screen=screen, **sizes)
     np.testing.assert_array_equal(together[0], alone[0])
     np.testing.assert_array_equal(together[1], alone[1])
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from compat_jax import hosts
 from compat_jax import mesh as meshes
 from compat_jax.errors import UserError
 
@@ -75,6 +76,8 @@ def search(
     query_size, size = sizes
     if screen is None:
         screen = len(query) >= QUERY_BLOCK and _multiplies_in_bfloat16(_platform(mesh))
+        if mesh is not None and mesh.is_multi_process:  # of other processors, perhaps
+            screen = hosts.first_says(screen)
     screen = screen and approx_recall is None and _can_screen(size, k, mesh)
     queries = [_place(b, mesh) for _, b in _blocks("query", query, query_size)]
     best = [tuple(_place(part, mesh) for part in _nothing(query_size, k))] * len(queries)
@@ -156,12 +159,17 @@ def _can_screen(size: int, k: int, mesh: Mesh | None) -> bool:
 def _coarse(gallery):
     """The block in bfloat16, the largest norm of its rows, and that of what the rounding took."""
     rounded = gallery.astype(jnp.bfloat16)
-    norms, lost = _norms(gallery), _norms(gallery - rounded.astype(jnp.float32))
-    return rounded, norms.max(), lost.max()
+    return rounded, _norms(gallery).max(), _norms(_lost(gallery)).max()
+
+
+def _lost(rows):
+    """What rounding to bfloat16 takes; XLA may leave out a conversion there and back."""
+    return rows - jax.lax.reduce_precision(rows, exponent_bits=8, mantissa_bits=7)
 
 
 def _norms(rows):
-    return jnp.sqrt(jnp.square(rows).sum(axis=1))
+    """Upper bounds, also where squares underflow."""
+    return jnp.sqrt(jnp.square(rows).sum(axis=1)) + rows.shape[1] ** 0.5 * 2.0**-63
 
 
 @partial(jax.jit, static_argnames=("k", "approx_recall", "mesh"))
@@ -230,18 +238,17 @@ def _screened_top_k(query, gallery, first, stop, best, coarse, k):
     """The same by maxima in bfloat16, and whether their error cannot have changed the answer."""
     rounded, norm, lost = coarse
     count = _screened(k)
-    query_rounded = query.astype(jnp.bfloat16)
-    maxima = _group_maxima(query_rounded, rounded, first, stop)
+    maxima = _group_maxima(query.astype(jnp.bfloat16), rounded, first, stop)
     # Without the barrier XLA:CPU makes the maxima twice. No other group has more than the last one.
     maxima, groups = jax.lax.top_k(jax.lax.optimization_barrier(maxima), count)
     found = _top_k_within(query, gallery, first, stop, groups, k)
     # q.g - q'.g' = (q - q').g + q'.(g - g'), by Cauchy-Schwarz; the float32 sums of both products, and
     # of the norms, are rounded as well, and may underflow.
-    query_lost = _norms(query - query_rounded.astype(jnp.float32))
     sums = query.shape[1] * 2.0**-21
-    bound = query_lost * norm + _norms(query) * (1.01 * lost + sums * norm) + 1e-30
+    bound = _norms(_lost(query)) * norm + _norms(query) * (1.01 * lost + sums * norm) + 1e-30
     worst = _merge(best, found, k)[0][:, -1]
-    certain = (maxima[:, -1] + bound < worst).all()
+    all_scored = stop - first <= count * GROUP
+    certain = all_scored | (maxima[:, -1] + bound < worst).all()
     again = partial(_grouped_top_k, query, gallery, first, stop, k)
     return jax.lax.cond(certain, lambda: found, again), certain
 
@@ -280,7 +287,7 @@ def _top_k_within(query, gallery, first, stop, groups, k):
 
     def inside(args):
         one, chosen = args
-        return members[chosen].reshape(-1, gallery.shape[1]) @ one
+        return jnp.dot(members[chosen].reshape(-1, gallery.shape[1]), one, precision="highest")
 
     scores = jax.lax.map(inside, (query, groups))
     offsets = GROUP * groups[:, :, None] + jnp.arange(GROUP, dtype=jnp.int32)[None, None]
