@@ -22,7 +22,12 @@ def run(main: Callable[[Sequence[str]], None], doc: str) -> None:
       doc: shown by --help.
     """
     sys.modules["__main__"].__doc__ = doc
-    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+    try:
+        app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+    except SystemExit as end:
+        if "compat_jax.hosts" in sys.modules and isinstance(end.code, int | None):
+            sys.modules["compat_jax.hosts"].leave(end.code or 0)
+        raise
 
 
 def _parse(argv):
