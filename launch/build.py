@@ -23,7 +23,7 @@ from compat_jax.train.loop import Backbone, Run
 from compat_jax.train.optimizer import OptimizerSettings
 
 # Fields that change how a run is computed or watched, not what comes out.
-_FREE = ("save_every", "mesh", "device_budget_mb")
+_FREE = ("save_every", "mesh", "device_budget_mb", "in_memory")
 
 
 def build_run(config: ConfigDict, sequence: TaskSequence, rehearsal: int) -> Run:
@@ -145,11 +145,13 @@ def _claim(workdir, config, data, replacements):
 
 def plain(config: ConfigDict) -> dict[str, Any]:
     """A configuration as JSON values, without the fields that do not change the result."""
-    content = json.loads(config.to_json_best_effort())
-    for role in content.get("data", {}).values():
-        if isinstance(role, dict):
-            role.pop("in_memory", None)
-    return {k: v for k, v in content.items() if k not in _FREE}
+    return _without_free(json.loads(config.to_json_best_effort()))
+
+
+def _without_free(content):
+    if not isinstance(content, dict):
+        return content
+    return {k: _without_free(v) for k, v in content.items() if k not in _FREE}
 
 
 def _differences(theirs, mine, prefix=""):

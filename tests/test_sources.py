@@ -274,6 +274,7 @@ def test_tfds_not_prepared_names_the_command(tmp_path):
         ("imagenet_resized/31x31", "train", "TFDS cannot open 'imagenet_resized/31x31'"),
         ("tiny_pictures", "tests", "unknown split of tiny_pictures 'tests'. Did you mean 'test'"),
         ("tiny_pictures", "train[:x]", r"split 'train\[:x\]' of tiny_pictures"),
+        ("tiny_pictures", "train[:0]", r"split 'train\[:0\]' of tiny_pictures"),
     ],
 )
 def test_tfds_data_that_is_not_there(tfds_folder, name, split, message):

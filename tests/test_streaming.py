@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from compat_jax.data import streaming
-from compat_jax.errors import Stopped
+from compat_jax.errors import Stopped, UserError
 
 DATA = tiny.dataset()
 IMAGE_BYTES = 8 * 8 * 3
@@ -95,3 +95,10 @@ def test_what_reading_raises_is_raised():
     images = streaming.RecordImages(Broken(DATA.images), (8, 8, 3))
     with pytest.raises(OSError, match="disk gone"):
         list(streaming.chunks(images, DATA.labels, np.zeros((2, 4), np.int32), 0, 1))
+
+
+def test_records_of_several_sizes_are_refused_when_they_are_read():
+    images = streaming.RecordImages(Records([np.zeros((8, 8, 3)), np.zeros((1, 8, 3))]), (8, 8, 3))
+    assert np.asarray(images[:1]).shape == (1, 8, 8, 3)
+    with pytest.raises(UserError, match=r"image 1 is \(1, 8, 3\), the first one \(8, 8, 3\): set"):
+        np.asarray(images)

@@ -19,7 +19,7 @@ from compat_jax.chain import Chain
 from compat_jax.data.tasks import batch_plan
 from compat_jax.errors import Stopped, UserError
 from compat_jax.mesh import along_data, make_mesh, replicated
-from compat_jax.methods import METHODS, LossSettings
+from compat_jax.methods import METHODS
 from compat_jax.retrieval import extract
 from compat_jax.train import DeviceData, TaskInfo, loop
 from compat_jax.train.step import Trainer, step_key
@@ -33,17 +33,10 @@ def backbone():
         yield
 
 
-def start_of(method, **changes):
-    """A model to start from, so that no initialisation is compiled."""
-    if METHODS[method].fixed_simplex:
-        return tiny.version(method="sce", **changes)
-    return tiny.version(method="er", head_classes=3, feature_size=16, **changes)
-
-
 def train(method, folder, mesh=None, replace_at=(0,), replacements=None, **changes):
     """Chain and log of the tiny sequence."""
     if replacements is None:
-        replacements = {task: start_of(method, seed=task) for task in replace_at}
+        replacements = {task: tiny.start_of(method, seed=task) for task in replace_at}
     log = folder / "log.jsonl"
     chain = tiny.train(
         tiny.run(method, **changes),
@@ -142,7 +135,7 @@ def test_the_head_of_er_grows_and_keeps_what_it_learned(sequences):
 
 
 def test_a_replaced_er_begins_with_a_fresh_head():
-    run, model = tiny.run("er"), start_of("er")
+    run, model = tiny.run("er"), tiny.start_of("er")
     start = loop._starting_variables(run, None, model, 1, (8, 8, 3))
     head, pretrained = start["params"]["fc2"]["kernel"], model.variables["params"]["fc2"]["kernel"]
     assert head.shape == (16, 6) and pretrained.shape == (16, 3)
@@ -169,8 +162,8 @@ def test_a_corrupt_version_is_named_and_not_trained_from(tmp_path):
 
 
 def test_a_model_of_another_architecture_joins_the_sequence(tmp_path):
-    wide = start_of("sce", backbone_arguments={"width": 24})
-    chain, _ = train("sce", tmp_path, replacements={0: start_of("sce"), 1: wide})
+    wide = tiny.start_of("sce", backbone_arguments={"width": 24})
+    chain, _ = train("sce", tmp_path, replacements={0: tiny.start_of("sce"), 1: wide})
     widths = [chain.record(n).backbone_arguments.get("width", 16) for n in range(3)]
     assert widths == [16, 24, 24]
     shapes = [chain.open(n).variables["params"]["fc1"]["kernel"].shape for n in range(3)]
@@ -187,7 +180,7 @@ def prepared(method, mesh=None, task=1, fresh=False):
     if fresh:
         trainer = dataclasses.replace(trainer)
     plans = loop._plans(run, DATA.labels)
-    start = start_of(method, seed=1)
+    start = tiny.start_of(method, seed=1)
     variables = loop._starting_variables(run, trainer, start, task, (8, 8, 3))
     state = trainer.create_state(variables, loop._task_info(run, task, len(plans[task])))
     previous = trainer.place(variables) if run.method.needs_previous else None
@@ -255,7 +248,7 @@ def test_the_first_loss_of_a_task_is_against_the_version_before(tmp_path):
             tiny.run("hoc"),
             tmp_path,
             DATA,
-            replacements={0: start_of("hoc")},
+            replacements={0: tiny.start_of("hoc")},
             save_every=1,
             log=tmp_path / "log.jsonl",
             should_stop=stop,
@@ -384,7 +377,7 @@ def test_the_hot_path_moves_nothing_between_host_and_devices(loop_on_device, mon
 
 
 def test_only_the_first_task_compiles(tmp_path, caplog):
-    run, start, chain = tiny.run("er"), {0: start_of("er")}, Chain(tmp_path / "chain")
+    run, start, chain = tiny.run("er"), {0: tiny.start_of("er")}, Chain(tmp_path / "chain")
     with pytest.raises(Stopped):
         tiny.train(run, tmp_path, DATA, replacements=start, should_stop=lambda: len(chain) == 1)
 
@@ -397,69 +390,6 @@ def test_only_the_first_task_compiles(tmp_path, caplog):
         caplog.clear()
         tiny.train(run, tmp_path, DATA, replacements=start)
     assert len(chain) == 3 and compiled() == []
-
-
-# Refused before any work
-
-
-def refused(message, data=DATA, mesh=None, replacements=None, **changes):
-    run = tiny.run(**changes)
-    with pytest.raises(UserError, match=message):
-        loop.train(run, data, None, None, mesh or tiny.one_device(), replacements)
-
-
-def test_what_cannot_work_is_refused_before_any_work(eight):
-    refused("num_prototypes 5 is too small for 6 classes", num_prototypes=5)
-    refused("epochs must be at least 1, got 0", epochs=0)
-    refused("batch_size must be at least 1, got -2", batch_size=-2)
-    refused("rehearsal must not be negative, got -1", rehearsal=-1)
-    refused(r"seed must lie in 0\.\.4294967295, got -1", seed=-1)
-    refused("unknown label_order 'descendin'. Did you mean 'descending'", label_order="descendin")
-    refused("unknown backbone 'resnet_smal'", backbone=loop.Backbone("resnet_smal"))
-    refused("unknown argument .* 'widht'", backbone=loop.Backbone("one_conv", {"widht": 4}))
-    refused("unknown dtype 'float16'", dtype="float16")
-    refused(
-        "batch_size 12 does not divide over 8 devices .*: use 8 or 16", DATA, eight, batch_size=12
-    )
-
-
-def test_batches_that_the_devices_cannot_share_are_refused_before_any_work(eight):
-    few = tiny.dataset(per_class=5)  # ten images a task: a batch of 16 shrinks to them
-    refused("task 0 has batches of 10 images, which 8 devices", few, eight)
-    refused("task 1 has batches of 0 images", batch_size=1)
-
-
-def test_replacements_that_do_not_fit_are_refused_before_any_work():
-    refused(
-        r"replacement at task 3, but the sequence has tasks 0\.\.2",
-        replacements={3: start_of("hoc")},
-    )
-    refused(
-        "pre-trained with a learnable head, but method 'hoc' has a fixed simplex: .*method=hoc",
-        replacements={1: start_of("er")},
-    )
-    refused(
-        "has num_prototypes=32, the run 16",
-        replacements={1: start_of("hoc", num_prototypes=32, feature_size=31)},
-    )
-    refused(
-        r"takes images of \(16, 16, 3\), the tasks have \(8, 8, 3\)",
-        replacements={1: start_of("hoc", image_shape=(16, 16, 3))},
-    )
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("lam", 1.5),
-        ("mu", 0.0),
-        ("same_class", "exlude"),
-        ("distillation", -1.0),
-    ],
-)
-def test_losses_refuse_numbers_out_of_range(field, value):
-    with pytest.raises(UserError, match=f"loss.{field}"):
-        LossSettings(**{field: value})
 
 
 def test_a_task_is_scalars_so_that_another_compiles_nothing():

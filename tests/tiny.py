@@ -173,6 +173,13 @@ TRAIN = {
 PRETRAIN = {**_SHARED, "pretrain_classes": (2, 2), "data.train.classes": (10, 14)}
 
 
+def start_of(method: str, **changes) -> Version:
+    """A model to start from, so that no initialisation is compiled."""
+    if get_method(method).fixed_simplex:
+        return version(method="sce", **changes)
+    return version(method="er", head_classes=3, feature_size=16, **changes)
+
+
 def config(file="glyphs", arguments="replace=false", overrides=None, **more) -> ConfigDict:
     """A shrunken configuration; keywords with __ for dots are further overrides."""
     made = importlib.import_module(f"configs.{file}").get_config(arguments)

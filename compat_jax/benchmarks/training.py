@@ -61,7 +61,7 @@ def _step_goal(dtype, seconds, timings):
     eager, best = timings.get("torch eager"), best_reference(timings)
     if eager is None:
         return None, None, None
-    newer = tuple(int(x) for x in jax.__version__.split(".")[:2]) >= (0, 12)
+    newer = jax.__version_info__ >= (0, 12)
     if dtype == "float32":
         limit, against, name = (0.75 if newer else 0.95), eager.median, "torch eager"
     else:

@@ -73,32 +73,19 @@ def from_tfds(
         ) from error
     except ValueError as error:
         raise UserError(f"split {split!r} of {name}: {str(error).splitlines()[0]}") from error
+
+    def image(record):
+        return _resized(_decoded(record["image"]), size)
+
     names, where = tuple(features["label"].names), f"{name} {split}"
     images, labels = [], np.empty(len(source), np.int32)
     for i, record in enumerate(_bar(source, where, progress)):
         labels[i] = record["label"]
-        if in_memory or not i:
-            images.append(_resized(_decoded(record["image"]), size))
+        if in_memory:
+            images.append(image(record))
     if in_memory:
         return _stack(images, labels, names, where)
-    shape = images[0].shape if images else (0, 0, 3)
-    return Dataset(RecordImages(_Decoding(source, size, shape, where), shape), labels, names)
-
-
-class _Decoding:
-    """Records of TFDS with their images decoded when they are asked for."""
-
-    def __init__(self, source, size, shape, where):
-        self._source, self._size, self._shape, self._where = source, size, shape, where
-
-    def __len__(self):
-        return len(self._source)
-
-    def __getitems__(self, positions):
-        records = self._source.__getitems__(positions)
-        images = [_resized(_decoded(record["image"]), self._size) for record in records]
-        _check_shapes({self._shape, *(image.shape for image in images)}, self._where)
-        return [{"image": image} for image in images]
+    return Dataset(RecordImages(source, image(source[0]).shape, image), labels, names)
 
 
 def _decoded(encoded):
@@ -175,14 +162,11 @@ def _resized(image, size):
 
 
 def _stack(images, labels, names, where):
-    _check_shapes({image.shape for image in images}, where)
-    return Dataset(np.stack(images), labels, names)
-
-
-def _check_shapes(shapes, where):
+    shapes = {image.shape for image in images}
     if len(shapes) > 1:
         some = sorted(shapes)[:3]
         raise UserError(f"{where} has pictures of several sizes ({some}...): set data.*.size")
+    return Dataset(np.stack(images), labels, names)
 
 
 def load(spec: Mapping[str, Any], progress: bool = False) -> Dataset:

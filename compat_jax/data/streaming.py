@@ -2,11 +2,14 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+
+from compat_jax.errors import UserError
 
 _AHEAD = 2  # chunks that are prepared while one is in use
 
@@ -20,6 +23,7 @@ class RecordImages:
       source: random access to records with an "image", many at once by `__getitems__`, e.g. what
         `tfds.data_source` gives.
       shape: (height, width, channels) of every image.
+      decode: (record) -> uint8 image.
       positions: int[n] of the records; all of them, in order, by default.
     """
 
@@ -29,9 +33,10 @@ class RecordImages:
         self,
         source: Sequence[dict[str, Any]],
         shape: tuple[int, int, int],
+        decode: Callable[[dict[str, Any]], np.ndarray] = operator.itemgetter("image"),
         positions: np.ndarray | None = None,
     ):
-        self._source = source
+        self._source, self._decode = source, decode
         self._positions = np.arange(len(source)) if positions is None else positions
         self.shape = (len(self._positions), *shape)
 
@@ -39,12 +44,18 @@ class RecordImages:
         return len(self._positions)
 
     def __getitem__(self, index: np.ndarray | slice) -> "RecordImages":
-        return RecordImages(self._source, self.shape[1:], self._positions[index])
+        return RecordImages(self._source, self.shape[1:], self._decode, self._positions[index])
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         images = np.empty(self.shape, self.dtype)
         for row, record in enumerate(self._source.__getitems__(self._positions.tolist())):
-            images[row] = record["image"]
+            image = self._decode(record)
+            if image.shape != self.shape[1:]:
+                raise UserError(
+                    f"image {self._positions[row]} is {image.shape}, the first one "
+                    f"{self.shape[1:]}: set data.*.size"
+                )
+            images[row] = image
         return images if dtype is None else images.astype(dtype)
 
 

@@ -188,26 +188,25 @@ def _products(left, right):
     return [list(map(product, *pair)) for pair in zip(left, right, strict=True)]
 
 
-def _transformed(matrix, grid, dtype=None):
-    """`_both_axes` in float32, rounded once: bfloat16 sums are slow on CPU, and rounded each."""
-    dtype = dtype or grid[0][0].dtype
-    wide = [[x.astype(np.promote_types(x.dtype, np.float32)) for x in row] for row in grid]
-    return [[x.astype(dtype) for x in row] for row in _both_axes(matrix, wide)]
-
-
 def _transposed(matrix):
     return tuple(zip(*matrix, strict=True))
 
 
-def _both_axes(matrix, grid):
-    """matrix @ grid @ matrix.T, where the entries of the grid are arrays."""
+def _transformed(matrix, grid, dtype=None):
+    """matrix @ grid @ matrix.T, where the entries of the grid are arrays; of their dtype by default.
+
+    Sums are in float32, rounded once: in bfloat16 each would be rounded, and is slow on CPU.
+    """
+    dtype = dtype or grid[0][0].dtype
+    wide = [[x.astype(np.promote_types(x.dtype, np.float32)) for x in row] for row in grid]
 
     def along_rows(rows):
         return [
             [_combined(weights, column) for column in zip(*rows, strict=True)] for weights in matrix
         ]
 
-    return _transposed(along_rows(_transposed(along_rows(grid))))
+    both = _transposed(along_rows(_transposed(along_rows(wide))))
+    return [[x.astype(dtype) for x in row] for row in both]
 
 
 def _combined(weights, arrays):

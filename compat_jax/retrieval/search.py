@@ -21,8 +21,7 @@ GROUP = 64
 # Sizes of one compiled call: queries, and gallery rows a device. Accelerators hold their scores.
 QUERY_BLOCK = 256
 GALLERY_BYTES = 1 << 29
-GALLERY_ROWS = {"cpu": 1 << 20}
-GALLERY_ROWS_ELSEWHERE = 1 << 18
+GALLERY_ROWS, GALLERY_ROWS_ON_CPU = 1 << 18, 1 << 20
 
 
 def search(
@@ -72,8 +71,7 @@ def search(
     """
     _check(query, gallery, k, mesh, approx_recall)
     num_rows = len(gallery)
-    sizes = _block_sizes(query.shape, num_rows, k, mesh, query_block, gallery_block)
-    query_size, size = sizes
+    query_size, size = _block_sizes(query.shape, num_rows, k, mesh, query_block, gallery_block)
     if screen is None:
         screen = len(query) >= QUERY_BLOCK and _multiplies_in_bfloat16(_platform(mesh))
         if mesh is not None and mesh.is_multi_process:  # of other processors, perhaps
@@ -85,13 +83,11 @@ def search(
     for start, block in _blocks("gallery", gallery, size):
         block = _place(block, mesh, "data")
         first, stop = np.int32(start), np.int32(num_rows)
-        coarse = None
+        coarse = _coarse(block) if screen else None
         for i, one in enumerate(queries):
-            if screen and coarse is None:
-                coarse = _coarse(block)
-            best[i], certain = step(one, block, first, stop, best[i], coarse if screen else None)
-            if screen and not start and not i:  # too many rows alike: screening is in vain
-                screen = bool(certain)
+            best[i], certain = step(one, block, first, stop, best[i], coarse)
+            if screen and start == i == 0 and not certain:  # rows too much alike: it is in vain
+                screen, coarse = False, None
     scores, rows = (np.concatenate([np.asarray(b[i]) for b in best]) for i in (0, 1))
     return scores[: len(query)], rows[: len(query)]
 
@@ -126,7 +122,7 @@ def _block_sizes(shape, num_rows, k, mesh, query_block, gallery_block) -> tuple[
     num_queries, feature_size = shape
     shards = 1 if mesh is None else mesh.shape["data"]
     if gallery_block is None:
-        most = GALLERY_ROWS.get(_platform(mesh), GALLERY_ROWS_ELSEWHERE)
+        most = GALLERY_ROWS_ON_CPU if _platform(mesh) == "cpu" else GALLERY_ROWS
         gallery_block = min(most, _power_of_two(GALLERY_BYTES // (4 * feature_size) + 1) // 2)
     rows = _power_of_two(max(k, min(gallery_block, -(-num_rows // shards))))
     return _power_of_two(min(query_block, num_queries)), shards * rows
@@ -140,8 +136,7 @@ def _platform(mesh: Mesh | None) -> str:
 def _multiplies_in_bfloat16(platform: str) -> bool:
     """Whether it does so faster than in float32: XLA:CPU since jax 0.12, with instructions for it."""
     cpuinfo = Path("/proc/cpuinfo")
-    newer = tuple(int(x) for x in jax.__version__.split(".")[:2]) >= (0, 12)
-    if platform != "cpu" or not newer or not cpuinfo.exists():
+    if platform != "cpu" or jax.__version_info__ < (0, 12) or not cpuinfo.exists():
         return False
     return any(flag in cpuinfo.read_text() for flag in ("avx512_bf16", "amx_bf16"))
 
@@ -183,8 +178,7 @@ def _search_block(query, gallery, first, stop, best, coarse, *, k, approx_recall
     def local(query, gallery, first, stop, best, coarse):
         if coarse is not None:
             return _screened_top_k(query, gallery, first, stop, best, coarse, k)
-        found = _local_top_k(query, gallery, first, stop, k, approx_recall, on_cpu)
-        return found, jnp.bool(True)
+        return _local_top_k(query, gallery, first, stop, k, approx_recall, on_cpu), jnp.bool(True)
 
     if mesh is None:
         found, certain = local(query, gallery, first, stop, best, coarse)
