@@ -164,9 +164,17 @@ def test_without_libtpu_one_line_says_what_to_install(tmp_path):
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[tpu]'"
 )
-def test_compiles_for_a_slice_that_is_not_there():
+@pytest.mark.parametrize(
+    ("topology", "devices"),
+    [
+        ("v5e:2x4", "8 devices (TPU v5 lite, 15.75 GiB usable), 2 hosts"),
+        ("v6e:2x4", "8 devices (TPU v6 lite, 31.24 GiB usable), 2 hosts"),
+        ("v4:2x2x2", "8 devices (TPU v4, 30.75 GiB usable), 2 hosts"),
+    ],
+)
+def test_compiles_for_a_slice_that_is_not_there(topology, devices):
     done = run_plan(
-        "--topology=v5e:2x4",
+        f"--topology={topology}",
         "--config=configs/iamcl2r.py:replace=false",
         "--config.backbone.name=resnet_small",
         "--config.mesh=data:4,model:2",
@@ -176,7 +184,7 @@ def test_compiles_for_a_slice_that_is_not_there():
         JAX_OPTIMIZATION_LEVEL="O0",
     )
     assert done.returncode == 0, done.stderr
-    assert "8 devices (TPU v5 lite, 15.75 GiB usable), 2 hosts; mesh data:4,model:2" in done.stdout
+    assert f"{devices}; mesh data:4,model:2" in done.stdout
     step, features, search = done.stdout.splitlines()[4:7]
     assert step.startswith("training step") and "all-reduce" in step
     assert features.startswith("features") and search.startswith("search")
