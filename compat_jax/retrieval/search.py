@@ -189,7 +189,9 @@ def _search_block(query, gallery, first, stop, best, coarse, *, k, approx_recall
         found, certain = local(query, shard, first, stop, best, coarse)
         # Shares are gathered in the order of their rows, so ties still go to the lower index.
         found = jax.lax.all_gather(found, "data", axis=1, tiled=True)
-        return _merge(best, found, k), jax.lax.pmin(certain.astype(jnp.int32), "data")
+        if coarse is not None:
+            certain = jax.lax.pmin(certain.astype(jnp.int32), "data")
+        return _merge(best, found, k), certain
 
     everywhere, split = PartitionSpec(), PartitionSpec("data")
     shares = None if coarse is None else (split, everywhere, everywhere)
