@@ -1,8 +1,8 @@
-"""Compatibility in numbers: from a matrix of accuracies, and Definition 1 measured on features.
+"""Compatibility metrics of a matrix of accuracies, and Definition 1 measured on features.
 
 A compatibility matrix M is float[T, T]: M[t, k] is the accuracy of queries embedded by version t
-against a gallery embedded by version k <= t. Only the lower triangle is read; what stands above the
-diagonal is ignored. Results are in the matrix's own unit.
+against a gallery embedded by version k <= t. Entries above the diagonal are ignored. Accuracies are
+returned in the unit of the matrix.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compat_jax.errors import UserError, unknown
-from compat_jax.retrieval.search import check_finite
+from compat_jax.retrieval.exact import check_finite
 from compat_jax.retrieval.verification import sample_pairs
 
 Tie = Literal["incompatible", "compatible"]
@@ -23,7 +23,14 @@ DISTANCES = ("cosine", "euclidean")
 
 
 class PairShares(NamedTuple):
-    """Shares of pairs that keep Definition 1's inequalities, NaN where there is no such pair."""
+    """Shares of pairs that satisfy Definition 1's inequalities.
+
+    Attributes:
+      same_class: share among pairs of one class, in [0, 1]; NaN without such a pair.
+      other_class: share among pairs of different classes, in [0, 1]; NaN without such a pair.
+      num_same: pairs of one class that were compared.
+      num_other: pairs of different classes that were compared.
+    """
 
     same_class: float
     other_class: float
@@ -31,19 +38,39 @@ class PairShares(NamedTuple):
     num_other: int
 
 
+class Gains(NamedTuple):
+    """Gains in distance of the new version over the old one, for all pairs of images, in factors.
+
+    The gain of the pair (i, j) is shift_i · old_j - offset_i. It is >= 0 exactly where
+    d(new_i, old_j) <= d(old_i, old_j).
+
+    Attributes:
+      shift: float32[n, d], new minus old features.
+      offset: float32[n]; 0 for the cosine distance.
+      old: float32[n, d], old features.
+    """
+
+    shift: jax.Array | np.ndarray
+    offset: jax.Array | np.ndarray
+    old: jax.Array | np.ndarray
+
+
 def compatible_pairs(matrix: np.ndarray, tie: Tie = "incompatible") -> np.ndarray:
-    """Which cells meet the empirical criterion: new queries do better on the old gallery than old.
+    """Mark the pairs of versions that meet the empirical compatibility criterion.
+
+    Version t is compatible with k if queries embedded by t do better on the gallery of k than queries
+    embedded by k itself.
 
     Args:
       matrix: float[T, T], a compatibility matrix.
-      tie: what M[t, k] == M[k, k] counts as; "incompatible" is the reference's choice, "compatible"
+      tie: how M[t, k] == M[k, k] counts; "incompatible" is the choice of the reference, "compatible"
         that of CL2R.
 
     Returns:
-      bool[T, T], true at [t, k], k < t, where M[t, k] > M[k, k]; false on and above the diagonal.
+      bool[T, T], true at [t, k] with k < t if M[t, k] > M[k, k]; false on and above the diagonal.
 
     Raises:
-      UserError: a matrix that is not square or has a NaN in the lower triangle; unknown `tie`.
+      UserError: the matrix is not square or has a NaN in the lower triangle, or `tie` is unknown.
 
     Source: Shen et al. 2020; `create_position_matrix` in `src/iamcl2r/compatibility_metrics.py`.
     """
@@ -56,14 +83,14 @@ def compatible_pairs(matrix: np.ndarray, tie: Tie = "incompatible") -> np.ndarra
 
 
 def average_compatibility(matrix: np.ndarray, tie: Tie = "incompatible") -> float:
-    """AC: the share of pairs of versions that meet the empirical criterion.
+    """Compute AC, the share of pairs of versions that meet the empirical criterion.
 
     Args:
       matrix: float[T, T], a compatibility matrix.
       tie: see `compatible_pairs`.
 
     Returns:
-      A float in [0, 1]; 1 for a single version, as in the reference.
+      The share in [0, 1]; 1 for a single version, as in the reference.
 
     Raises:
       UserError: see `compatible_pairs`.
@@ -74,7 +101,7 @@ def average_compatibility(matrix: np.ndarray, tie: Tie = "incompatible") -> floa
 
 
 def average_compatibility_per_step(matrix: np.ndarray, tie: Tie = "incompatible") -> np.ndarray:
-    """AC of the first 1, 2, … T versions.
+    """Compute AC of the first 1, 2, … T versions.
 
     Args:
       matrix: float[T, T], a compatibility matrix.
@@ -93,18 +120,19 @@ def average_compatibility_per_step(matrix: np.ndarray, tie: Tie = "incompatible"
 
 
 def average_accuracy(matrix: np.ndarray) -> float:
-    """AA: the mean of the lower triangle with its diagonal.
+    """Compute AA, the mean of the lower triangle including the diagonal.
 
-    An accuracy of exactly 0 counts as 0; the reference takes it as missing and multiplies by 100.
+    An accuracy of exactly 0 counts as 0, where the reference takes it as missing. The reference also
+    multiplies by 100.
 
     Args:
       matrix: float[T, T], a compatibility matrix.
 
     Returns:
-      A float in the matrix's unit.
+      The mean, in the unit of the matrix.
 
     Raises:
-      UserError: a matrix that is not square or has a NaN in the lower triangle.
+      UserError: the matrix is not square or has a NaN in the lower triangle.
 
     Source: AA of the paper; `average_accuracy` in `src/iamcl2r/compatibility_metrics.py`.
     """
@@ -112,13 +140,13 @@ def average_accuracy(matrix: np.ndarray) -> float:
 
 
 def average_accuracy_per_step(matrix: np.ndarray) -> np.ndarray:
-    """AA of the first 1, 2, … T versions, the paper's AA_τ.
+    """Compute AA of the first 1, 2, … T versions, the paper's AA_τ.
 
     Args:
       matrix: float[T, T], a compatibility matrix.
 
     Returns:
-      float64[T] in the matrix's unit.
+      float64[T] in the unit of the matrix.
 
     Raises:
       UserError: see `average_accuracy`.
@@ -129,14 +157,14 @@ def average_accuracy_per_step(matrix: np.ndarray) -> np.ndarray:
 
 
 def backward_compatibility(matrix: np.ndarray) -> float:
-    """BC: what the last version gains on the galleries of its predecessors over themselves.
+    """Compute BC, the gain of the last version over its predecessors on their own galleries.
 
     Args:
       matrix: float[T, T], a compatibility matrix.
 
     Returns:
-      mean over k < T of M[T, k] - M[k, k], in the matrix's unit; 0 for a single version, which has
-      nothing to be compared with (CL2R divides by zero there).
+      The mean over k < T of M[T, k] - M[k, k], in the unit of the matrix; 0 for a single version,
+      which has no predecessor (CL2R divides by zero there).
 
     Raises:
       UserError: see `average_accuracy`.
@@ -149,13 +177,13 @@ def backward_compatibility(matrix: np.ndarray) -> float:
 
 
 def forward_compatibility(matrix: np.ndarray) -> float:
-    """FC: what each version loses on its predecessor's gallery against its own.
+    """Compute FC, how each version does on its predecessor's gallery relative to its own gallery.
 
     Args:
       matrix: float[T, T], a compatibility matrix.
 
     Returns:
-      mean over t > 1 of M[t, t-1] - M[t, t], in the matrix's unit; 0 for a single version.
+      The mean over t > 1 of M[t, t-1] - M[t, t], in the unit of the matrix; 0 for a single version.
 
     Raises:
       UserError: see `average_accuracy`.
@@ -177,27 +205,28 @@ def definition_1(
     seed: int = 0,
     block: int = 2048,
 ) -> PairShares:
-    """Measure Definition 1: how often does the new version pull together and push apart as it must?
+    """Measure how often Definition 1 of compatibility holds for pairs of images.
 
-    For ordered pairs (i, j), i != j, of images embedded by both versions, the inequality is
-    d(new_i, old_j) <= d(old_i, old_j) within a class and >= across classes; equality keeps both.
+    For an ordered pair (i, j), i != j, of images embedded by both versions, the definition demands
+    d(new_i, old_j) <= d(old_i, old_j) within a class and >= across classes; equality satisfies both.
 
     Args:
       new: float[n, d], features of the new version.
       old: float[n, d], features of the old version on the same images.
       labels: int[n].
-      distance: "cosine", the paper's (features are normalised here), or "euclidean".
-      sample: None for all n(n-1) pairs, else that many pairs of each kind, drawn uniformly with
-        replacement.
-      seed: of the sample.
-      block: pairs are compared in squares of this side, so memory is O(block² + n d).
+      distance: "cosine" (the paper's; features are normalised here) or "euclidean".
+      sample: number of pairs of each kind to draw, uniformly with replacement; None compares all
+        n(n-1) pairs.
+      seed: random seed of the sample.
+      block: pairs are compared in squares with this side, so memory is O(block² + n d).
 
     Returns:
-      PairShares: of each kind, the share of pairs that keep their inequality, and the pairs tried.
+      `PairShares`: for each kind of pair, the share that satisfies its inequality and the number of
+      pairs compared.
 
     Raises:
-      UserError: versions of unequal feature size, a row that is not finite, labels of another
-        length, unknown distance, a sample below 1.
+      UserError: feature sizes differ, a row is not finite, the labels have another length, the
+        distance is unknown, or the sample is below 1.
 
     Source: Definition 1 of the paper, cosine distance as in its Theorem 1.
     """
@@ -214,32 +243,38 @@ def definition_1(
     offset = np.zeros(len(new), np.float32)
     if distance == "euclidean":
         offset = 0.5 * np.einsum("nd,nd->n", shift, new + old, dtype=np.float32)
+    gains = Gains(shift, offset, old)
     if sample is None:
-        return _all_pairs(shift, offset, old, labels, min(block, len(new)))
-    return _sampled_pairs(shift, offset, old, labels, sample, seed, block)
+        return _all_pairs(gains, labels, min(block, len(new)))
+    return _sampled_pairs(gains, labels, sample, seed=seed, block=block)
 
 
-def _all_pairs(shift, offset, old, labels, block: int) -> PairShares:
+def _all_pairs(gains: Gains, labels: np.ndarray, block: int) -> PairShares:
     codes, sizes = np.unique(labels, return_inverse=True, return_counts=True)[1:]
     n = len(labels)
     padding = -n % block
-    shift, old = (np.pad(x, ((0, padding), (0, 0))) for x in (shift, old))
-    offset = np.pad(offset, (0, padding))
+    gains = Gains(*(np.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) for x in gains))
     codes = np.pad(codes.astype(np.int32), (0, padding), constant_values=-1)
-    # Counts are an int32 a row; their sum may exceed it and is taken in int64 on the host.
-    kept = np.asarray(_count_kept(shift, offset, old, codes, block=block))[:, :n].sum(1, np.int64)
+    # A row's counts fit into an int32; their sum may not and is taken in int64 on the host.
+    kept = np.asarray(count_kept(gains, codes, block=block))[:, :n].sum(1, np.int64)
     num_same = int(np.sum(sizes.astype(np.int64) * (sizes - 1)))
-    num_other = n * (n - 1) - num_same
-    return PairShares(*_share(kept, (num_same, num_other)), num_same, num_other)
+    return _shares(kept, (num_same, n * (n - 1) - num_same))
 
 
 @partial(jax.jit, static_argnames="block")
-def _count_kept(shift, offset, old, codes, *, block: int) -> jax.Array:
-    """int32[2, n]: of the pairs (i, j) of i's own class, and of others, those that keep theirs."""
+def count_kept(gains: Gains, codes: jax.Array, *, block: int) -> jax.Array:
+    """Count the pairs (i, j) that satisfy their inequality, for each image i.
+
+    Args:
+      gains: of n images; n is a multiple of `block`.
+      codes: int32[n], class of each image, -1 for padding.
+      block: pairs are compared in squares with this side, so memory is O(block² + n d).
+
+    Returns:
+      int32[2, n]: pairs with an image of the same class, and with an image of another class.
+    """
     rows = jnp.arange(len(codes))
-    blocks = jax.tree.map(
-        lambda x: x.reshape(-1, block, *x.shape[1:]), (shift, offset, old, codes, rows)
-    )
+    blocks = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), (*gains, codes, rows))
 
     def against_all(new_block):
         shift_i, offset_i, _, codes_i, rows_i = new_block
@@ -258,24 +293,27 @@ def _count_kept(shift, offset, old, codes, *, block: int) -> jax.Array:
     return counts.transpose(1, 0, 2).reshape(2, -1)
 
 
-def _sampled_pairs(shift, offset, old, labels, sample: int, seed: int, block: int) -> PairShares:
+def _sampled_pairs(gains: Gains, labels, sample: int, *, seed: int, block: int) -> PairShares:
     rng = np.random.default_rng(seed)
-    num_classes = len(np.unique(labels))
+    num_labels = len(np.unique(labels))
     numbers, kept = [], []
-    for same, exists in ((True, num_classes < len(labels)), (False, num_classes > 1)):
-        i, j = sample_pairs(labels, labels, same, sample if exists else 0, rng, same_set=True)
-        count = 0
+    for same, exists in ((True, num_labels < len(labels)), (False, num_labels > 1)):
+        count = sample if exists else 0
+        i, j = sample_pairs(labels, labels, same, count=count, rng=rng, same_set=True)
+        numbers.append(len(i))
+        kept.append(0)
         for start in range(0, len(i), block):
             a, b = i[start : start + block], j[start : start + block]
-            gain = np.einsum("nd,nd->n", shift[a], old[b], dtype=np.float64) - offset[a]
-            count += int(np.sum(gain >= 0 if same else gain <= 0))
-        numbers.append(len(i))
-        kept.append(count)
-    return PairShares(*_share(kept, numbers), *numbers)
+            gain = np.einsum("nd,nd->n", gains.shift[a], gains.old[b], dtype=np.float64)
+            gain -= gains.offset[a]
+            kept[-1] += int(np.sum(gain >= 0 if same else gain <= 0))
+    return _shares(kept, numbers)
 
 
-def _share(kept, numbers) -> list[float]:
-    return [int(k) / n if n else float("nan") for k, n in zip(kept, numbers, strict=True)]
+def _shares(kept, numbers) -> PairShares:
+    same, other = (int(k) / n if n else float("nan") for k, n in zip(kept, numbers, strict=True))
+    num_same, num_other = numbers
+    return PairShares(same, other, num_same=num_same, num_other=num_other)
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

@@ -1,33 +1,45 @@
-"""Mistakes of a user, told in one line with the remedy."""
+"""Errors that name the input at fault and the remedy, in one line."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Bad input: the message names the value and says what to do instead.
+    """Report bad input: the message names the value and says what to do instead.
 
-    The programs in `launch/` print it on one line and exit with code 2; as a library, it is a
-    `ValueError`.
+    Attributes:
+      argument: dotted name of the argument at fault, e.g. "optimizer.lr"; None for none. A program
+        translates it into its own flag.
     """
+
+    def __init__(self, message: str, argument: str | None = None):
+        super().__init__(message)
+        self.argument = argument
+
+
+class Diverged(UserError):
+    """The loss or the weights stopped being finite; nothing of this task was published."""
 
 
 class Stopped(Exception):
-    """The program was asked to stop and has saved where it stands; run it again to go on."""
+    """The run was asked to stop and has saved its state; calling again resumes it."""
 
 
-def unknown(kind: str, value: str, choices: Iterable[str]) -> UserError:
-    """The error for a name that is not among the valid ones.
+def unknown(
+    kind: str, value: str, choices: Iterable[str], argument: str | None = None
+) -> UserError:
+    """Make the error for a name that is not among the valid ones.
 
     Args:
       kind: what the name stands for, e.g. "method".
-      value: what was given.
+      value: the name given.
       choices: the valid names.
+      argument: see `UserError`.
 
     Returns:
-      A UserError (to be raised by the caller) that lists the choices and the nearest of them.
+      A UserError for the caller to raise, listing the choices and the nearest of them.
     """
     choices = sorted(choices)
     near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return UserError(f"unknown {kind} {value!r}.{hint} Valid: {', '.join(choices)}.")
+    return UserError(f"unknown {kind} {value!r}.{hint} Valid: {', '.join(choices)}.", argument)

@@ -2,59 +2,30 @@
 
 import dataclasses
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
-from jax.sharding import Mesh
-from tqdm import tqdm
 
-from compat_jax import compatibility, hosts
-from compat_jax.chain import Chain
+from compat_jax import compatibility, hosts, methods
+from compat_jax.chain import Chain, Version
 from compat_jax.data.dataset import Dataset
-from compat_jax.errors import Stopped, UserError, unknown
-from compat_jax.files import write_json, write_npy
-from compat_jax.retrieval import (
-    class_templates,
-    extract,
-    mean_average_precision,
-    recall_at_k,
-    template_accuracies,
-)
+from compat_jax.data.roles import check_same_classes
+from compat_jax.errors import Stopped, UserError
+from compat_jax.files import absolute, read_sealed, write_sealed
+from compat_jax.meter import track
+from compat_jax.retrieval import embed
+from compat_jax.retrieval import metric as metrics_by_name
+from compat_jax.retrieval.metric import Metric, Queries, everything
+from compat_jax.session import Session
 
-
-def _everything(features, labels):
-    return features, labels
-
-
-def _identification(features, labels, galleries, mesh):
-    del mesh  # ten templates a version are too few to spread; the queries are shared by the hosts
-    templates, classes = zip(*galleries, strict=True)
-    return template_accuracies(features, labels, templates, classes[0])
-
-
-def _recall(features, labels, galleries, mesh):
-    return [recall_at_k(features, labels, *g, ks=(1,), mesh=mesh)[1] for g in galleries]
-
-
-def _map(features, labels, galleries, mesh):
-    del mesh
-    return [mean_average_precision(features, labels, *g).value for g in galleries]
-
-
-# name: (what is kept of a gallery, scores of queries against what was kept of some galleries)
-METRICS = {
-    "identification": (class_templates, _identification),
-    "recall@1": (_everything, _recall),
-    "map": (_everything, _map),
-}
+Scores = dict[tuple[int, int], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What comes out of an evaluation.
+    """The compatibility matrix of one metric.
 
     Attributes:
       metric: name of the retrieval metric.
@@ -62,6 +33,11 @@ class Evaluation:
       tasks: label of each version, e.g. its task number.
       replaced: whether each version started from a pre-trained replacement.
       incomparable: pairs whose features have different sizes; they count as 0.
+      unit: of the matrix, for pictures.
+      method: name of the method that trained the chain.
+      scores: {(t, k): float[queries]}, one score a query for every comparable pair; NaN where a query
+        was left out.
+      notes: sentences about how the numbers were made.
     """
 
     metric: str
@@ -69,6 +45,10 @@ class Evaluation:
     tasks: tuple[str, ...]
     replaced: tuple[bool, ...]
     incomparable: tuple[tuple[int, int], ...] = ()
+    unit: str = "%"
+    method: str = ""
+    scores: Scores = dataclasses.field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def average_compatibility(self) -> float:
@@ -81,14 +61,17 @@ class Evaluation:
         return compatibility.average_accuracy(self.matrix)
 
     def summary(self) -> dict[str, Any]:
-        """Everything as JSON values."""
+        """Return everything but the scores as JSON values."""
         several = len(self.matrix) > 1
         return {
             "metric": self.metric,
+            "unit": self.unit,
+            "method": self.method,
             "matrix": self.matrix.tolist(),
             "tasks": list(self.tasks),
             "replaced": list(self.replaced),
             "incomparable": [list(pair) for pair in self.incomparable],
+            "notes": list(self.notes),
             "average_compatibility": self.average_compatibility,
             "average_accuracy": self.average_accuracy,
             "average_accuracy_per_step": [
@@ -102,126 +85,318 @@ class Evaluation:
             ),
         }
 
+    def table(self, name: str = "") -> str:
+        """Write the matrix in per cent, with AC and AA.
+
+        Args:
+          name: of the method, for the title; the evaluation's own by default.
+
+        Returns:
+          Text; "x" marks an incompatible pair, whose cell is not above its column's self-test, and "*"
+          a row whose model was replaced.
+        """
+        good = compatibility.compatible_pairs(self.matrix)
+        title = methods.title(name or self.method)
+        lines = [
+            f"{title + ': ' if title else ''}{self.metric} %, rows = query version, columns = gallery "
+            "version (* model replaced, x not compatible)",
+            "      " + "".join(f"{task:>8}" for task in self.tasks),
+        ]
+        for t, row in enumerate(self.matrix):
+            cells = []
+            for k in range(t + 1):
+                mark = "x" if k < t and not good[t, k] else " "
+                cells.append(f"{100 * row[k]:7.2f}{mark}")
+            star = "*" if self.replaced[t] else " "
+            lines.append(f"{self.tasks[t]:>4}{star} " + "".join(cells))
+        ac = f"AC {self.average_compatibility:.2f}" if len(self.matrix) > 1 else "AC -"
+        lines.append(f"{ac}   AA {100 * self.average_accuracy:.2f}")
+        return "\n".join([*lines, *self.notes])
+
+    def sentence(self, name: str = "") -> str:
+        """Say in plain words what happened to old galleries when the model was replaced.
+
+        Args:
+          name: of the method; the evaluation's own by default.
+
+        Returns:
+          A sentence with the numbers that it rests on; "" without a replacement.
+        """
+        crossed = across_replacements(self.matrix, self.replaced)
+        if not len(crossed):
+            return ""
+        own = np.diag(self.matrix)[np.cumsum(self.replaced) > 0]
+        return (
+            f"{methods.title(name or self.method)}: after a replacement, queries of the new model find "
+            f"{100 * crossed.mean():.0f} % in galleries that older models embedded "
+            f"(the new models' own galleries: {100 * own.mean():.0f} %)."
+        )
+
+    def meaning(self) -> str:
+        """Say in one sentence what AC and AA mean here."""
+        pairs = len(self.matrix) * (len(self.matrix) - 1) // 2
+        if not pairs:
+            return "One version alone has no older gallery to be compatible with."
+        good = round(self.average_compatibility * pairs)
+        return (
+            f"AC: in {good} of {pairs} pairs, queries of the newer version do better on the older "
+            "version's gallery than the older version itself. AA: mean of all cells."
+        )
+
+    def __str__(self) -> str:
+        return "\n".join(filter(None, (self.table(), self.meaning(), self.sentence())))
+
+
+class Evaluations(Mapping[str, Evaluation]):
+    """The matrices of several metrics, by name; a single evaluation's attributes are the first's.
+
+    Args:
+      results: one for each metric, the first of them the main one.
+    """
+
+    def __init__(self, results: Sequence[Evaluation]):
+        self._results = {result.metric: result for result in results}
+
+    def __getitem__(self, metric: str) -> Evaluation:
+        return self._results[metric]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._results)
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self._results.values()))
+
+    @property
+    def main(self) -> Evaluation:
+        """The evaluation of the first metric."""
+        return next(iter(self._results.values()))
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """The matrix of the first metric."""
+        return self.main.matrix
+
+    @property
+    def average_compatibility(self) -> float:
+        """AC of the first metric, in 0..1."""
+        return self.main.average_compatibility
+
+    @property
+    def average_accuracy(self) -> float:
+        """AA of the first metric, in 0..1."""
+        return self.main.average_accuracy
+
+    def summary(self) -> dict[str, Any]:
+        """Return {metric: its summary} as JSON values."""
+        return {name: result.summary() for name, result in self._results.items()}
+
+
+def across_replacements(matrix: np.ndarray, replaced: Sequence[bool]) -> np.ndarray:
+    """Return the cells whose query and gallery versions have a replacement between them.
+
+    Args:
+      matrix: float[T, T].
+      replaced: whether each version started from a replacement.
+
+    Returns:
+      float[n], the accuracies of those cells.
+    """
+    epoch = np.cumsum(replaced)
+    rows, columns = np.tril_indices(len(matrix), -1)
+    return matrix[rows, columns][epoch[rows] != epoch[columns]]
+
 
 def evaluate(
     chain: Chain,
     query: Dataset,
     gallery: Dataset,
-    metric: str = "identification",
-    numbers: Sequence[int] | None = None,
-    mesh: Mesh | None = None,
-    batch_size: int = 256,
+    *,
+    metrics: Sequence[Metric | str] = ("identification",),
+    versions: Sequence[int] | None = None,
     dtype: str = "float32",
-    cache: epath.Path | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-    progress: str | None = None,
-) -> Evaluation:
-    """The compatibility matrix of a chain, from two extractions a version.
+    session: Session | None = None,
+) -> Evaluations:
+    """Compute the compatibility matrix of a chain, from two extractions a version.
+
+    Query pictures that are in the gallery as well (pixel by pixel) are not their own answers: each
+    leaves itself out, and the result says so.
 
     Args:
       chain: to evaluate.
       query: images that ask; embedded by the newer version of each pair.
       gallery: images that answer; embedded by the older one.
-      metric: a name in METRICS.
-      numbers: versions to take; all by default.
-      mesh: devices.
-      batch_size: images a batch.
+      metrics: names (see `metrics.names()`) or `Metric` objects, at least one.
+      versions: numbers of the versions to take; all by default.
       dtype: of the networks' computation.
-      cache: folder for what has been computed; a stopped evaluation goes on from there.
-      should_stop: asked before each version.
-      progress: label of the progress bars; None for none.
+      session: devices, batch size, progress bars, and the cache from which an interrupted evaluation
+        resumes.
 
     Returns:
-      An Evaluation.
+      An evaluation for each metric.
 
     Raises:
-      Stopped: `should_stop` said so.
-      UserError: unknown metric, classes of query and gallery that differ, corrupt versions.
+      Stopped: the session asked to stop, before a version.
+      UserError: unknown metric, classes of query and gallery that differ, a chain with gaps, corrupt
+        versions.
 
     Source: `evaluate` in `src/iamcl2r/eval.py`, which extracts T + T(T+1)/2 times.
     """
-    if metric not in METRICS:
-        raise unknown("metric", metric, METRICS)
-    if query.class_names != gallery.class_names:
-        raise UserError("query and gallery have different classes: declare the same ones for both")
-    keep, score = METRICS[metric]
-    numbers = list(chain.require().numbers() if numbers is None else numbers)
-    store = _Store(cache, f"{metric} {dtype} {query.fingerprint()} {gallery.fingerprint()}")
-    galleries, rows, records, incomparable = [], [], [], []
-    bar = tqdm(numbers, progress, disable=progress is None, unit="version")
-    for t, number in enumerate(bar):
-        if should_stop():
+    session = session or Session()
+    found = [metrics_by_name.get(m) for m in ([metrics] if isinstance(metrics, str) else metrics)]
+    if not found:
+        raise UserError("no metric: name at least one", "metrics")
+    check_same_classes(query, gallery)
+    numbers = list(chain.require_whole().numbers() if versions is None else versions)
+    own = same_pictures(query, gallery)
+    settings = f"{dtype} {query.fingerprint()} {gallery.fingerprint()}"
+    tables = [_Table(metric, own, _Cache(session.cache, settings)) for metric in found]
+    records = []
+    bar = session.bar("evaluating")
+    for number in track(numbers, bar, "versions"):
+        if session.should_stop():
             raise Stopped
         version = chain.open(number)
         records.append(version.record)
-        label = None if progress is None else f"embedding with version {number}"
-
-        def embed(data, version=version, label=label):
-            return extract(version, data.images, mesh, batch_size, dtype, label)
-
-        galleries.append(store.gallery(version, lambda e=embed: keep(e(gallery), gallery.labels)))
-        row = store.row(version)
-        if row is None:
-            row = _row(score, embed(query), query.labels, galleries, mesh)
-            store.add_row(version, row)
-        incomparable += [(t, k) for k, value in enumerate(row) if value is None]
-        rows.append([0.0 if value is None else float(value) for value in row])
-    matrix = np.zeros((len(rows), len(rows)))
-    for t, row in enumerate(rows):
-        matrix[t, : len(row)] = row
-    return Evaluation(
-        metric,
-        matrix,
-        tuple(str(n if r.task is None else r.task) for n, r in zip(numbers, records, strict=True)),
-        tuple(r.replaced_by is not None and t > 0 for t, r in enumerate(records)),
-        tuple(incomparable),
-    )
+        extraction = _Extraction(
+            version, {"query": query, "gallery": gallery}, session, dtype=dtype
+        )
+        for table in tables:
+            table.add(version, extraction)
+    return Evaluations([table.result(numbers, records) for table in tables])
 
 
-def _row(score, features, labels, galleries, mesh):
-    """The score in each gallery; None where its features have another size."""
-    row = [None] * len(galleries)
-    fit = [k for k, (kept, _) in enumerate(galleries) if kept.shape[1] == features.shape[1]]
-    values = score(features, labels, [galleries[k] for k in fit], mesh)
-    for k, value in zip(fit, values, strict=True):
-        row[k] = float(value)
-    return row
+def same_pictures(query: Dataset, gallery: Dataset) -> np.ndarray | None:
+    """Find the query pictures that are in the gallery, pixel by pixel.
+
+    Returns:
+      int[q], the gallery row of the same picture, -1 for none; None if no picture is in both.
+    """
+    rows = {digest: row for row, digest in reversed(list(enumerate(gallery.picture_digests)))}
+    own = np.array([rows.get(digest, -1) for digest in query.picture_digests])
+    return own if (own >= 0).any() else None
 
 
-class _Store:
-    """What an evaluation has computed, on disk, addressed by what it was computed from."""
+class _Extraction:
+    """Features of query and gallery by one version, computed when asked for, once."""
 
-    def __init__(self, folder, settings):
-        self.folder = None if folder is None else epath.Path(folder)
+    def __init__(self, version, data, session, *, dtype):
+        self.version, self.data, self.session, self.dtype = version, data, session, dtype
+        self._done: dict[str, np.ndarray] = {}
+
+    def features(self, role: str) -> np.ndarray:
+        """float32[n, d] of "query" or "gallery"."""
+        if role not in self._done:
+            self._done[role] = embed(
+                self.version,
+                self.data[role].images,
+                mesh=self.session.devices(),
+                batch_size=self.session.batch_size,
+                dtype=self.dtype,
+                progress=self.session.bar(f"embedding with version {self.version.number}"),
+            )
+        return self._done[role]
+
+
+class _Table:
+    """The matrix of one metric, row by row."""
+
+    def __init__(self, metric: Metric, own: np.ndarray | None, cache: "_Cache"):
+        self.metric, self.own, self.cache = metric, own, cache
+        self.galleries: list[tuple[np.ndarray, ...]] = []
+        self.made_of: list[str] = [metric.name]  # the versions whose galleries a row is made of
+        self.rows: list[list[np.ndarray | None]] = []
+
+    def add(self, version: Version, extraction: _Extraction) -> None:
+        """Add a version: its gallery, and its queries in all galleries so far."""
+        gallery, query = extraction.data["gallery"], extraction.data["query"]
+        prepare = self.metric.prepare if self.own is None else everything
+        name = f"{self.metric.name} {prepare is everything} {version.sha256} {version.record}"
+        self.galleries.append(
+            self.cache.get(
+                f"gallery{version.number:04d}",
+                [name],
+                lambda: prepare(extraction.features("gallery"), gallery.labels),
+            )
+        )
+        self.made_of.append(name)
+
+        def row():
+            features = extraction.features("query")
+            mesh = extraction.session.devices()
+            queries = Queries(features, query.labels, self.own, mesh=mesh)
+            fit = [g for g in self.galleries if g[0].shape[1] == features.shape[1]]
+            return (self.metric.score(queries, fit), np.array([len(features), features.shape[1]]))
+
+        scores, (_, size) = self.cache.get(f"row{version.number:04d}", self.made_of, row)
+        remaining = iter(scores)
+        self.rows.append(
+            [next(remaining) if g[0].shape[1] == size else None for g in self.galleries]
+        )
+
+    def result(self, numbers, records) -> Evaluation:
+        """The matrix, from the scores of all rows."""
+        matrix, scores, incomparable = np.zeros((len(self.rows),) * 2), {}, []
+        for t, row in enumerate(self.rows):
+            for k, cell in enumerate(row):
+                if cell is None:
+                    incomparable.append((t, k))
+                    continue
+                scores[t, k] = cell
+                matrix[t, k] = cell[~np.isnan(cell)].mean()
+        notes = []
+        if self.own is not None:
+            inside, total = int((self.own >= 0).sum()), len(self.own)
+            notes.append(
+                f"{inside} of {total} query pictures are in the gallery: each leaves itself out."
+            )
+        if incomparable:
+            notes.append(
+                f"{len(incomparable)} pairs have features of different sizes and count as 0."
+            )
+        labels = (n if r.task is None else r.task for n, r in zip(numbers, records, strict=True))
+        return Evaluation(
+            self.metric.name,
+            matrix,
+            tasks=tuple(map(str, labels)),
+            replaced=tuple(r.replaced_by is not None and t > 0 for t, r in enumerate(records)),
+            incomparable=tuple(incomparable),
+            unit=self.metric.unit,
+            method=records[-1].method if records else "",
+            scores=scores,
+            notes=tuple(notes),
+        )
+
+
+class _Cache:
+    """Arrays that an evaluation has computed, on disk, addressed by what they were made of."""
+
+    def __init__(self, folder, settings: str):
+        self.folder = None if folder is None else absolute(folder)
         self.settings = settings
-        self.versions = []  # whose galleries a row is made of
 
-    def gallery(self, version, compute):
-        self.versions.append(f"{version.sha256} {version.record}")
+    def get(
+        self,
+        kind: str,
+        made_of: Sequence[str],
+        compute: Callable[[], tuple[np.ndarray, ...]],
+    ) -> tuple[np.ndarray, ...]:
+        """Read arrays, or compute and keep them."""
         if self.folder is None:
             return compute()
-        paths = [self._path("gallery", version, f"{part}.npy") for part in ("features", "labels")]
-        if not hosts.first_says(all(p.exists() for p in paths)):
-            parts = compute()
-            hosts.first_does(lambda: [write_npy(*pair) for pair in zip(paths, parts, strict=True)])
-        return tuple(_read_npy(path) for path in paths)
-
-    def row(self, version):
-        if self.folder is None:
-            return None
-        path = self._path("row", version, "json")
-        return json.loads(path.read_text()) if hosts.first_says(path.exists()) else None
-
-    def add_row(self, version, row):
-        if self.folder is not None:
-            hosts.first_does(lambda: write_json(self._path("row", version, "json"), row))
-
-    def _path(self, kind, version, end):
-        made_of = self.versions if kind == "row" else self.versions[-1:]
-        digest = hashlib.sha256("\n".join([self.settings, *made_of]).encode()).hexdigest()
-        return self.folder / f"{kind}{version.number:04d}-{digest[:24]}.{end}"
-
-
-def _read_npy(path):
-    with path.open("rb") as file:
-        return np.load(file, allow_pickle=False)
+        key = "\n".join([self.settings, *made_of])
+        path = self.folder / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+        content = read_sealed(path, key)
+        if hosts.broadcast(content is not None):
+            assert content is not None, f"{path} cannot be read on every host"
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                return tuple(arrays[name] for name in sorted(arrays.files))
+        parts = compute()
+        buffer = io.BytesIO()
+        # Scores are mostly zeros and ones; features do not compress.
+        save: Any = np.savez_compressed if kind.startswith("row") else np.savez
+        save(buffer, **{f"{i:02d}": np.asarray(a) for i, a in enumerate(parts)})
+        hosts.on_first(lambda: write_sealed(path, buffer.getvalue(), key))
+        return tuple(np.asarray(a) for a in parts)

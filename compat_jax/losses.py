@@ -1,8 +1,7 @@
-"""The losses, as pure functions: arrays in, one loss an example out; the caller takes the mean.
+"""Losses as pure functions: arrays in, one value per example out; the caller takes the mean.
 
-Features come in as the network gives them and are L2-normalised inside where a term needs it.
-Everything stays finite, in value and gradient, for zero features, for batches of one and for batches
-of a single class.
+Pass features as the network returns them: each loss L2-normalises them where it needs to. Values and
+gradients stay finite for zero features, for batches of one and for batches of a single class.
 """
 
 import math
@@ -22,31 +21,31 @@ SAME_CLASS = ("exclude", "as_coded")
 
 
 def normalize(features: jax.Array) -> jax.Array:
-    """Features divided by their L2 norm, in float32.
+    """Divide features by their L2 norm, in float32.
 
     Args:
       features: float[..., d].
 
     Returns:
-      float32[..., d] (wider if the input is). A feature whose norm is below 1e-12 counts as zero: it
-      gives zeros, with gradient zero.
+      float32[..., d] (wider if the input is). A feature with norm below 1e-12 counts as zero: its
+      result and its gradient are zero.
     """
     wide = features.astype(np.promote_types(features.dtype, np.float32))
     square = jnp.sum(wide * wide, axis=-1, keepdims=True)
-    # The inner where keeps the gradient of rsqrt near zero, which overflows, out of the graph.
+    # Near zero the gradient of rsqrt overflows; the inner where keeps it out of the graph.
     is_zero = square < 1e-24
     return wide * jnp.where(is_zero, 0.0, jax.lax.rsqrt(jnp.where(is_zero, 1.0, square)))
 
 
 def simplex_cross_entropy(
-    features: jax.Array, labels: jax.Array, num_classes: int | None = None
+    features: jax.Array, labels: jax.Array, num_prototypes: int | None = None
 ) -> jax.Array:
-    """Cross-entropy of a softmax over the fixed d-Simplex prototypes.
+    """Compute the cross-entropy of a softmax over the fixed d-Simplex prototypes.
 
     Args:
       features: float[batch, d], d = K-1, not normalised.
       labels: int[batch], prototype rows in 0..K-1 (see `simplex.prototype_rows`).
-      num_classes: K, where columns were added to the features (see `simplex.split_logits`).
+      num_prototypes: K, if the features have padding columns (see `simplex.split_logits`).
 
     Returns:
       float32[batch].
@@ -55,10 +54,10 @@ def simplex_cross_entropy(
     """
     chex.assert_rank([features, labels], [2, 1])
     chex.assert_equal_shape_prefix([features, labels], 1)
-    # Two pieces, not one row of K: with features sharded over devices, K-1 divides and K does not.
-    body, last = simplex.split_logits(features, num_classes)
+    # Two arrays rather than one row of K: K-1 columns divide evenly over devices, K do not.
+    body, last = simplex.split_logits(features, num_prototypes)
     partition = jnp.logaddexp(jax.nn.logsumexp(body, axis=-1), last)
-    return partition - simplex.label_logit(features, labels, num_classes)
+    return partition - simplex.label_logit(features, labels, num_prototypes)
 
 
 def info_nce(
@@ -69,10 +68,10 @@ def info_nce(
     same_class: SameClass = "exclude",
     positive_in_denominator: bool = False,
 ) -> jax.Array:
-    """Contrast between the new model's features and the frozen previous model's, of the same images.
+    """Compute the contrast of new features against the frozen previous model's, on the same images.
 
-    The positive of image i is (old_i, new_i); its negatives are the pairs (old_i, new_j) with j of
-    another class.
+    The positive pair of image i is (old_i, new_i); its negatives are the pairs (old_i, new_j) where j
+    is of another class.
 
     Args:
       new: float[batch, d], features of the model in training.
@@ -81,11 +80,11 @@ def info_nce(
       mu: inverse temperature.
       same_class: "exclude" leaves pairs of the same class out of the denominator, as the paper
         describes; "as_coded" counts each of them as exp(0), as the reference's code does.
-      positive_in_denominator: whether exp(mu * positive) stands in the denominator as well.
+      positive_in_denominator: add exp(mu * positive) to the denominator.
 
     Returns:
-      float32[batch]. An image without a negative (and, for "exclude", without a positive in the
-      denominator) contributes its positive part only.
+      float32[batch]. With an empty denominator (for "exclude" without the positive: no image of
+      another class in the batch) the loss is the positive part only.
 
     Raises:
       UserError: unknown `same_class`.
@@ -108,7 +107,7 @@ def info_nce(
     if positive_in_denominator:
         terms = jnp.where(jnp.eye(len(labels), dtype=bool), positive[:, None], terms)
     has_term = jnp.any(terms > -jnp.inf, axis=-1)
-    # A row of -inf would give NaN gradients: hand logsumexp zeros there and drop its answer.
+    # The gradient of logsumexp is NaN for a row of -inf: give it zeros and drop the result.
     negative = jax.nn.logsumexp(jnp.where(has_term[:, None], terms, 0.0), axis=-1)
     return jnp.where(has_term, negative, 0.0) - positive
 
@@ -120,9 +119,9 @@ def hoc(
     lam: float = 0.1,
     mu: float = 10.0,
     same_class: SameClass = "exclude",
-    num_classes: int | None = None,
+    num_prototypes: int | None = None,
 ) -> jax.Array:
-    """The HOC loss: lam * simplex cross-entropy + (1 - lam) * contrast against the previous model.
+    """Compute the HOC loss, lam * simplex_cross_entropy + (1 - lam) * info_nce.
 
     Args:
       new: float[batch, d], d = K-1, features of the model in training.
@@ -131,7 +130,7 @@ def hoc(
       lam: weight of the cross-entropy, in [0, 1].
       mu: inverse temperature of the contrast.
       same_class: see `info_nce`.
-      num_classes: K, where columns of zeros were added to both features (see
+      num_prototypes: K, if both features have padding columns of zeros (see
         `simplex.split_logits`).
 
     Returns:
@@ -139,16 +138,16 @@ def hoc(
 
     Source: Equation 3 of the CVPR 2024 paper; `src/iamcl2r/train.py`.
     """
-    contrast = info_nce(new, old, labels, mu, same_class)
-    return lam * simplex_cross_entropy(new, labels, num_classes) + (1.0 - lam) * contrast
+    contrast = info_nce(new, old, labels, mu=mu, same_class=same_class)
+    return lam * simplex_cross_entropy(new, labels, num_prototypes) + (1.0 - lam) * contrast
 
 
 def feature_distillation(new: jax.Array, old: jax.Array) -> jax.Array:
-    """1 - cos(new, old): how far a feature moved from the previous model's.
+    """Compute 1 - cos(new, old), the distance of features from the previous model's.
 
     Args:
-      new: float[batch, d].
-      old: float[batch, d]; no gradient flows into them.
+      new: float[batch, d], features of the model in training.
+      old: float[batch, d], features of the previous model; no gradient flows into them.
 
     Returns:
       float32[batch] in [0, 2]; 1 where a feature is zero.
@@ -160,15 +159,16 @@ def feature_distillation(new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def distillation_weight(new_classes: int, seen_classes: int, base: float = 5.0) -> float:
-    """Weight of `feature_distillation` at a task: base * sqrt(new classes / classes seen before).
+    """Return the weight of `feature_distillation` in a task, base * sqrt(new / seen classes).
 
     Args:
-      new_classes: classes of the task that begins, >= 0.
-      seen_classes: classes of the tasks before it; 0 gives weight 0, since there is no memory.
-      base: the weight for as many new classes as old ones.
+      new_classes: number of classes that the task adds, >= 0.
+      seen_classes: number of classes of the tasks before it; 0 gives weight 0, since there is
+        no memory yet.
+      base: weight for equally many new and seen classes.
 
     Returns:
-      A float.
+      The weight.
 
     Source: `update_criterion_weight` in `src/cl2r/utils.py`.
     """
@@ -176,15 +176,15 @@ def distillation_weight(new_classes: int, seen_classes: int, base: float = 5.0) 
 
 
 def softmax_cross_entropy(logits: jax.Array, labels: jax.Array, num_seen: jax.Array) -> jax.Array:
-    """Cross-entropy of a learnable head that has grown to `num_seen` classes.
+    """Compute the cross-entropy of a learnable head that has grown to `num_seen` classes.
 
-    The head is allocated for all classes at once so that its growth compiles nothing; columns of
-    classes not yet seen are left out of the softmax.
+    The head is allocated for all classes at once, so that growing it recompiles nothing; the softmax
+    leaves out the columns of classes not seen yet.
 
     Args:
       logits: float[batch, classes].
       labels: int[batch] in 0..num_seen-1.
-      num_seen: int[] classes seen so far.
+      num_seen: int[], number of classes seen so far.
 
     Returns:
       float32[batch].

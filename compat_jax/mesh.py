@@ -1,4 +1,4 @@
-"""The mesh of devices, its named axes, and the shardings that the steps use."""
+"""The device mesh, its named axes, and the shardings of training and retrieval."""
 
 import math
 import re
@@ -15,57 +15,63 @@ AXES = ("data", "model")
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """`"data:-1,model:1"` as {"data": -1, "model": 1}; an axis left out has size 1.
+    """Parse `"data:-1,model:1"` into {"data": -1, "model": 1}; a missing axis has size 1.
 
     Raises:
-      UserError: unknown axis, size that is no number, more than one -1.
+      UserError: unknown axis, a size that is not a number, or more than one -1.
     """
     sizes = dict.fromkeys(AXES, 1)
     for part in filter(None, text.replace(" ", "").split(",")):
         axis, _, size = part.partition(":")
         if axis not in AXES:
-            raise unknown("mesh axis", axis, AXES)
+            raise unknown("mesh axis", axis, AXES, argument="mesh")
         if not re.fullmatch("-1|[1-9][0-9]*", size):
             raise UserError(
                 f"mesh axis {axis!r} needs a size like {axis}:2, or {axis}:-1 for all the devices "
-                f"that are left, got {part!r}"
+                f"that are left, got {part!r}",
+                "mesh",
             )
         sizes[axis] = int(size)
     if list(sizes.values()).count(-1) > 1:
-        raise UserError(f"only one mesh axis can be -1 (the rest of the devices), got {text!r}")
+        raise UserError(
+            f"only one mesh axis can be -1 (the rest of the devices), got {text!r}", "mesh"
+        )
     return sizes
 
 
 def make_mesh(text: str = "data:-1", devices=None) -> Mesh:
-    """A mesh of devices with the axes `data` (the batch) and `model` (the simplex's columns).
+    """Make a mesh with the axes `data` (the batch) and `model` (the simplex's columns).
 
     Args:
       text: sizes, e.g. "data:-1,model:1".
-      devices: devices to use; all of JAX's by default. They may be devices that are not there
-        (`jax.experimental.topologies`), for plans.
+      devices: devices to use; all of JAX's by default. They may belong to a compile-only topology
+        (`jax.experimental.topologies`).
 
     Returns:
-      A Mesh with Auto axes, of the first devices if the sizes need fewer than there are.
+      A Mesh with Auto axes, over the first devices if the sizes need fewer than there are.
 
     Raises:
-      UserError: sizes that need more devices than there are, or leave a host out, or a -1 that does
-        not come out whole.
+      UserError: the sizes need more devices than there are, leave a host without work, or a -1 does
+        not divide evenly.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = parse_mesh(text)
     known = math.prod(s for s in sizes.values() if s > 0)
     if -1 in sizes.values():
         if len(devices) % known:
-            raise UserError(f"mesh {text!r}: {len(devices)} devices do not divide by {known}")
+            raise UserError(
+                f"mesh {text!r}: {len(devices)} devices do not divide by {known}", "mesh"
+            )
         sizes = {a: len(devices) // known if s == -1 else s for a, s in sizes.items()}
     needed = math.prod(sizes.values())
     if needed > len(devices):
-        raise UserError(f"mesh {text!r} needs {needed} devices, there are {len(devices)}")
+        raise UserError(f"mesh {text!r} needs {needed} devices, there are {len(devices)}", "mesh")
     idle = {d.process_index for d in devices} - {d.process_index for d in devices[:needed]}
     if idle:
         raise UserError(
             f"mesh {text!r} needs {needed} of {len(devices)} devices and leaves {len(idle)} hosts "
-            "without work: use more of them, or fewer hosts"
+            "without work: use more of them, or fewer hosts",
+            "mesh",
         )
     return jax.make_mesh(
         tuple(sizes.values()),
@@ -76,7 +82,7 @@ def make_mesh(text: str = "data:-1", devices=None) -> Mesh:
 
 
 def host_device() -> jax.Device | None:
-    """The CPU as a device of JAX; None where JAX_PLATFORMS leaves it out."""
+    """Return the CPU device; None if JAX_PLATFORMS excludes it."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -84,36 +90,36 @@ def host_device() -> jax.Device | None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """Replicate an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def along_data(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """The array's `axis` is split over the mesh's data axis."""
+    """Split the array's `axis` over the data axis of the mesh."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
 def along_features(mesh: Mesh) -> NamedSharding:
-    """Rows of features are split over the data axis, their columns over the model axis."""
+    """Split the rows of features over the data axis and their columns over the model axis."""
     return NamedSharding(mesh, PartitionSpec("data", "model"))
 
 
 def over_all(mesh: Mesh, size: int) -> NamedSharding:
-    """A batch of this size is split over all devices, if they divide it, else as `along_data`."""
+    """Split a batch of this size over all devices if they divide it, else over the data axis."""
     axes = AXES if size % mesh.size == 0 else "data"
     return NamedSharding(mesh, PartitionSpec(axes))
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
-    """Shardings of variables, or of a training state, by the names of the arrays.
+    """Return the shardings of variables, or of a training state, by the names of the arrays.
 
     Args:
       mesh: devices.
-      tree: whose leaves have shapes.
+      tree: leaves have shapes.
 
     Returns:
-      The same tree of NamedShardings: the columns of the projection `fc1` (and of its momentum) are
-      split over the model axis, everything else is on every device.
+      The same tree of NamedShardings: columns of a `projection` kernel (and of its momentum) split over
+      the model axis, everything else replicated.
     """
     columns, everywhere = NamedSharding(mesh, PartitionSpec(None, "model")), replicated(mesh)
     return jax.tree_util.tree_map_with_path(
@@ -121,31 +127,30 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     )
 
 
-def padded(mesh: Mesh, size: int) -> int:
-    """The smallest number of feature columns of at least this size that the model axis divides."""
+def padded_size(mesh: Mesh, size: int) -> int:
+    """Round a number of feature columns up to a multiple of the model axis."""
     parts = mesh.shape["model"]
     return -(-size // parts) * parts
 
 
-def fitted(embedder: Any, mesh: Mesh) -> Any:
-    """The embedder with as many more columns in its projection as the model axis needs."""
-    size = embedder.projection
-    if size is None or padded(mesh, size) == size:
+def pad_projection(embedder: Any, mesh: Mesh) -> Any:
+    """Widen the embedder's projection to a multiple of the model axis."""
+    size = embedder.projection_size
+    if size is None or padded_size(mesh, size) == size:
         return embedder
-    return embedder.clone(projection=padded(mesh, size))
+    return embedder.clone(projection_size=padded_size(mesh, size))
 
 
-def place(tree: Any, mesh: Mesh, size: int | None = None) -> Any:
-    """Variables, or a training state, on the mesh as `shardings` says.
+def shard(tree: Any, mesh: Mesh, size: int | None = None) -> Any:
+    """Shard variables, or a training state, over the mesh; see `shardings`.
 
     Args:
       tree: arrays.
       mesh: devices.
-      size: columns that the projection is brought to, by zeros behind or by leaving out what is
-        behind; None leaves it as it is.
+      size: number of columns to zero-pad or cut every projection to; None leaves them as they are.
 
     Returns:
-      The tree of global arrays; those that are there already are not copied.
+      The tree of global arrays; arrays that are already in place are not copied.
     """
 
     def put(path, leaf, sharding):
@@ -154,8 +159,8 @@ def place(tree: Any, mesh: Mesh, size: int | None = None) -> Any:
     return jax.tree_util.tree_map_with_path(put, tree, shardings(mesh, tree))
 
 
-def place_like(tree: Any, like: Any) -> Any:
-    """The tree on the devices of `like`, its projection with as many columns as there."""
+def shard_like(tree: Any, like: Any) -> Any:
+    """Put a tree on the devices of `like`, with as many projection columns as `like` has."""
 
     def put(path, leaf, old):
         size = old.shape[1] if is_projection(path) else None
@@ -164,15 +169,15 @@ def place_like(tree: Any, like: Any) -> Any:
     return jax.tree_util.tree_map_with_path(put, tree, like)
 
 
-def put(tree: Any, sharding: NamedSharding) -> Any:
-    """Arrays, of which every process has the whole, on the devices that `sharding` says."""
+def device_put(tree: Any, sharding: NamedSharding) -> Any:
+    """Put arrays, which every process holds in full, on devices with one sharding."""
     return jax.tree.map(lambda array: _put(array, sharding), tree)
 
 
-def feed(array: np.ndarray, mesh: Mesh, axis: int = 0) -> jax.Array:
-    """An array on the devices as `along_data` says; each process hands over its own share."""
+def shard_batch(array: np.ndarray, mesh: Mesh, axis: int = 0) -> jax.Array:
+    """Split an array over the data axis; each process contributes its own share."""
     sharding = along_data(mesh, axis)
-    parts = sharding.addressable_devices_indices_map(array.shape).values()
+    parts: Any = sharding.addressable_devices_indices_map(array.shape).values()
     bounds = {part[axis].indices(array.shape[axis])[:2] for part in parts}
     first, last = min(b[0] for b in bounds), max(b[1] for b in bounds)
     own = array
@@ -182,11 +187,11 @@ def feed(array: np.ndarray, mesh: Mesh, axis: int = 0) -> jax.Array:
 
 
 def _put(array, sharding):
-    if not hosts.several():
+    if not hosts.is_distributed():
         return jax.device_put(array, sharding)
     if isinstance(array, jax.Array) and array.sharding == sharding:
         return array
-    content = hosts.whole(array)
+    content = hosts.gather(array)
     return jax.make_array_from_callback(
         content.shape, sharding, lambda index: np.asarray(content[index])
     )
@@ -195,12 +200,12 @@ def _put(array, sharding):
 def _with_columns(array, size):
     if size is None or array.shape[1] == size:
         return array
-    array = hosts.whole(array)[:, :size]
+    array = hosts.gather(array)[:, :size]
     return np.pad(array, ((0, 0), (0, size - array.shape[1])))
 
 
-def cut_projection(tree: Any, size: int | None) -> Any:
-    """Variables without the columns that `place` added behind the first `size` of the projection."""
+def unpad_projection(tree: Any, size: int | None) -> Any:
+    """Cut every projection back to its first `size` columns, undoing the padding of `shard`."""
 
     def cut(path, leaf):
         return _with_columns(leaf, size) if is_projection(path) else leaf
@@ -209,27 +214,28 @@ def cut_projection(tree: Any, size: int | None) -> Any:
 
 
 def is_projection(path: tuple) -> bool:
-    """Whether a leaf is the kernel of `fc1`, and not of a layer of that name in the backbone."""
+    """Return whether a leaf is an embedder's projection kernel; layers of a backbone never are."""
     names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
-    return names[-2:] == ["fc1", "kernel"] and "backbone" not in names
+    return names[-2:] == ["projection", "kernel"] and "backbone" not in names
 
 
 def check_batch(mesh: Mesh, batch_size: int) -> None:
-    """Refuse a batch that the data axis does not divide.
+    """Refuse a batch size that the data axis does not divide.
 
     Raises:
-      UserError: with the next sizes that do.
+      UserError: naming the nearest sizes that divide.
     """
     size = mesh.shape["data"]
     if batch_size % size:
         near = sorted({max(batch_size // size, 1) * size, (batch_size // size + 1) * size})
         raise UserError(
             f"batch_size {batch_size} does not divide over {size} devices of the data axis: "
-            f"use {' or '.join(map(str, near))}"
+            f"use {' or '.join(map(str, near))}",
+            "batch_size",
         )
 
 
 def round_up(mesh: Mesh, batch_size: int) -> int:
-    """The smallest batch of at least this size that divides over the data axis."""
+    """Round a batch size up to a multiple of the data axis."""
     size = mesh.shape["data"]
     return -(-batch_size // size) * size

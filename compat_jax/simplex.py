@@ -1,8 +1,8 @@
 """The d-Simplex: K class prototypes in R^(K-1), as far from each other as K points can be.
 
 The prototypes are never trained. Features learned against them are stationary, and stationary
-features are compatible (paper, Theorem 1). Because the prototype matrix is a scaled identity plus a
-rank-one term, everything that needs it is written in closed form and the matrix is never built.
+features are compatible (paper, Theorem 1). The prototype matrix is a scaled identity plus a rank-one
+term, so products with it have a closed form and the matrix itself is never built.
 
 Source: the construction of `dsimplex` in `src/iamcl2r/models/__init__.py` of miccunifi/iamcl2r.
 """
@@ -20,25 +20,27 @@ LabelOrder = Literal["descending", "ascending"]
 LABEL_ORDERS = ("descending", "ascending")
 
 
-def _coefficients(num_classes: int) -> tuple[float, float]:
-    """Mean m and norm r of the construction, in double precision.
+def _coefficients(num_prototypes: int) -> tuple[float, float]:
+    """Return the mean m and the norm r of the construction, in double precision.
 
-    Row i < K-1 is (e_i - m 1) / r; row K-1 is -1 / sqrt(K-1) in every place.
+    Row i < K-1 of the matrix is (e_i - m 1) / r; every entry of row K-1 is -1 / sqrt(K-1).
     """
-    if num_classes < 2:
-        raise UserError(f"a simplex needs at least 2 classes, got num_classes={num_classes}")
-    d = num_classes - 1
-    mean = (1.0 + (1.0 - math.sqrt(num_classes)) / d) / num_classes
+    if num_prototypes < 2:
+        raise UserError(f"a simplex needs at least 2 classes, got num_prototypes={num_prototypes}")
+    d = num_prototypes - 1
+    mean = (1.0 + (1.0 - math.sqrt(num_prototypes)) / d) / num_prototypes
     norm = math.sqrt((1.0 - mean) ** 2 + (d - 1) * mean**2)
     return mean, norm
 
 
-def prototypes(num_classes: int, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """The d-Simplex prototype matrix, for inspection and export; training needs only `logits`.
+def prototypes(num_prototypes: int, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """Return the d-Simplex prototype matrix, for inspection and export.
+
+    Training never needs the matrix: see `logits`.
 
     Args:
-      num_classes: K >= 2.
-      dtype: of the result.
+      num_prototypes: K >= 2.
+      dtype: dtype of the result.
 
     Returns:
       float[K, K-1] with rows of norm 1 whose inner products are all -1/(K-1).
@@ -48,15 +50,15 @@ def prototypes(num_classes: int, dtype: jnp.dtype = jnp.float32) -> jax.Array:
 
     Source: paper, section on the d-Simplex fixed classifier; reference `dsimplex`.
     """
-    d = num_classes - 1
-    mean, norm = _coefficients(num_classes)
+    d = num_prototypes - 1
+    mean, norm = _coefficients(num_prototypes)
     body = (jnp.eye(d, dtype=jnp.float32) - mean) / norm
     last = jnp.full((1, d), -1.0 / math.sqrt(d), jnp.float32)
     return jnp.concatenate([body, last]).astype(dtype)
 
 
 def logits(features: jax.Array) -> jax.Array:
-    """Scores of features against every prototype, in O(d) and without the matrix.
+    """Compute the scores of features against every prototype in O(d), without the matrix.
 
     Args:
       features: float[..., d] with d = K-1 >= 1.
@@ -72,37 +74,39 @@ def logits(features: jax.Array) -> jax.Array:
 
 
 def split_logits(
-    features: jax.Array, num_classes: int | None = None
+    features: jax.Array, num_prototypes: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """`logits` as two arrays, so that a sharded feature axis needs no uneven concatenation.
+    """Compute `logits` as two arrays, so that a sharded feature axis stays evenly divided.
 
     Args:
       features: float[..., d].
-      num_classes: K, where d is larger than K-1 because columns were added behind, for an axis that
-        divides over devices; they are ignored, in the value and in the gradient. None for d + 1.
+      num_prototypes: K. Smaller than d + 1 if padding columns were appended to make the feature axis
+        divide over devices; padding is ignored in the value and in the gradient. None means d + 1.
 
     Returns:
-      float32[..., d], the scores of the first K-1 prototypes (-infinity in added columns), and
-      float32[...], those of the last.
+      float32[..., d], the scores of the first K-1 prototypes (-infinity in padding columns), and
+      float32[...], the scores of the last prototype.
 
     Raises:
       UserError: K out of range.
     """
-    wide, is_own, num_classes = _own_columns(features, num_classes)
-    mean, norm = _coefficients(num_classes)
+    wide, is_own, num_prototypes = _own_columns(features, num_prototypes)
+    mean, norm = _coefficients(num_prototypes)
     total = wide.sum(axis=-1)
     body = (wide - mean * total[..., None]) / norm
     body = body if is_own is None else jnp.where(is_own, body, -jnp.inf)
-    return body, total * (-1.0 / math.sqrt(num_classes - 1))
+    return body, total * (-1.0 / math.sqrt(num_prototypes - 1))
 
 
-def label_logit(features: jax.Array, rows: jax.Array, num_classes: int | None = None) -> jax.Array:
-    """The score of one prototype a feature, without the others.
+def label_logit(
+    features: jax.Array, rows: jax.Array, num_prototypes: int | None = None
+) -> jax.Array:
+    """Compute the score of one prototype per feature, without the other scores.
 
     Args:
       features: float[..., d].
-      rows: int[...] prototype rows in 0..K-1.
-      num_classes: K, see `split_logits`.
+      rows: int[...] prototype rows in 0..K-1, one per feature.
+      num_prototypes: K, see `split_logits`.
 
     Returns:
       float32[...], equal to `take_along_axis(logits(features), rows[..., None], -1)[..., 0]`.
@@ -110,21 +114,21 @@ def label_logit(features: jax.Array, rows: jax.Array, num_classes: int | None = 
     Raises:
       UserError: K out of range.
     """
-    wide, _, num_classes = _own_columns(features, num_classes)
-    mean, norm = _coefficients(num_classes)
-    d = num_classes - 1
+    wide, _, num_prototypes = _own_columns(features, num_prototypes)
+    mean, norm = _coefficients(num_prototypes)
+    d = num_prototypes - 1
     total = wide.sum(axis=-1)
     index = jnp.minimum(rows, d - 1)[..., None]
     own = jnp.take_along_axis(wide, index, axis=-1)[..., 0]
     return jnp.where(rows < d, (own - mean * total) / norm, total * (-1.0 / math.sqrt(d)))
 
 
-def nearest_row(features: jax.Array, num_classes: int | None = None) -> jax.Array:
-    """The prototype of largest score, without the K-wide row of scores.
+def nearest_row(features: jax.Array, num_prototypes: int | None = None) -> jax.Array:
+    """Return the row of the highest-scoring prototype, without building the K-wide row of scores.
 
     Args:
       features: float[..., d].
-      num_classes: K, see `split_logits`.
+      num_prototypes: K, see `split_logits`.
 
     Returns:
       int32[...], equal to `logits(features).argmax(-1)`.
@@ -132,45 +136,45 @@ def nearest_row(features: jax.Array, num_classes: int | None = None) -> jax.Arra
     Raises:
       UserError: K out of range.
     """
-    body, last = split_logits(features, num_classes)
+    body, last = split_logits(features, num_prototypes)
     row = body.argmax(axis=-1).astype(jnp.int32)
-    last_row = jnp.int32((num_classes or features.shape[-1] + 1) - 1)
+    last_row = jnp.int32((num_prototypes or features.shape[-1] + 1) - 1)
     return jnp.where(last > body.max(axis=-1), last_row, row)
 
 
-def _own_columns(features, num_classes):
-    """Features in float32 or wider, which columns are no padding (None for all), and K."""
+def _own_columns(features, num_prototypes):
+    """Return features in float32 or wider, a mask of the non-padding columns (None: all), and K."""
     d = features.shape[-1]
     wide = features.astype(np.promote_types(features.dtype, np.float32))
-    if num_classes is None or num_classes == d + 1:
+    if num_prototypes is None or num_prototypes == d + 1:
         return wide, None, d + 1
-    if not 2 <= num_classes <= d:
+    if not 2 <= num_prototypes <= d:
         raise UserError(
             f"features of size {d} hold a simplex of 2..{d + 1} classes, "
-            f"got num_classes={num_classes}"
+            f"got num_prototypes={num_prototypes}"
         )
-    is_own = jnp.arange(d) < num_classes - 1
-    return jnp.where(is_own, wide, 0.0), is_own, num_classes
+    is_own = jnp.arange(d) < num_prototypes - 1
+    return jnp.where(is_own, wide, 0.0), is_own, num_prototypes
 
 
 def prototype_rows(
-    labels: jax.Array, num_classes: int, order: LabelOrder = "descending"
+    labels: jax.Array, num_prototypes: int, order: LabelOrder = "descending"
 ) -> jax.Array:
-    """The prototype row that each class is written to.
+    """Map class numbers to prototype rows.
 
     Args:
       labels: int[...] class numbers in 0..K-1.
-      num_classes: K.
-      order: "descending" writes class c to row K-1-c, as the reference does for the classes of the
-        task sequence, "ascending" to row c, as for the classes of pre-training; so the two fill the
-        simplex from its two ends.
+      num_prototypes: K.
+      order: "descending" maps class c to row K-1-c, as the reference does for the classes of the task
+        sequence; "ascending" maps it to row c, as the reference does for the classes of pre-training.
+        The two orders fill the simplex from opposite ends.
 
     Returns:
-      int[...] rows. The map is its own inverse in both orders.
+      int[...] rows. In both orders the map is its own inverse.
 
     Raises:
       UserError: unknown order.
     """
     if order not in LABEL_ORDERS:
         raise unknown("label order", order, LABEL_ORDERS)
-    return num_classes - 1 - labels if order == "descending" else labels
+    return num_prototypes - 1 - labels if order == "descending" else labels

@@ -5,6 +5,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from compat_jax import methods
+from compat_jax.config import backbone_arguments
 from compat_jax.errors import UserError, unknown
 
 
@@ -56,10 +58,6 @@ def tfds_source(name: str, split: str, **fields: Any) -> dict[str, Any]:
     }
 
 
-# Those of all backbones; unset, each takes its own default.
-_BACKBONE_ARGUMENTS = ("width", "patch", "image_size")
-
-
 def base_config(method: str) -> ConfigDict:
     """The fields that every run has, with the reference's values.
 
@@ -73,7 +71,7 @@ def base_config(method: str) -> ConfigDict:
             "label_order": "descending",
             "backbone": {
                 "name": "resnet18",
-                "arguments": {k: placeholder(int) for k in _BACKBONE_ARGUMENTS},
+                "arguments": {k: placeholder(int) for k in backbone_arguments()},
             },
             "dtype": "float32",
             "epochs": 70,
@@ -81,7 +79,7 @@ def base_config(method: str) -> ConfigDict:
             "save_every": 0,
             "device_budget_mb": 0,
             "mesh": "data:-1",
-            "loss": {"lam": 0.1, "mu": 10.0, "same_class": "exclude", "distillation": 5.0},
+            "loss": dict(methods.get(method).arguments),
             "optim": {
                 "lr": 0.001,
                 "min_lr": 0.00001,

@@ -1,1 +1,35 @@
-"""The programs: thin command lines that parse, call one function, and report."""
+"""The programs: thin command lines that parse, call one function, and report.
+
+`python -m launch` lists them.
+"""
+
+from typing import NamedTuple
+
+
+class Program(NamedTuple):
+    """A program of this package.
+
+    Attributes:
+      name: module to run with `python -m`.
+      summary: one line that says what the program does.
+      folder: flag that takes the folder of the run, "workdir" or "chain"; empty for a program that
+        does not run on the hosts of a rented slice.
+    """
+
+    name: str
+    summary: str
+    folder: str = ""
+
+
+PROGRAMS = (
+    Program("launch.quickstart", "see the paper's claim on a laptop", "workdir"),
+    Program("launch.pretrain", "pre-train the models that replace others", "workdir"),
+    Program("launch.train", "train a sequence of tasks into a chain of versions", "workdir"),
+    Program("launch.evaluate", "compare every version of a chain with every older one", "chain"),
+    Program("launch.import_torch", "make a chain of PyTorch weights"),
+    Program("launch.export_torch", "write a version as a PyTorch state dict"),
+    Program("launch.plan", "compile a configuration for a TPU slice without renting one"),
+    Program("launch.tpu_vm", "rent a TPU slice, run a program on it, give it back"),
+    Program("launch.benchmark", "measure speed and memory"),
+    Program("launch.compare_reference", "run the PyTorch reference beside this package"),
+)

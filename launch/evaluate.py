@@ -9,15 +9,18 @@ others (`data.query`, `data.gallery`).
 
 from absl import flags
 
-from launch import cli
+from launch import _cli as cli
 
 cli.define_config()
 flags.DEFINE_string("chain", None, "folder of the chain")
-flags.DEFINE_string("metric", "identification", "identification, recall@1 or map")
+flags.DEFINE_list(
+    "metric", ["identification"], "identification, recall@K or map; several by commas"
+)
 flags.DEFINE_string("out", None, "folder for matrix.json and pictures; beside the chain by default")
 flags.DEFINE_integer("batch_size", 256, "images a batch", lower_bound=1)
 flags.DEFINE_string("dtype", "float32", "of the networks' computation: float32 or bfloat16")
 flags.DEFINE_string("mesh", "data:-1", "devices")
+flags.DEFINE_string("backbone", None, "import path of your own backbone, package.module:Name")
 cli.define_hosts()
 flags.DEFINE_bool("progress", True, "show progress bars")
 
@@ -27,33 +30,35 @@ def main(_) -> None:
     args = flags.FLAGS
     path = cli.require("chain", "runs/hoc/chain")
     cli.start_jax()
-    from etils import epath
-
-    from compat_jax import evaluation, hosts, models, report
+    from compat_jax import experiment, hosts, metrics, models, report
     from compat_jax.chain import Chain
-    from launch import runs
+    from compat_jax.files import absolute
+    from compat_jax.session import Session
 
-    cli.check_choice("metric", args.metric, sorted(evaluation.METRICS))
+    for name in args.metric:
+        metrics.get(name)
     cli.check_choice("dtype", args.dtype, sorted(models.DTYPES))
-    chain = Chain(path).require()
-    out = epath.Path(args.out) if args.out else chain.path.parent / "evaluation"
-    result = runs.evaluate(
-        chain,
-        out,
-        args.config,
-        args.metric,
-        args.mesh,
-        args.batch_size,
-        args.dtype,
-        cli.StopSignal(),
-        args.progress,
+    chain = Chain(path, args.backbone).require()
+    config = experiment.config_of(chain) if args.config is None else args.config
+    out = absolute(args.out) if args.out else chain.path.parent / "evaluation"
+    report.check_writable(out)
+    session = Session(
+        mesh=args.mesh,
+        batch_size=args.batch_size,
+        cache=out / "cache",
+        should_stop=cli.StopSignal(),
+        progress=args.progress,
     )
-    method = chain.record(chain.numbers()[-1]).method
+    results = experiment.evaluate(
+        chain, config=config, metrics=args.metric, dtype=args.dtype, session=session
+    )
     if not hosts.is_first():
         return
-    print(report.table({method: result}))
-    for file in report.write({method: result}, out):
-        print(file)
+    for name, result in results.items():
+        print(result.table())
+        folder = out if len(results) == 1 else out / name.replace("@", "_at_")
+        for file in report.write({result.method: result}, folder):
+            print(file)
 
 
 if __name__ == "__main__":

@@ -1,90 +1,173 @@
-"""Make a chain from PyTorch weights: a file, or a folder of the reference's checkpoints.
+"""Make a chain of PyTorch weights: of a file, or of a folder of the reference's checkpoints.
 
-  python -m launch.import_torch --weights=a.pt --backbone=resnet18 --out=runs/imported/chain
-  python -m launch.import_torch --weights=ckpts --method=hoc --out=runs/imported/chain
+  python -m launch.import_torch --weights=a.pt --backbone=resnet50 --out=runs/imported/chain \\
+      --size=224 --mean=0.485,0.456,0.406 --std=0.229,0.224,0.225
+  python -m launch.import_torch --weights=ckpts --config=configs/iamcl2r.py --out=runs/imported/chain
   python -m launch.import_torch --weights=vit.safetensors --backbone=vit_s16 \\
-      --backbone_arguments=patch=16,image_size=224 --config.data.query.size=224 --out=DIR
+      --backbone_arguments=patch=16,image_size=224 --size=224 --out=DIR
 
 A folder gives a version for each of ckpt_0.pt, ckpt_1.pt, ..., a file one pre-trained model, fit for
 --config.pretrained of launch.train. State dicts of the reference, of CL2R (--method=fd
---num_classes=100 --backbone=resnet32_cifar), of torchvision and of timm are known by their names.
-What the images are (size, normalisation, query and gallery), and the sizes and replacements of the
-tasks, is the configuration's.
+--num_prototypes=100 --backbone=resnet32_cifar), of torchvision and of timm are known by their names.
+
+Size and normalisation of the images are those of the flags, else of --config, else of the file, where
+timm writes them. A configuration also gives query and gallery, sizes and replacements of the tasks.
+Files of torch.save need PyTorch 2.10 or later, .safetensors files their library; both come with the
+extra torch. Nothing in a file is run: one that would need it is refused, with the names of what it
+would run. Killed at any time, run the same command to resume.
 """
 
 from absl import flags
+from ml_collections import ConfigDict
 
-from launch import cli
+from compat_jax import methods
+from launch import _cli as cli
 
-cli.define_config("configs/iamcl2r.py")
-flags.DEFINE_string("weights", None, "file (.pt, .safetensors), or folder of ckpt_<task>.pt")
-flags.DEFINE_string("backbone", "resnet18", "name of the backbone")
+cli.define_config()
+flags.DEFINE_string(
+    "weights", None, "file (.pt, .pth, .bin, .safetensors), or folder of ckpt_<task>.pt"
+)
+flags.DEFINE_bool("ema", False, "take the averaged (EMA) weights of the file")
+flags.DEFINE_string("backbone", None, "name of the backbone, or import path of your own; resnet18")
 flags.DEFINE_string("backbone_arguments", "", "key=number,... of the backbone")
-flags.DEFINE_string("method", "hoc", "method that trained the weights: hoc, sce, fd or er")
-flags.DEFINE_integer("num_classes", 1024, "K, the prototypes of the simplex", lower_bound=2)
+flags.DEFINE_string("method", None, f"that trained the weights: {', '.join(methods.names())}; hoc")
+flags.DEFINE_integer("num_prototypes", None, "K of the simplex; 1024", lower_bound=2)
+flags.DEFINE_integer("size", None, "side of the images in pixels", lower_bound=1)
+flags.DEFINE_string("mean", None, "of each channel in 0..1, e.g. 0.485,0.456,0.406")
+flags.DEFINE_string("std", None, "of each channel in 0..1, e.g. 0.229,0.224,0.225")
 flags.DEFINE_string("out", None, "folder of the new chain")
 
 
 def main(_) -> None:
     """Parse, import, say what comes next."""
     args = flags.FLAGS
-    weights = cli.require("weights", "a.pt")
-    out = cli.require("out", "runs/imported/chain")
+    path, out = cli.require("weights", "a.pt"), cli.require("out", "runs/imported/chain")
     cli.start_jax()
-    from pathlib import Path
-
+    from compat_jax import config as configs
+    from compat_jax import report
     from compat_jax.chain import Chain
-    from compat_jax.interop import chains
+    from compat_jax.errors import UserError
+    from compat_jax.files import absolute
+    from compat_jax.interop import chains, torch_files
 
-    chain = Chain(out)
-    shared = _shared_record(args)
-    tasks = args.config.get("tasks")
-    if Path(weights).is_dir():
-        count = len(chains.checkpoints(weights))
-        seen = [tasks.initial + tasks.increment * t for t in range(count)] if tasks else ()
-        replace_at = tuple(tasks.replace_at) if tasks else ()
-        chains.import_folder(weights, chain, shared, seen, replace_at)
+    draft, given = _draft(args), _given_images(args)
+    chain, source = Chain(out, draft.backbone), absolute(path)
+    if not source.exists():
+        raise UserError(f"no weight file at {source}", "weights")
+    folder = source.is_dir()
+    if folder and args.ema:
+        raise UserError("a folder of checkpoints is imported without ema: give a file", "ema")
+    report.check_writable(chain.path)
+    weights = torch_files.load(chains.checkpoints(path)[0] if folder else path, args.ema)
+    run, shape, config = _with_images(draft, given, weights)
+    for note in weights.notes:
+        print(f"note: {note}")
+    if folder:
+        numbers, tasks = range(len(chains.checkpoints(path))), run.tasks
+        has_tasks = config is not None and "tasks" in config
+        chains.import_folder(
+            path,
+            chain,
+            run,
+            image_shape=shape,
+            classes_seen=[tasks.initial + tasks.increment * n for n in numbers if has_tasks],
+            replace_at=configs.own_field(args.config, "tasks.replace_at") if has_tasks else (),
+            config=config,
+        )
         print(f"{len(chain)} versions in {chain.path}; next:")
         print(f"  python -m launch.evaluate --chain={chain.path}")
         return
-    fresh = chains.import_file(weights, chain, shared)
+    fresh = chains.import_file(weights, chain, run, image_shape=shape, config=config)
     if fresh:
-        print(f"{weights} is a backbone alone: {' and '.join(fresh)} drawn with seed {shared.seed}")
+        drawn = f"{' and '.join(fresh)} drawn with seed {run.seed}"
+        print(f"{weights.path} is a backbone alone (a classifier of its own is left out): {drawn}")
     print(f"1 model in {chain.path}; next:")
     print(f"  python -m launch.train --config.pretrained={chain.path} --config=... --workdir=...")
 
 
-def _shared_record(args):
-    from compat_jax.chain import Record
-    from compat_jax.methods import get_method
-    from launch import build
+def _draft(args):
+    """The run that the weights are of, before anything is known about their images."""
+    from compat_jax import config as configs
+    from compat_jax.models import Backbone
+    from compat_jax.training import Run
 
-    config = args.config
-    config.method = get_method(args.method).name
-    config.num_prototypes = args.num_classes
-    config.backbone.name = args.backbone
-    config.backbone.arguments = _numbers(args.backbone_arguments)
-    role = next(name for name in ("query", "train") if name in config.data)
-    size = config.data[role]["size"]
-    return Record(
-        method=config.method,
-        backbone=args.backbone,
-        backbone_arguments=dict(config.backbone.arguments),
-        image_shape=(size, size, 3),
-        mean=tuple(config.data.mean),
-        std=tuple(config.data.std),
-        feature_size=args.num_classes - 1,
-        num_prototypes=args.num_classes,
-        label_order=config.label_order,
-        head_classes=None,
-        task=None,
-        classes_seen=args.num_classes,  # at most; a file does not tell
-        parent=None,
-        replaced_by=None,
-        data_fingerprint="",
-        seed=config.seed,
-        config=build.plain(config),
+    arguments = _numbers(args.backbone_arguments)
+    if args.config is None:
+        return Run(
+            method=args.method or "hoc",
+            backbone=Backbone(args.backbone or "resnet18", arguments),
+            num_prototypes=args.num_prototypes or 1024,
+        )
+    draft = configs.run_of(args.config)
+    with args.config.unlocked():
+        _override(args, draft, arguments)
+    return configs.run_of(args.config)
+
+
+def _override(args, draft, arguments):
+    """Write the flags into the configuration, which the records keep."""
+    config, backbone = args.config, draft.given_backbone
+    if args.method and args.method != draft.given_method.name:
+        config.method = args.method
+        config.loss = dict(methods.get(args.method).arguments)
+    if args.num_prototypes:
+        config.num_prototypes = args.num_prototypes
+    if args.backbone:
+        config.backbone = {"name": args.backbone, "arguments": arguments}
+    elif arguments:
+        own = {**backbone.arguments, **arguments}
+        config.backbone = {"name": backbone.name, "arguments": own}
+
+
+def _with_images(draft, given, weights):
+    """The run, the shape of its images, and the configuration for the records."""
+    import dataclasses
+
+    from compat_jax import config as configs
+    from compat_jax.interop.image_settings import ImageSettings
+
+    config = flags.FLAGS.config
+    data = config.get("data", {}) if config is not None else {}
+    sizes = [configs.source_of(config, r).get("size") for r in ("query", "train") if r in data]
+    mean, std = (
+        getattr(draft.preprocess, name) if name in data else None for name in ("mean", "std")
     )
+    known = given.over(ImageSettings(next(filter(None, sizes), None), mean, std))
+    images = known.over(weights.images).require()
+    for difference in images.differences(weights.images):
+        print(f"note: {difference}, as {weights.path} says")
+    preprocess = dataclasses.replace(draft.preprocess, mean=images.mean, std=images.std)
+    run = dataclasses.replace(draft, preprocess=preprocess)
+    shape = (images.size, images.size, len(images.mean))
+    if config is None:
+        return run, shape, None
+    kept = data.to_dict() if data else {}
+    content = {**kept, "mean": images.mean, "std": images.std}
+    for role in ("train", "query", "gallery"):
+        if "size" in content.get(role, {}):
+            content[role]["size"] = images.size
+    with config.unlocked():
+        config.data = ConfigDict(content)
+    return run, shape, configs.plain(config)
+
+
+def _given_images(args):
+    from compat_jax.data import Preprocess
+    from compat_jax.errors import UserError
+    from compat_jax.interop.image_settings import ImageSettings
+
+    values = {}
+    for name in ("mean", "std"):
+        text = getattr(args, name)
+        try:
+            values[name] = tuple(float(x) for x in text.split(",")) if text is not None else None
+        except ValueError as error:
+            raise UserError(
+                f"{name} needs numbers like 0.5,0.5,0.5, got {text!r:.80}", name
+            ) from error
+    mean, std = values["mean"], values["std"]
+    Preprocess(mean or (0.0,) * len(std or (0,)), std or (1.0,) * len(mean or (0,)))
+    return ImageSettings(args.size, mean, std)
 
 
 def _numbers(text):
@@ -93,8 +176,10 @@ def _numbers(text):
     numbers = {}
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
-        if not value.isdecimal():
-            raise UserError(f"--backbone_arguments needs key=number,..., got {part!r}")
+        if not value.isdecimal() or not value.isascii():
+            raise UserError(
+                f"backbone_arguments needs key=number,..., got {part!r:.80}", "backbone_arguments"
+            )
         numbers[key] = int(value)
     return numbers
 

@@ -5,12 +5,13 @@
       --config.data.train.path=tiny-imagenet-200/train --config.pretrain_classes='(50, 100, 200)' \\
       --config.epochs=10 --workdir=runs/models
 
-Model i learns the first pretrain_classes[i] classes of the data. A killed run goes on where it was.
+Model i learns the first pretrain_classes[i] classes of the data. Run the same command to resume a
+killed run.
 """
 
 from absl import flags
 
-from launch import cli
+from launch import _cli as cli
 
 cli.define_config("configs/pretrain.py")
 flags.DEFINE_string("workdir", None, "folder of the run: chain, progress, log")
@@ -23,9 +24,10 @@ def main(_) -> None:
     args = flags.FLAGS
     workdir = cli.require("workdir", "runs/models")
     cli.start_jax()
-    from launch import runs
+    from compat_jax import experiment
 
-    chain = runs.pretrain(args.config, workdir, cli.StopSignal(), args.progress)
+    session = cli.session(args.config, cli.StopSignal())
+    chain = experiment.pretrain(args.config, workdir, session)
     cli.say(f"{len(chain)} models in {chain.path}; next:")
     cli.say(f"  python -m launch.train --config.pretrained={chain.path} --config=... --workdir=...")
 

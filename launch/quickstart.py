@@ -13,7 +13,7 @@ import time
 from absl import flags
 
 from compat_jax.errors import UserError
-from launch import cli
+from launch import _cli as cli
 
 flags.DEFINE_string("workdir", "runs/quickstart", "folder of the run")
 flags.DEFINE_integer("seed", 0, "of everything random", lower_bound=0)
@@ -29,22 +29,22 @@ def main(_) -> None:
     if not args.methods:
         raise UserError("--methods is empty: for example --methods=hoc,er")
     cli.start_jax()
-    from etils import epath
+    import dataclasses
 
-    from compat_jax import hosts, report
-    from compat_jax.methods import get_method
-    from launch import runs
+    from compat_jax import experiment, hosts, methods, report
+    from compat_jax.files import absolute
 
     for method in args.methods:
-        get_method(method)
-    stop, results, folder = cli.StopSignal(), {}, epath.Path(args.workdir)
+        methods.factory(method)
+    stop, results, folder = cli.StopSignal(), {}, absolute(args.workdir)
     for method in args.methods:
         models, config = configurations(method, args.seed)
-        pretrained = runs.pretrain(models, f"{folder}/{method}-models", stop, args.progress)
+        models_session, session = cli.session(models, stop), cli.session(config, stop)
+        pretrained = experiment.pretrain(models, folder / f"{method}-models", models_session)
         config.pretrained = str(pretrained.path)
-        chain = runs.train(config, f"{folder}/{method}", stop, args.progress)
-        out = folder / method / "evaluation"
-        results[method] = runs.evaluate(chain, out, config, should_stop=stop, bar=args.progress)
+        chain = experiment.train(config, folder / method, session)
+        session = dataclasses.replace(session, cache=folder / method / "evaluation" / "cache")
+        results[method] = experiment.evaluate(chain, config=config, session=session).main
     if not hosts.is_first():
         return
     print(report.table(results))

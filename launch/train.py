@@ -3,14 +3,14 @@
   python -m launch.train --config=configs/iamcl2r.py:method=hoc,tasks=7 --workdir=runs/hoc \\
       --config.pretrained=runs/models/chain
 
-Any field is overridden by --config.FIELD=VALUE, e.g. --config.optim.lr=0.01. Killed at any time and
-started again with the same command, the run goes on and ends with the same bits. Exit code 75 means
-"stopped in good order, run me again"; 2 means that the input was refused.
+--config.FIELD=VALUE overrides any field, e.g. --config.optim.lr=0.01. Run the same command to resume a
+killed run; the result is bit-identical. Exit code 75 means "stopped and saved, run me again", 2 that the
+input was refused.
 """
 
 from absl import flags
 
-from launch import cli
+from launch import _cli as cli
 
 cli.define_config("configs/iamcl2r.py")
 flags.DEFINE_string("workdir", None, "folder of the run: chain, progress, log")
@@ -23,9 +23,10 @@ def main(_) -> None:
     args = flags.FLAGS
     workdir = cli.require("workdir", "runs/hoc")
     cli.start_jax()
-    from launch import runs
+    from compat_jax import experiment
 
-    chain = runs.train(args.config, workdir, cli.StopSignal(), args.progress)
+    session = cli.session(args.config, cli.StopSignal())
+    chain = experiment.train(args.config, workdir, session)
     cli.say(f"{len(chain)} versions in {chain.path}; next:")
     cli.say(f"  python -m launch.evaluate --chain={chain.path}")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -11,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACE = ["--zone=us-east5-b", "--project=my-project"]
 WORKDIR = "gs://my-bucket/run-a"
 PROGRAM = ["launch.train", "--config=configs/a.py"]
+CODE = ("--repo=https://example.com/me/code#v1",)
 
 FAKE_GCLOUD = r"""#!{python} -SE
 import json, os, shutil, sys
@@ -26,6 +28,8 @@ def answer(words, code):
     (sys.stderr if code else sys.stdout).write(words + "\n")
     sys.exit(code)
 
+if argv[:2] == ["storage", "cp"] and os.path.exists(here + "/bucket/" + argv[2].replace("/", "_")):
+    shutil.copy(here + "/bucket/" + argv[2].replace("/", "_"), argv[3])
 for argument in argv:
     if argument.startswith("--metadata-from-file=startup-script=") and "create" in argv:
         shutil.copy(argument.split("=", 2)[2], here + "/startup.sh")
@@ -61,6 +65,11 @@ class Cloud:
         path.write_text(text)
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
+    def bucket(self, address: str, file: Path) -> None:
+        """Put a file where `storage cp ADDRESS FILE` finds it."""
+        (self.folder / "bucket").mkdir(exist_ok=True)
+        shutil.copy(file, self.folder / "bucket" / address.replace("/", "_"))
+
     def scenario(self, states: list, exits: tuple = (), fail: tuple = ()) -> None:
         """Answers to come; a failure is (part of the command, words, how often)."""
         fail = [{"match": match, "words": words, "times": times} for match, words, times in fail]
@@ -72,10 +81,9 @@ class Cloud:
         command = [sys.executable, "-m", "launch.tpu_vm", *argv]
         return subprocess.run(command, capture_output=True, text=True, env=env, cwd=self.folder)
 
-    def up(self, accelerator: str, *argv: str, program: list = PROGRAM):
+    def up(self, accelerator: str, *argv: str, program: list = PROGRAM, code: tuple = CODE):
         slice_ = ["--name=tpu-a", f"--accelerator={accelerator}", *PLACE, f"--workdir={WORKDIR}"]
-        code = ["--repo=https://example.com/me/code#v1", "--poll_seconds=0"]
-        return self.run("up", *slice_, *code, *argv, "--", *program)
+        return self.run("up", *slice_, *code, "--poll_seconds=0", *argv, "--", *program)
 
     def verb(self, verb: str, accelerator: str, *argv: str):
         slice_ = ["--name=tpu-a", f"--accelerator={accelerator}", *PLACE, f"--workdir={WORKDIR}"]

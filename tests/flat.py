@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from compat_jax import models
 from compat_jax.models.layers import BatchNorm, linear_init
 
 
@@ -17,3 +18,6 @@ class Flat(nn.Module):
         pixels = images.reshape(len(images), -1)
         layer = nn.Dense(16, use_bias=False, dtype=self.dtype, kernel_init=linear_init)
         return nn.relu(BatchNorm(name="norm", dtype=self.dtype)(layer(pixels), train))
+
+
+models.register("flat", Flat)

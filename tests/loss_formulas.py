@@ -1,13 +1,13 @@
-"""The losses once more: float64, one image after the other; and the simplex they rest on."""
+"""Losses and simplex as plain float64 formulas, one image at a time."""
 
 import numpy as np
 
 
-def prototypes(num_classes):
+def prototypes(num_prototypes):
     """The reference's construction: the unit axes and one more point, shifted and normalised."""
-    d = num_classes - 1
-    shift = (1 + (1 - np.sqrt(num_classes)) / d) / num_classes
-    rows = np.vstack([np.eye(d), np.full(d, (1 - np.sqrt(num_classes)) / d)]) - shift
+    d = num_prototypes - 1
+    shift = (1 + (1 - np.sqrt(num_prototypes)) / d) / num_prototypes
+    rows = np.vstack([np.eye(d), np.full(d, (1 - np.sqrt(num_prototypes)) / d)]) - shift
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
@@ -20,14 +20,14 @@ def unit(x):
     return x / np.linalg.norm(x)
 
 
-def info_nce(new, old, labels, mu=10.0, same_class="exclude", positive_too=False):
+def info_nce(new, old, labels, mu=10.0, same_class="exclude", positive_in_denominator=False):
     result = []
     for i in range(len(new)):
         positive = mu * unit(old[i]) @ unit(new[i])
         others = [j for j in range(len(new)) if labels[j] != labels[i]]
         terms = [np.exp(mu * unit(old[i]) @ unit(new[j])) for j in others]
         same = len(new) - len(others)
-        if positive_too:
+        if positive_in_denominator:
             terms.append(np.exp(positive))
             same -= 1
         if same_class == "as_coded":

@@ -1,18 +1,23 @@
-"""Small networks with random weights, and whether two trees hold the same bits."""
+"""Small networks with random weights, and a comparison of trees bit by bit."""
 
 import jax
 import numpy as np
 from reference_weights import zero_variables
 
-from compat_jax.models import Embedder, create_backbone
+from compat_jax.models import Backbone, Embedder, registered
+
+# Backbones of the library: all but those that other test files register.
+BACKBONES = tuple(name for name in registered() if name not in ("flat", "one_conv"))
 
 
 def network(name="resnet_small", projection=9, head=None, **arguments):
+    """An embedder with `projection` feature columns and `head` classes; None leaves a layer out."""
     if name == "resnet_small":
         arguments = {"width": 4, **arguments}
     if name.startswith("vit"):
         arguments = {"patch": 8, "image_size": 32}
-    return Embedder(create_backbone(name, arguments), projection, head)
+    backbone = Backbone(name, arguments).build()
+    return Embedder(backbone, projection_size=projection, head_size=head)
 
 
 def random_variables(embedder, seed=0):

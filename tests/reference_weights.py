@@ -1,4 +1,4 @@
-"""Weights that the golden values were made with, drawn again from their names."""
+"""Weights of the golden values, drawn again from the names of the tensors."""
 
 import functools
 import zlib
@@ -12,7 +12,7 @@ from compat_jax.models import Embedder
 
 
 def draw(tag: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Tensor `name` of the network `tag`, float32[shape] in PyTorch's layout."""
+    """Draw tensor `name` of the network `tag`, float32[shape] in PyTorch's layout."""
     rng = np.random.default_rng(zlib.crc32(f"{tag}/{name}".encode()))
     if name.endswith("running_var"):
         return rng.uniform(0.5, 1.5, shape).astype(np.float32)
@@ -24,7 +24,7 @@ def draw(tag: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def zero_variables(embedder: Embedder, image_shape=(32, 32, 3)) -> dict:
-    """{"params", "batch_stats"} full of zeros: the names and shapes, without an initialisation."""
+    """Return {"params", "batch_stats"} of zeros: names and shapes without an initialisation."""
     shapes = _shapes(embedder, image_shape)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     return {"params": zeros["params"], "batch_stats": zeros.get("batch_stats", {})}
@@ -37,9 +37,9 @@ def _shapes(embedder, image_shape):
 
 
 def reference_state(
-    embedder: Embedder, tag: str, bare: bool = False, image_shape=(32, 32, 3)
+    embedder: Embedder, tag: str, *, bare: bool = False, image_shape=(32, 32, 3)
 ) -> dict[str, np.ndarray]:
-    """The state dict of a network of the golden values; `bare` names have no `backbone.`."""
+    """Draw the state dict of a network of the golden values; `bare` names lack `backbone.`."""
     state = {}
     for name, array in to_torch(zero_variables(embedder, image_shape)).items():
         name = name.removeprefix("backbone.") if bare else name
@@ -53,8 +53,8 @@ def reference_state(
 
 
 def reference_variables(
-    embedder: Embedder, tag: str, bare: bool = False, image_shape=(32, 32, 3)
+    embedder: Embedder, tag: str, *, bare: bool = False, image_shape=(32, 32, 3)
 ) -> dict:
-    """Variables of a network of the golden values."""
-    state = reference_state(embedder, tag, bare, image_shape)
+    """Draw the variables of a network of the golden values."""
+    state = reference_state(embedder, tag, bare=bare, image_shape=image_shape)
     return from_torch(state, zero_variables(embedder, image_shape))

@@ -6,10 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flat import Flat
+import flat  # noqa: F401, registers it
 
-from compat_jax import models
-
-models.BACKBONES["flat"] = Flat
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

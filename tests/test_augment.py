@@ -12,7 +12,9 @@ KEY = 7
 
 
 def preprocess(**options):
-    return Preprocess(mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761), **options)
+    none = {"crop_padding": 0, "flip": False}
+    mean, std = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+    return Preprocess(mean=mean, std=std, **{**none, **options})
 
 
 def images(batch=16, height=6, width=5, lowest=1):
@@ -105,8 +107,11 @@ def test_draws_follow_from_the_key():
     ("arguments", "message"),
     [
         (((0.5,), (0.2, 0.2)), "one number a channel"),
-        (((0.5, 0.5), (0.2, 0.0)), "std > 0"),
-        (((0.5,), (0.2,), -1), "data.crop_padding must not be negative, got -1"),
+        (((), ()), "one number a channel"),
+        (((0.5, 0.5), (0.2, 0.0)), r"std must lie in 0\.\.1, above 0: got \(0\.2, 0\.0\)"),
+        (((0.5,), (1.1,)), r"std must lie in 0\.\.1, above 0: got \(1\.1,\)"),
+        (((127.0,), (0.2,)), r"mean must lie in 0\.\.1, where 1 is white: got \(127\.0,\)"),
+        (((0.5,), (0.2,), -1), "crop_padding must be at least 0 and at most 4,096, got -1"),
     ],
 )
 def test_settings_that_cannot_be(arguments, message):

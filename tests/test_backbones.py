@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import BACKBONES
 from reference_weights import reference_state, reference_variables, zero_variables
 
-from compat_jax import models, simplex
+from compat_jax import simplex
 from compat_jax.errors import UserError
 from compat_jax.interop import from_torch, to_torch
-from compat_jax.models import BACKBONES, Embedder, create_backbone
+from compat_jax.models import Backbone, Embedder, layers
 from compat_jax.models import conv as convolution
-from compat_jax.models.conv import conv
+from compat_jax.models.conv import Geometry, conv
+from compat_jax.models.regnet import regnet_y_400mf
 from compat_jax.models.resnet_cifar import BasicBlock, CifarResNet
 from compat_jax.models.vit import VisionTransformer
 
@@ -47,7 +49,7 @@ def relative_error(found, expected):
     ],
 )
 def test_resnets_give_the_features_of_the_reference(name, in_training, after_training):
-    embedder = Embedder(create_backbone(name), projection=99)
+    embedder = Embedder(Backbone(name).build(), projection_size=99)
     variables = reference_variables(embedder, name)
 
     evaluate = quick_jit(lambda v: embedder.apply(v, IMAGES, train=False).features)
@@ -65,7 +67,7 @@ def test_resnets_give_the_features_of_the_reference(name, in_training, after_tra
 
 
 def test_senet18_gives_the_features_of_the_reference():
-    embedder = Embedder(create_backbone("senet18"))
+    embedder = Embedder(Backbone("senet18").build())
     variables = reference_variables(embedder, "senet18", bare=True)
     features = quick_jit(lambda v: embedder.apply(v, IMAGES, train=False).features)(variables)
     assert relative_error(features, GOLDEN["senet18/eval_backbone"]) < 1e-5
@@ -75,8 +77,8 @@ def test_senet18_gives_the_features_of_the_reference():
 
 def test_regnet_y_400mf_gives_the_features_of_the_reference(monkeypatch):
     # Its grouped convolutions one by one take long to compile; they have a test of their own.
-    monkeypatch.setattr(convolution, "_cpu_form", lambda *shape: "native")
-    embedder = Embedder(create_backbone("regnet_y_400mf"))
+    monkeypatch.setattr(convolution, "cpu_form", lambda *_: "native")
+    embedder = Embedder(Backbone("regnet_y_400mf").build())
     variables = reference_variables(embedder, "regnet_y_400mf", bare=True)
     train = quick_jit(lambda v: embedder.apply(v, IMAGES, train=True, mutable=["batch_stats"])[0])
     found = train(variables).features
@@ -86,7 +88,7 @@ def test_regnet_y_400mf_gives_the_features_of_the_reference(monkeypatch):
     # rounding of float32 into 1e-3: so ours is computed in float64. Its distance is the reference's
     # own rounding.
     with jax.enable_x64(True):
-        wide = Embedder(BACKBONES["regnet_y_400mf"](dtype=jnp.float64), dtype=jnp.float64)
+        wide = Embedder(regnet_y_400mf(dtype=jnp.float64), dtype=jnp.float64)
         variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), variables)
         images = jnp.asarray(IMAGES, jnp.float64)
         features = quick_jit(lambda v: wide.apply(v, images, train=False).features)(variables)
@@ -108,14 +110,15 @@ PARAMETERS = {
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_number_of_parameters(name):
     shape = (224, 224, 3) if name.startswith("vit") else (32, 32, 3)
-    params = zero_variables(Embedder(create_backbone(name)), shape)["params"]
+    params = zero_variables(Embedder(Backbone(name).build()), shape)["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", sorted(BACKBONES))
+@pytest.mark.parametrize("name", BACKBONES)
 def test_dtype_is_of_the_computation_and_parameters_stay_float32(name):
     arguments = {"patch": 4, "image_size": 32} if name.startswith("vit") else {}
-    embedder = Embedder(create_backbone(name, arguments, "bfloat16"), 7, dtype=jnp.bfloat16)
+    backbone = Backbone(name, arguments).build("bfloat16")
+    embedder = Embedder(backbone, projection_size=7, dtype=jnp.bfloat16)
     key = jax.random.key(0)
     outputs, variables = jax.eval_shape(
         lambda x: embedder.init_with_output(key, x, train=True), IMAGES
@@ -128,8 +131,8 @@ def test_dtype_is_of_the_computation_and_parameters_stay_float32(name):
 # --- convolutions (their forms have tests of their own)
 
 
-def numpy_conv(x, kernel, stride=1, padding=0, groups=1):
-    """Convolution by its definition, in double precision."""
+def numpy_conv(x, kernel, *, stride=1, padding=0, groups=1):
+    """Convolve by the definition, in double precision."""
     x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
     x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     size, _, _, out_channels = kernel.shape
@@ -154,33 +157,33 @@ compiled_conv = quick_jit(conv, static_argnames=("stride", "padding", "groups", 
     "name",
     [
         pytest.param(name, marks=pytest.mark.slow) if name.startswith("regnet") else name
-        for name in sorted(BACKBONES)
+        for name in BACKBONES
     ],
 )
 def test_the_chosen_forms_equal_the_native_convolution(name, monkeypatch):
-    """Every convolution that the backbone makes of 32x32 pixels, on random inputs."""
+    """Compare every convolution that the backbone makes of 32x32 pixels, on random inputs."""
     calls = set()
 
-    def record(x, kernel, stride, padding, groups):
-        calls.add((x.shape[1:], kernel.shape, stride, padding, groups))
-        return conv(x, kernel, stride, padding, groups)
+    def record(x, kernel, **geometry):
+        calls.add((x.shape[1:], kernel.shape, Geometry(**geometry)))
+        return conv(x, kernel, **geometry)
 
-    monkeypatch.setattr(models.layers, "conv", record)
+    monkeypatch.setattr(layers, "conv", record)
     arguments = {"image_size": 32} if name.startswith("vit") else {}
-    backbone = create_backbone(name, arguments)
+    backbone = Backbone(name, arguments).build()
     jax.eval_shape(lambda x: backbone.init(jax.random.key(0), x, False), IMAGES)
     assert calls
     rng = np.random.default_rng(0)
-    for shape, kernel_shape, stride, padding, groups in calls:
-        form = convolution._cpu_form((2, *shape), kernel_shape, stride, padding, groups)
+    for shape, kernel_shape, geometry in calls:
+        form = convolution.cpu_form((2, *shape), kernel_shape, geometry)
         if form == "native":
             continue
         x = rng.normal(size=(2, *shape)).astype(np.float32)
         scale = math.sqrt(2 / math.prod(kernel_shape[:3]))
         kernel = (rng.normal(size=kernel_shape) * scale).astype(np.float32)
-        geometry = {"stride": stride, "padding": padding, "groups": groups}
-        chosen = compiled_conv(x, kernel, **geometry)
-        native = compiled_conv(x, kernel, **geometry, form="native")
+        settings = geometry._asdict()
+        chosen = compiled_conv(x, kernel, **settings)
+        native = compiled_conv(x, kernel, **settings, form="native")
         assert relative_error(chosen, native) < 1e-5, (form, shape, kernel_shape)
 
 
@@ -198,7 +201,7 @@ def test_option_a_shortcut_takes_every_second_pixel_and_pads_channels_with_zeros
 
 
 def numpy_cifar_resnet(state, images, depth):
-    """CL2R's network in double precision, evaluation mode, from a PyTorch state dict."""
+    """Compute CL2R's network in double precision, in evaluation mode, from a PyTorch state dict."""
 
     def layer(x, conv_name, norm_name, stride=1):
         kernel = state[f"{conv_name}.weight"].transpose(2, 3, 1, 0)
@@ -206,14 +209,15 @@ def numpy_cifar_resnet(state, images, depth):
             state[f"{norm_name}.{leaf}"].astype(np.float64)
             for leaf in ("weight", "bias", "running_mean", "running_var")
         )
-        return (numpy_conv(x, kernel, stride, 1) - mean) / np.sqrt(var + 1e-5) * gamma + beta
+        convolved = numpy_conv(x, kernel, stride=stride, padding=1)
+        return (convolved - mean) / np.sqrt(var + 1e-5) * gamma + beta
 
     x = np.maximum(layer(images, "conv_1_3x3", "bn_1"), 0)
     for stage in (1, 2, 3):
         for index in range(depth):
             name = f"stage_{stage}.{index}"
             stride = 2 if stage > 1 and index == 0 else 1
-            out = np.maximum(layer(x, f"{name}.conv_a", f"{name}.bn_a", stride), 0)
+            out = np.maximum(layer(x, f"{name}.conv_a", f"{name}.bn_a", stride=stride), 0)
             out = layer(out, f"{name}.conv_b", f"{name}.bn_b")
             if stride == 2:
                 x = x[:, ::2, ::2]
@@ -235,7 +239,7 @@ def test_resnet32_cifar_is_the_network_of_cl2r():
 
 
 def numpy_vit(state, images, heads, patch):
-    """A pre-norm transformer in double precision from a state dict with timm's names."""
+    """Compute a pre-norm transformer in double precision from a state dict with timm's names."""
     state = {name: array.astype(np.float64) for name, array in state.items()}
 
     def linear(x, name):
@@ -259,7 +263,8 @@ def numpy_vit(state, images, heads, patch):
         return linear(mixed, f"{name}.proj")
 
     erf = np.vectorize(math.erf)
-    tokens = numpy_conv(images, state["patch_embed.proj.weight"].transpose(2, 3, 1, 0), patch)
+    kernel = state["patch_embed.proj.weight"].transpose(2, 3, 1, 0)
+    tokens = numpy_conv(images, kernel, stride=patch)
     tokens = tokens.reshape(len(images), -1, tokens.shape[-1]) + state["patch_embed.proj.bias"]
     first = np.broadcast_to(state["cls_token"], (len(images), 1, tokens.shape[-1]))
     x = np.concatenate([first, tokens], 1) + state["pos_embed"]
@@ -285,7 +290,7 @@ def test_vit_is_a_pre_norm_transformer_with_a_class_token():
 
 
 def test_vit_has_the_names_and_shapes_of_timm():
-    names = to_torch(zero_variables(Embedder(create_backbone("vit_s16")), (224, 224, 3)))
+    names = to_torch(zero_variables(Embedder(Backbone("vit_s16").build()), (224, 224, 3)))
     shapes = {name.removeprefix("backbone."): array.shape for name, array in names.items()}
     assert len(shapes) == 150  # timm's 152 without head.weight and head.bias
     assert shapes["cls_token"] == (1, 1, 384)
@@ -298,7 +303,7 @@ def test_vit_has_the_names_and_shapes_of_timm():
 
 
 def test_vit_takes_only_pictures_of_its_size():
-    embedder = Embedder(create_backbone("vit_ti16", {"patch": 4, "image_size": 32}))
+    embedder = Embedder(Backbone("vit_ti16", {"patch": 4, "image_size": 32}).build())
     variables = zero_variables(embedder)
     with pytest.raises(UserError, match="32x32 pixels, got 24x24"):
         jax.eval_shape(lambda v: embedder.apply(v, IMAGES[:, :24, :24], train=False), variables)
@@ -307,4 +312,9 @@ def test_vit_takes_only_pictures_of_its_size():
 @pytest.mark.parametrize("arguments", [{"image_size": 100}, {"patch": 0}, {"patch": 5}])
 def test_vit_needs_whole_patches(arguments):
     with pytest.raises(UserError, match="no multiple of patch"):
-        create_backbone("vit_s16", arguments)
+        Backbone("vit_s16", arguments).build()
+
+
+def test_the_small_resnet_needs_a_width():
+    with pytest.raises(UserError, match="width is 1: use 2 or more"):
+        Backbone("resnet_small", {"width": 1}).build()

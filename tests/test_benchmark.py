@@ -1,19 +1,17 @@
-"""launch.benchmark from end to end on tiny sizes; how fast anything is, no test says."""
+"""launch.benchmark from end to end on tiny sizes, without judging the speed."""
 
 import dataclasses
 import json
-import math
 
 import jax
 import numpy as np
 import pytest
 import tiny
-from flat import Flat
 
-from compat_jax import benchmarks, models
-from compat_jax.benchmarks import flops, table, timing, work
+from compat_jax import methods, models
 from compat_jax.errors import UserError
-from compat_jax.methods import build_embedder, get_method
+from launch import benchmarks
+from launch.benchmarks import flops, table, timing, work
 
 
 def test_the_command_measures_and_writes_what_it_printed(tmp_path):
@@ -36,11 +34,10 @@ def test_the_command_measures_and_writes_what_it_printed(tmp_path):
 
 @pytest.fixture(scope="module")
 def lines():
-    """What the measures of training and retrieval give for a network that compiles at once."""
-    sizes = dataclasses.replace(work.TINY, backbone="flat")
-    only = ("step", "epoch", "streaming", "features", "evaluation")
+    """The lines of training and retrieval for a network that compiles quickly."""
+    sizes = dataclasses.replace(work.TINY, backbone="flat:Flat")
+    only = ("step", "epoch", "streaming", "protocol", "features", "evaluation")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.BACKBONES, "flat", Flat)
         patch.setitem(benchmarks.SIZES, "tiny", sizes)
         results = list(benchmarks.measure(only, sizes_name="tiny"))
     return {m: [r for r in results if r.measure == m] for m in only}
@@ -54,6 +51,7 @@ def test_training_is_measured(lines):
     in_memory, streamed = lines["streaming"]
     assert in_memory.ratio is None
     assert streamed.ratio == pytest.approx(streamed.value / in_memory.value)
+    assert [p.what for p in lines["protocol"]] == [f"{m} float32, 191 steps" for m in ("hoc", "er")]
 
 
 def test_retrieval_is_measured(lines):
@@ -77,7 +75,7 @@ def test_unknown_names_are_refused():
     assert benchmarks.chosen([]) == tuple(m for m in benchmarks.MEASURES if m != "protocol")
 
 
-def test_sides_take_turns():
+def test_sides_are_timed_alternately():
     order = []
 
     def side(name, seconds):
@@ -92,9 +90,8 @@ def test_sides_take_turns():
 
 
 def test_operations_of_resnet18_by_hand():
-    network = build_embedder(
-        get_method("hoc"), models.create_backbone("resnet18"), 1024, None, models.DTYPES["float32"]
-    )
+    backbone = models.Backbone("resnet18").build()
+    network = methods.FixedSimplex(1024).embedder(backbone, models.DTYPES["float32"])
     image = np.zeros((1, 32, 32, 3), np.float32)
     variables = jax.eval_shape(lambda: network.init(jax.random.key(0), image, train=False))
     counted = flops.forward_flops(network, variables, (32, 32, 3))
@@ -123,10 +120,19 @@ def test_operations_of_resnet18_by_hand():
 def test_a_line_of_the_table():
     matmul = {"float32": 2e11}
     result = timing.Result(
-        "step", "jax float32", 251.5, "ms", 0.031, 15, 88e9, 0.368, "at most 0.75", True
+        measure="step",
+        what="jax float32",
+        value=251.5,
+        unit="ms",
+        spread=0.031,
+        repeats=15,
+        flops=88e9,
+        ratio=0.368,
+        goal="at most 0.75",
+        met=True,
     )
     assert table.line(result, matmul) == (
         "| step | jax float32 | 251.5 ms | 3 % | 15 | 88 | 44 % | 0.368 | at most 0.75 | met |"
     )
-    missing = timing.Result("search", "FAISS", math.nan, "", note="not run: no faiss")
+    missing = timing.Result.not_run("search", "FAISS", "no faiss")
     assert "not run: no faiss" in table.line(missing, matmul)

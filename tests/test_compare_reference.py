@@ -1,9 +1,10 @@
-"""The comparison with the reference: that it passes what agrees, and fails what does not.
+"""The comparison with the reference passes what agrees and fails what does not.
 
-The reference's side is played by NumPy in float64 (`FLOAT64`), so that neither PyTorch nor a clone is
+NumPy in float64 (`FLOAT64`) takes the part of the reference, so that neither PyTorch nor a clone is
 needed. With IAMCL2R_CLONE (and CL2R_CLONE) set to the folders of clones, they are run as well.
 """
 
+import ast
 import json
 import math
 import os
@@ -19,9 +20,9 @@ import pytest
 from tiny import call
 
 from compat_jax.errors import UserError
-from compat_jax.interop import comparison, reference
-from compat_jax.interop.comparison import Line, line, row, worst
-from compat_jax.interop.comparison_pieces import OURS, lines
+from launch.reference import clone, lines, pieces
+from launch.reference.lines import Line, line, row, worst
+from launch.reference.pieces import OURS
 
 ROOT = Path(__file__).resolve().parents[1]
 CLONE, CL2R = os.environ.get("IAMCL2R_CLONE"), os.environ.get("CL2R_CLONE")
@@ -34,7 +35,7 @@ needs_clone = pytest.mark.skipif(
 
 
 def gradient_of_normalized(gradient, features):
-    """Back through f / |f|."""
+    """The gradient through f / |f|."""
     norm = np.linalg.norm(features, axis=1, keepdims=True)
     unit = features / norm
     return (gradient - unit * (gradient * unit).sum(1, keepdims=True)) / norm
@@ -46,7 +47,7 @@ def softmax(x):
 
 
 class Float64:
-    """What the reference computes, written down once more, in double precision."""
+    """The functions of the reference, written once more in double precision."""
 
     prototypes = staticmethod(formulas.prototypes)
 
@@ -70,14 +71,14 @@ class Float64:
         other = labels[:, None] != labels[None]
         weights = softmax(mu * (anchors @ unit.T) * other) * other - np.eye(len(new))
         gradient = mu * weights.T @ anchors / len(new)
-        loss = formulas.info_nce(wide, old, labels, mu, "as_coded").mean()
+        loss = formulas.info_nce(wide, old, labels, mu=mu, same_class="as_coded").mean()
         return loss, gradient_of_normalized(gradient, wide)
 
     def batch_loss(self, new, old, classes, lam, mu):
         rows = self.rows(classes, new.shape[1] + 1)
         (a, slope_a), (b, slope_b) = (
             self.cross_entropy(new, rows),
-            self.contrast(new, old, rows, mu),
+            self.contrast(new, old, rows, mu=mu),
         )
         return lam * a + (1 - lam) * b, lam * slope_a + (1 - lam) * slope_b
 
@@ -114,7 +115,7 @@ FLOAT64 = Float64()
 
 def verdicts(ours, seed=0):
     """{quantity: passed} of the pieces."""
-    return {one.quantity: one.passed for one in lines(ours, FLOAT64, seed)}
+    return {x.quantity: x.passed for x in pieces.lines(ours, FLOAT64, seed=seed)}
 
 
 def failing(ours):
@@ -134,14 +135,14 @@ WHOLE_LOSS = {
 }
 
 
-def test_lambda_and_its_complement_swapped_is_told():
+def test_swapping_lambda_and_its_complement_is_detected():
     swapped = OURS._replace(
         batch_loss=lambda *arrays, lam, mu: OURS.batch_loss(*arrays, lam=1 - lam, mu=mu)
     )
     assert failing(swapped) == WHOLE_LOSS
 
 
-def test_label_order_reversed_is_told():
+def test_a_reversed_label_order_is_detected():
     def reversed_loss(new, old, classes, **numbers):
         return OURS.batch_loss(new, old, new.shape[1] - classes, **numbers)
 
@@ -149,13 +150,13 @@ def test_label_order_reversed_is_told():
     assert failing(wrong) == {"prototype row of a class", *WHOLE_LOSS}
 
 
-def test_a_biased_running_variance_is_told():
+def test_a_biased_running_variance_is_detected():
     wrong = OURS._replace(batch_norm=lambda *arrays: FLOAT64.batch_norm(*arrays, unbiased=0))
     assert failing(wrong) == {"its running variance"}
 
 
 @pytest.mark.parametrize(
-    ("field", "wrong", "told"),
+    ("field", "wrong", "quantities"),
     [
         (
             "contrast",
@@ -175,50 +176,52 @@ def test_a_biased_running_variance_is_told():
         ),
     ],
 )
-def test_any_other_wrong_piece_is_told(field, wrong, told):
-    assert failing(OURS._replace(**{field: wrong})) == told
+def test_any_other_wrong_piece_is_detected(field, wrong, quantities):
+    assert failing(OURS._replace(**{field: wrong})) == quantities
 
 
 # --- lines
 
 
-def test_a_line_shows_where_both_differ_most():
-    one = line("pieces", "q", [1.0, 2.0, 4.5], [1.0, 2.5, 4.0], 0.1, "rounding")
+def compared(ours, theirs, tolerance=0.1, **settings):
+    return line("q", ours, theirs, part="pieces", tolerance=tolerance, note="rounding", **settings)
+
+
+def test_a_line_shows_the_entry_where_both_differ_most():
+    one = compared([1.0, 2.0, 4.5], [1.0, 2.5, 4.0])
     assert (one.ours, one.theirs, one.difference) == (2.0, 2.5, 0.125)
     assert not one.passed
-    assert line("pieces", "q", 2.0, 2.5, 0.5, "matrix", absolute=True).passed
+    assert compared(2.0, 2.5, tolerance=0.5, absolute=True).passed
 
 
 @pytest.mark.parametrize("ours", [math.nan, [1.0, 2.0]])
 def test_a_nan_and_another_shape_never_pass(ours):
-    one = line("pieces", "q", ours, 1.0, 1e9, "rounding")
+    one = compared(ours, 1.0, tolerance=1e9)
     assert not one.passed
     assert "DIFFERS" in row(one)
 
 
-def test_of_several_sizes_the_worst_is_told():
-    each = [line("pieces", "", x, 1.0, 0.1, "rounding") for x in (1.01, 1.3, 1.2)]
+def test_of_several_sizes_the_worst_is_shown():
+    each = [compared(x, 1.0) for x in (1.01, 1.3, 1.2)]
     assert worst(each, "all").ours == 1.3
-    assert math.isnan(
-        worst([*each, line("pieces", "", math.nan, 1.0, 0.1, "rounding")], "all").difference
-    )
+    assert math.isnan(worst([*each, compared(math.nan, 1.0)], "all").difference)
 
 
 def test_zero_against_zero_passes():
-    assert line("pieces", "q", 0.0, 0.0, 0.0, "exact").passed
+    assert compared(0.0, 0.0, tolerance=0.0).passed
 
 
 # --- the command
 
 
 def program(found, *arguments):
-    """What the program prints and its exit code, where its comparison finds these lines."""
+    """Output and exit code of the program if its comparison finds these lines."""
     code = (
         "import runpy, sys\n"
         "from math import nan\n"
-        "from compat_jax.interop import comparison\n"
-        "from compat_jax.interop.comparison import Line\n"
-        f"comparison.compare = lambda *args: iter({found!r})\n"
+        "from launch.reference import comparison\n"
+        "from launch.reference.lines import Line\n"
+        f"comparison.compare = lambda *args, **settings: iter({found!r})\n"
         "sys.argv = ['compare_reference', '--reference=clone', *sys.argv[1:]]\n"
         "runpy.run_module('launch.compare_reference', run_name='__main__', alter_sys=True)\n"
     )
@@ -228,9 +231,19 @@ def program(found, *arguments):
     return done.stdout, done.returncode
 
 
-GOOD = Line("pieces", "good", 1.0, 1.0, 0.0, 1e-5, "rounding")
-BAD = Line("pieces", "bad", 1.0, 2.0, 0.5, 1e-5, "rounding")
-SPEED = Line("speed", "a step", 10.0, 20.0, 0.5, None, "speed", "ms", 0.03)
+GOOD = line("good", 1.0, 1.0, part="pieces", tolerance=1e-5, note="rounding")
+BAD = line("bad", 1.0, 2.0, part="pieces", tolerance=1e-5, note="rounding")
+SPEED = Line(
+    part="speed",
+    quantity="a step",
+    ours=10.0,
+    theirs=20.0,
+    difference=0.5,
+    tolerance=None,
+    note="speed",
+    unit="ms",
+    spread=0.03,
+)
 
 
 def test_it_ends_with_0_when_all_is_equal_and_with_1_otherwise(tmp_path):
@@ -248,10 +261,10 @@ def test_it_ends_with_0_when_all_is_equal_and_with_1_otherwise(tmp_path):
 
 
 def test_every_tolerance_is_explained_below_the_table():
-    text = comparison.foot([GOOD, SPEED])
+    text = lines.foot([GOOD, SPEED])
     for note in ("rounding", "speed"):
-        assert comparison.NOTES[note] in text
-    assert comparison.NOTES["matrix"] not in text
+        assert lines.NOTES[note] in text
+    assert lines.NOTES["matrix"] not in text
 
 
 def fake_clone(folder, package="iamcl2r"):
@@ -262,19 +275,19 @@ def fake_clone(folder, package="iamcl2r"):
 
 def test_a_folder_that_is_no_clone_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no src/iamcl2r/main\.py.*git clone.*--reference="):
-        reference.open_clone(tmp_path, "iamcl2r")
+        clone.open_clone(tmp_path, "iamcl2r")
     with pytest.raises(UserError, match=r"no src/cl2r/main\.py.*--cl2r="):
-        reference.open_clone(tmp_path, "cl2r")
+        clone.open_clone(tmp_path, "cl2r")
 
 
-def test_without_torch_the_line_that_installs_it_is_told(tmp_path, monkeypatch):
+def test_without_torch_the_error_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[torch\]'"):
-        reference.open_clone(fake_clone(tmp_path), "iamcl2r")
+        clone.open_clone(fake_clone(tmp_path), "iamcl2r")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "words"),
     [
         ([], "--reference is missing"),
         (["--reference={}/none"], "is no clone of https://github.com/miccunifi/iamcl2r"),
@@ -282,19 +295,36 @@ def test_without_torch_the_line_that_installs_it_is_told(tmp_path, monkeypatch):
         (["--reference={}", "--data=glyph"], "glyphs"),
     ],
 )
-def test_the_program_refuses_bad_input_with_exit_code_2(tmp_path, arguments, told):
+def test_the_program_refuses_bad_input_with_exit_code_2(tmp_path, arguments, words):
     fake_clone(tmp_path)
     code, out, err = call("compare_reference", *[a.format(tmp_path) for a in arguments])
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and len(err.splitlines()) == 1
-    assert re.search(told, err), err
+    assert re.search(words, err), err
 
 
-def test_help_tells_parts_and_exit_codes():
+def test_help_explains_parts_and_exit_codes():
     code, out, _ = call("compare_reference", "--help")
     assert code == 0
     for text in ("git clone", "--only", "pieces", "protocol", "Exit code: 0"):
         assert text in out
+
+
+def test_the_modules_import_each_other_in_one_direction():
+    folder, package = ROOT / "launch" / "reference", "launch.reference"
+    imports = {path.stem: set() for path in folder.glob("[a-z]*.py")}
+    for name, found in imports.items():
+        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == package:
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module.startswith(f"{package}."):
+                found.add(node.module.removeprefix(f"{package}."))
+    assert imports["comparison"] >= {"cl2r", "clone", "inputs", "lines", "pieces", "runs"}
+    while imports:
+        leaves = [name for name, needed in imports.items() if not needed & {*imports}]
+        assert leaves, f"a circle among {sorted(imports)}"
+        for name in leaves:
+            del imports[name]
 
 
 # --- stand-ins
@@ -308,10 +338,10 @@ def test_stand_ins_are_gone_after_the_import(monkeypatch, tmp_path):
     hidden = ("wandb", "faiss", "continuum", "continuum.datasets")
     for name in hidden:
         monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr(reference, "_is_installed", lambda name: False)
-    with reference._stand_ins(source):
+    monkeypatch.setattr(clone, "is_installed", lambda name: False)
+    with clone.stand_ins(source):
         import standin.user as user
-    assert isinstance(user.value, reference.Nothing)
+    assert isinstance(user.value, clone.Nothing)
     assert not [name for name in hidden if name in sys.modules]
     assert str(source) not in sys.path
     monkeypatch.delitem(sys.modules, "standin.user")
@@ -319,7 +349,7 @@ def test_stand_ins_are_gone_after_the_import(monkeypatch, tmp_path):
 
 
 def test_the_index_that_stands_in_for_faiss_finds_the_largest_products():
-    index = reference._FlatIndex(2)
+    index = clone.FlatIndex(2)
     index.add(np.array([[1, 0], [0, 1], [0.6, 0.8]], np.float32))
     scores, order = index.search(np.array([[0, 1], [1, 0]], np.float32), 2)
     np.testing.assert_array_equal(order, [[1, 2], [0, 2]])
@@ -328,7 +358,7 @@ def test_the_index_that_stands_in_for_faiss_finds_the_largest_products():
 
 def test_the_old_name_of_isin_is_given_to_one_module_only():
     module = types.ModuleType("user")
-    reference.with_in1d(module)
+    clone.with_in1d(module)
     np.testing.assert_array_equal(module.np.in1d([1, 2, 3], [2]), [False, True, False])
     assert module.np.sqrt is np.sqrt
 
@@ -356,18 +386,18 @@ def test_the_pieces_of_the_clone():
 @needs_clone
 @pytest.mark.torch
 @pytest.mark.parametrize(
-    ("field", "told"),
+    ("field", "quantity"),
     [("rows", "prototype row of a class"), ("batch_norm", "its running variance")],
 )
-def test_the_clone_tells_deliberate_errors(field, told):
+def test_deliberate_errors_are_detected_with_the_clone(field, quantity):
     pytest.importorskip("torch", reason="PyTorch is not installed")
-    theirs = reference.Pieces(reference.open_clone(CLONE, "iamcl2r"))
+    theirs = clone.Pieces(clone.open_clone(CLONE, "iamcl2r"))
     wrong = {
         "rows": lambda classes, num_classes: classes,
         "batch_norm": lambda *arrays: FLOAT64.batch_norm(*arrays, unbiased=0),
     }
-    found = lines(OURS._replace(**{field: wrong[field]}), theirs, 0)
-    assert {x.quantity for x in found if not x.passed} == {told}
+    found = pieces.lines(OURS._replace(**{field: wrong[field]}), theirs, seed=0)
+    assert {x.quantity for x in found if not x.passed} == {quantity}
 
 
 @pytest.mark.slow

@@ -179,7 +179,9 @@ def test_definition_1_against_float64(distance, block):
     if block == 1:
         new, old, labels = new[:7], old[:7], labels[:7]
     got = c.definition_1(new, old, labels, distance=distance, block=block)
-    same_class, other_class, num_same, num_other = oracle_definition_1(new, old, labels, distance)
+    same_class, other_class, num_same, num_other = oracle_definition_1(
+        new, old, labels, distance=distance
+    )
     assert (got.num_same, got.num_other) == (num_same, num_other)
     assert got.same_class == pytest.approx(same_class, abs=1e-12)
     assert got.other_class == pytest.approx(other_class, abs=1e-12)
@@ -211,7 +213,7 @@ def test_a_sample_estimates_the_shares(distance):
 def test_no_pair_of_a_kind_is_nan():
     new, old, _ = features_of_two_versions(n=6)
     for sample in (None, 50):
-        one_class = c.definition_1(new, old, np.zeros(6), sample=sample)
+        one_class = c.definition_1(new, old, np.zeros(6, int), sample=sample)
         assert np.isnan(one_class.other_class) and one_class.num_other == 0
         all_distinct = c.definition_1(new, old, np.arange(6), sample=sample)
         assert np.isnan(all_distinct.same_class) and all_distinct.num_same == 0
@@ -222,7 +224,8 @@ def test_definition_1_never_holds_all_pairs():
     sizes = []
     for n in (1024, 2048):
         shift = np.zeros((n, 4), np.float32)
-        lowered = c._count_kept.lower(shift, shift[:, 0], shift, np.zeros(n, np.int32), block=128)
+        gains = c.Gains(shift, shift[:, 0], shift)
+        lowered = c.count_kept.lower(gains, np.zeros(n, np.int32), block=128)
         sizes.append(lowered.compile().memory_analysis().temp_size_in_bytes)
     assert sizes[1] <= 2 * sizes[0]
     assert sizes[1] < 4 * 2048 * 2048 / 4

@@ -1,23 +1,24 @@
 """Every configuration, shrunken, run for a step; and how its arguments are read."""
 
 import importlib
-import inspect
 import itertools
 import json
 import operator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from compat_jax import models
-from compat_jax.data import sources
+import compat_jax as cj
+from compat_jax import config as configs
+from compat_jax import experiment, methods, models
+from compat_jax.data import TaskSequence
+from compat_jax.data.registry import source_fields
 from compat_jax.errors import UserError
-from compat_jax.methods import METHODS
 from configs.common import parse_arguments
-from launch import build, runs
 
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(
@@ -46,20 +47,20 @@ def test_every_file_is_tried_here():
 def test_every_name_in_a_configuration_is_a_valid_one(file, arguments):
     config = load(file, arguments)
     classes = max(config.get("pretrain_classes", (100,)))
-    sequence = build.TaskSequence(classes, 10, 10)
-    run = build.build_run(config, sequence, 20)
-    run.check(tiny.one_device())
-    assert config.backbone.name in models.BACKBONES and config.method in METHODS
+    run = configs.run_of(config)
+    labels = np.repeat(np.arange(classes), 20)
+    run.check(TaskSequence(classes, 10, 10), labels, tiny.one_device())
+    assert config.backbone.name in models.registered() and config.method in methods.names()
     for role in ("train", "query", "gallery"):
         spec = config.data.get(role)
         if spec is not None:
-            source, fields = spec["source"], sources.SOURCES[spec["source"]][1]
-            assert {k for k in spec if k != "source"} <= set(fields), source
-    assert set(config.backbone.arguments) == {
-        argument
-        for build_backbone in models.BACKBONES.values()
-        for argument in inspect.signature(build_backbone).parameters
-    } - {"dtype"}
+            fields = {field.name for field in source_fields(spec["source"])}
+            assert {k for k in spec if k != "source"} <= fields, spec["source"]
+    assert (
+        set(config.backbone.arguments)
+        == set(configs.backbone_arguments())
+        == {argument for name in models.registered() for argument in models.parameters(name)}
+    )
     assert json.loads(config.to_json())["epochs"] == config.epochs
 
 
@@ -88,21 +89,20 @@ def shrink(config):
 @pytest.mark.parametrize("file", FILES)
 def test_every_configuration_runs_a_step(file, tmp_path):
     config = shrink(load(file))
-    work = runs.pretrain if "pretrain_classes" in config else runs.train
-    with tiny.one_conv():
-        chain = work(config, tmp_path / "run", lambda: False, bar=False)
+    work = experiment.pretrain if "pretrain_classes" in config else experiment.train
+    chain = work(config, tmp_path / "run", tiny.session_of(config))
     assert chain.numbers() == [0]
     (line,) = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert json.loads(line)["step"] == 1
     record = chain.record(0)
     assert record.config["optim"]["lr"] == config.optim.lr
-    assert record.config == build.plain(config)
+    assert record.config == configs.plain(config)
 
 
 def test_the_protocol_is_the_papers():
     seven, many = load("iamcl2r", "tasks=7"), load("iamcl2r", "tasks=31")
     for config, count, replaced in ((seven, 7, (0, 2, 4)), (many, 31, (0, 10, 20))):
-        sequence = build.TaskSequence(100, config.tasks.initial, config.tasks.increment)
+        sequence = TaskSequence(100, config.tasks.initial, config.tasks.increment)
         assert len(sequence) == count and config.tasks.replace_at == replaced
         assert config.tasks.rehearsal == 20
     assert seven.num_prototypes == 1024 and seven.label_order == "descending"
@@ -124,6 +124,127 @@ def test_roles_of_the_embedded_glyphs_share_no_class():
     assert tasks.data.query.classes == tasks.data.gallery.classes
     assert tasks.data.query.seed != tasks.data.gallery.seed
     assert tasks.data.mean == models_.data.mean and tasks.data.std == models_.data.std
+
+
+def test_settings_that_change_no_result_are_not_recorded():
+    config = load("iamcl2r")
+    before = configs.plain(config)
+    config.update_from_flattened_dict(
+        {
+            "save_every": 7,
+            "mesh": "data:1",
+            "device_budget_mb": 9,
+            **{f"data.{role}.in_memory": False for role in ("train", "query", "gallery")},
+        }
+    )
+    assert configs.plain(config) == before
+    assert not {"save_every", "mesh", "device_budget_mb"} & set(before)
+    config.seed = 1
+    assert configs.plain(config) != before
+
+
+# Fields: the schema, and who is at fault
+
+
+@pytest.mark.parametrize(("file", "arguments"), cases())
+def test_the_schema_lists_every_field_with_its_default(file, arguments):
+    config, fields = load(file, arguments), {field.name: field for field in configs.schema()}
+    for key in config.to_dict():
+        assert any(name.partition(".")[0] == key for name in fields), key
+    plain = config.to_dict()
+    leaves = {
+        f"{section}.{key}"
+        for section in ("optim", "loss", "tasks")
+        for key in plain.get(section, {})
+    }
+    leaves |= {f"data.{k}" for k, v in plain["data"].items() if not isinstance(v, dict)}
+    leaves |= {
+        f"data.ROLE.{k}" for v in plain["data"].values() if isinstance(v, dict) for k in v
+    } - {"data.ROLE.source"}
+    assert leaves <= set(fields)
+    assert all(field.rule.help for field in fields.values())
+
+
+def test_the_defaults_of_the_configurations_are_those_of_the_library():
+    fields, config = {field.name: field for field in configs.schema()}, load("iamcl2r")
+    for section in ("optim", "tasks"):
+        for key, value in config[section].items():
+            if key != "replace_at":  # a replacement needs models
+                assert fields[f"{section}.{key}"].default == value, key
+    for key in ("mean", "std", "crop_padding", "flip"):
+        assert fields[f"data.{key}"].default == config.data[key]
+    for key in ("epochs", "batch_size", "num_prototypes", "label_order", "seed", "dtype"):
+        assert fields[key].default == config[key], key
+    assert dict(methods.get("hoc").arguments) == config.loss.to_dict()
+
+
+def test_fields_that_are_left_out_have_their_defaults():
+    assert configs.run_of(ConfigDict()) == cj.Run()
+    assert configs.session_of(ConfigDict()) == cj.Session()
+    assert experiment.load_replacements(ConfigDict()) == {}
+    some = ConfigDict({"method": "er", "optim": {"lr": 0.5}, "tasks": {"initial": 3}})
+    assert configs.run_of(some) == cj.Run(
+        method="er", optimizer=cj.Sgd(lr=0.5), tasks=cj.Tasks(initial=3)
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "argument", "message"),
+    [
+        (
+            {"optim": {"ler": 1}},
+            "optim.ler",
+            r"unknown field of optim\w* 'ler'\. Did you mean 'lr'\?",
+        ),
+        ({"tasks": {"intial": 1}}, "tasks.intial", r"unknown .* 'intial'\. Did you mean 'initial'"),
+        ({"loss": {"lamb": 1}}, "loss.lamb", r"unknown .* 'lamb'\. Did you mean 'lam'\?"),
+        ({"loss": {"weight": 1}}, "loss.weight", r"unknown .* 'weight'"),
+        ({"loss": {"lam": 1.5}}, "loss.lam", r"lam must be at least 0 and at most 1, got 1\.5"),
+        ({"method": "fd", "loss": {"weight": -1}}, "loss.weight", "weight must be at least 0"),
+        ({"method": 3}, "method", "method must be a text, got 3"),
+        ({"backbone": {"name": 3}}, "backbone.name", r"backbone\.name must be a text, got 3"),
+        ({"backbone": "resnet18"}, "backbone", "backbone must be a section of fields, got 'resn"),
+        ({"optim": {"lr": "big"}}, "optim.lr", "lr must be a finite number, got 'big'"),
+        ({"optim": {"lr": 10**400}}, "optim.lr", "lr must be a finite number"),
+        ({"epochs": 2.5}, "epochs", r"epochs must be a whole number, got 2\.5"),
+        ({"data": {"flip": "no"}}, "data.flip", "flip must be true or false, got 'no'"),
+    ],
+)
+def test_an_error_of_a_configuration_names_its_field(config, argument, message):
+    with pytest.raises(UserError, match=message) as caught:
+        configs.run_of(ConfigDict(config))
+    assert caught.value.argument == argument
+
+
+@pytest.mark.parametrize(
+    ("argument", "role", "field"),
+    [
+        ("optimizer.lr", None, "optim.lr"),
+        ("hoc.lam", None, "loss.lam"),
+        ("fd.weight", None, "loss.weight"),
+        ("mean", None, "data.mean"),
+        ("crop_padding", None, "data.crop_padding"),
+        ("pretraining_may_share", None, "data.pretraining_may_share"),
+        ("size", None, "data.train.size"),
+        ("path", "query", "data.query.path"),
+        ("source", "train", "data.train.source"),
+        ("tasks.initial", None, "tasks.initial"),
+        ("num_prototypes", None, "num_prototypes"),
+        ("mesh", None, "mesh"),
+        ("workdir", None, "workdir"),
+        ("k", None, None),
+        (None, None, None),
+        (None, "train", None),
+    ],
+)
+def test_an_argument_of_the_library_is_found_as_a_field(argument, role, field):
+    def refuse():
+        raise UserError("no", argument)
+
+    assert configs.field_of(argument, role) == field
+    with pytest.raises(UserError, match="no") as caught:
+        configs.located(refuse, role)
+    assert caught.value.argument == field
 
 
 # Overrides
@@ -159,7 +280,7 @@ def test_every_field_can_be_overridden(file, arguments):
     overridden = parsed(given, *(f"--config.{key}={value}" for key, value in leaves.items()))
     for key, value in leaves.items():
         assert operator.attrgetter(key)(overridden) == value, key
-    json.dumps(build.plain(overridden)), json.dumps(build.plain(config))
+    json.dumps(configs.plain(overridden)), json.dumps(configs.plain(config))
 
 
 @old_import
@@ -182,9 +303,10 @@ def test_a_backbone_is_chosen_with_its_arguments():
         "--config.backbone.arguments.patch=4",
         "--config.backbone.arguments.image_size=32",
     )
-    run = build.build_run(config, build.TaskSequence(100, 10, 15), 20)
-    assert run.backbone.arguments == {"patch": 4, "image_size": 32}
-    run.check(tiny.one_device())
+    run = configs.run_of(config)
+    assert run.given_backbone.name == "vit_ti16"
+    assert run.given_backbone.arguments == {"patch": 4, "image_size": 32}
+    run.check(TaskSequence(100, 10, 15), np.repeat(np.arange(100), 20), tiny.one_device())
     assert dict(load("iamcl2r").backbone.arguments)["patch"] is None
 
 
@@ -209,7 +331,7 @@ def test_arguments_take_the_type_of_their_default():
         ("replace=maybe", "replace must be true or false, got 'maybe'"),
     ],
 )
-def test_wrong_arguments_are_told_with_the_right_ones(text, message):
+def test_wrong_arguments_are_refused_with_the_right_ones(text, message):
     with pytest.raises(UserError, match=message):
         parse_arguments(text, tasks=7, replace=True)
 
@@ -219,7 +341,7 @@ def test_an_unknown_argument_of_a_file_is_refused(file):
     with pytest.raises(UserError, match=r"unknown argument .* 'metod'\. Did you mean 'method'\?"):
         load(file, "metod=hoc")
     with pytest.raises(UserError, match="unknown method 'hcc'"):
-        build.build_run(load(file, "method=hcc"), build.TaskSequence(2, 2, 1), 0)
+        configs.run_of(load(file, "method=hcc"))
 
 
 @pytest.mark.parametrize("file", FILES)

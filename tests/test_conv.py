@@ -27,14 +27,14 @@ CASES = [
 ]
 
 
-def arrays(shape, size, out, groups):
+def arrays(shape, size, out, *, groups=1):
     rng = np.random.default_rng(0)
     kernel = rng.standard_normal((size, size, shape[-1] // groups, out), np.float32)
     return rng.standard_normal(shape, np.float32), kernel
 
 
-def convolve_by_loops(x, kernel, stride, padding, groups):
-    """The definition, output by output, in float64."""
+def convolve_by_loops(x, kernel, *, stride=1, padding=0, groups=1):
+    """Convolve by the definition, output by output, in float64."""
     size, _, c_in, c_out = kernel.shape
     x = np.pad(x.astype(np.float64), ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     height, width = ((s - size) // stride + 1 for s in x.shape[1:3])
@@ -55,37 +55,38 @@ def assert_close(actual, expected, tolerance=1e-5):
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_form_computes_the_convolution(case):
-    shape, size, out, *settings, forms = case
-    x, kernel = arrays(shape, size, out, settings[-1])
-    expected = convolve_by_loops(x, kernel, *settings)
+    shape, size, out, stride, padding, groups, forms = case
+    geometry = {"stride": stride, "padding": padding, "groups": groups}
+    x, kernel = arrays(shape, size, out, groups=groups)
+    expected = convolve_by_loops(x, kernel, **geometry)
     weights = np.random.default_rng(1).standard_normal(expected.shape, np.float32)
 
     @jax.jit
     def values_and_gradients(x, kernel):
         results = {}
         for form in (*forms, None):
-            function = lambda a, b, form=form: conv(a, b, *settings, form)  # noqa: E731
+            function = lambda a, b, form=form: conv(a, b, form=form, **geometry)  # noqa: E731
             value, pull_back = jax.vjp(function, x, kernel)
             results[form or "chosen"] = (value, *pull_back(jnp.asarray(weights)))
         return results
 
     # Linear in both arguments: the derivative along any direction is another convolution.
     dx, dk = x[::-1, ::-1], kernel[::-1, :, :, ::-1]
-    along_dx = (convolve_by_loops(dx, kernel, *settings) * weights).sum()
-    along_dk = (convolve_by_loops(x, dk, *settings) * weights).sum()
+    along_dx = (convolve_by_loops(dx, kernel, **geometry) * weights).sum()
+    along_dk = (convolve_by_loops(x, dk, **geometry) * weights).sum()
     for value, of_x, of_kernel in values_and_gradients(x, kernel).values():
         assert_close(value, expected)
         np.testing.assert_allclose((of_x * dx).sum(), along_dx, rtol=1e-4, atol=1e-3)
         np.testing.assert_allclose((of_kernel * dk).sum(), along_dk, rtol=1e-4, atol=1e-3)
 
 
-# Which form: what is lowered for a platform says it
+# The chosen form, as seen in the program that is lowered for a platform
 
 
-def convolutions_in(platform, shape, size, stride=1, padding=0, groups=1):
-    """How many convolution operations the program for a platform has."""
-    x, kernel = arrays(shape, size, 4, groups)
-    run = jax.jit(lambda a, b: conv(a, b, stride, padding, groups))
+def convolutions_in(platform, shape, size, **geometry):
+    """Count the convolution operations of the program for a platform."""
+    x, kernel = arrays(shape, size, 4, groups=geometry.get("groups", 1))
+    run = jax.jit(lambda a, b: conv(a, b, **geometry))
     return (
         run.trace(x, kernel)
         .lower(lowering_platforms=(platform,))
@@ -123,13 +124,13 @@ def test_groups_are_split_on_cpu_alone():
 
 def test_layer_computes_in_bfloat16_with_float32_parameters():
     layer = layers.Conv(4, 3, padding=1, use_bias=True, dtype=jnp.bfloat16)
-    x, kernel = arrays((2, 4, 4, 3), 3, 4, 1)
+    x, kernel = arrays((2, 4, 4, 3), 3, 4)
     variables = {"params": {"kernel": kernel, "bias": np.zeros(4, np.float32)}}
     created = jax.eval_shape(layer.init, jax.random.key(0), x)
     chex.assert_trees_all_equal_shapes_and_dtypes(created, variables)
     result = jax.jit(layer.apply)(variables, x)
     assert result.dtype == jnp.bfloat16
-    assert_close(result.astype(jnp.float32), convolve_by_loops(x, kernel, 1, 1, 1), 0.02)
+    assert_close(result.astype(jnp.float32), convolve_by_loops(x, kernel, padding=1), 0.02)
 
 
 # Pooling
@@ -145,12 +146,14 @@ def test_max_pool(shape, size, stride, padding):
     padded = np.pad(x, border, constant_values=-np.inf)
     windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))
     expected = windows[:, ::stride, ::stride].max(axis=(-2, -1))
-    np.testing.assert_array_equal(layers.max_pool(x, size, stride, padding), expected)
+    np.testing.assert_array_equal(
+        layers.max_pool(x, size, stride=stride, padding=padding), expected
+    )
 
 
 def test_gradient_of_max_pool_goes_to_the_maximum():
     x = np.array([[1, 2], [4, 3]], np.float32).reshape(1, 2, 2, 1)
-    gradient = jax.grad(lambda a: layers.max_pool(a, 2, 2, 0).sum())(x)
+    gradient = jax.grad(lambda a: layers.max_pool(a, 2, stride=2, padding=0).sum())(x)
     np.testing.assert_array_equal(gradient.reshape(2, 2), [[0, 0], [1, 0]])
 
 
@@ -178,7 +181,7 @@ def batch_norm(shape=(8, 3, 3, 4)):
     return x, variables
 
 
-def normalised(x, mean, var, variables):
+def normalised(x, variables, *, mean, var):
     scale, bias = variables["params"]["scale"], variables["params"]["bias"]
     return (x - mean) / np.sqrt(var + 1e-5) * scale + bias
 
@@ -196,7 +199,8 @@ def test_batch_norm_in_training_as_pytorch():
     result, stats = train(x, variables)
     wide = x.astype(np.float64).reshape(-1, 4)
     mean, old = wide.mean(0), variables["batch_stats"]
-    np.testing.assert_allclose(result, normalised(x, mean, wide.var(0), variables), atol=1e-5)
+    expected = normalised(x, variables, mean=mean, var=wide.var(0))
+    np.testing.assert_allclose(result, expected, atol=1e-5)
     np.testing.assert_allclose(stats["mean"], 0.9 * old["mean"] + 0.1 * mean, atol=1e-6)
     unbiased = wide.var(0, ddof=1)
     np.testing.assert_allclose(stats["var"], 0.9 * old["var"] + 0.1 * unbiased, atol=1e-6)
@@ -206,7 +210,7 @@ def test_batch_norm_in_evaluation_uses_what_it_remembers():
     x, variables = batch_norm()
     stats = variables["batch_stats"]
     result = layers.BatchNorm().apply(variables, x, train=False)
-    expected = normalised(x, stats["mean"], stats["var"], variables)
+    expected = normalised(x, variables, mean=stats["mean"], var=stats["var"])
     np.testing.assert_allclose(result, expected, atol=1e-5)
 
 

@@ -1,6 +1,6 @@
-"""Where the reference departs from its paper or fails, shown on the reference's own code.
+"""Where the reference departs from its paper or fails, shown on its own code.
 
-IAMCL2R_CLONE (and CL2R_CLONE) name clones; without them only what concerns this package alone runs.
+IAMCL2R_CLONE (and CL2R_CLONE) name clones; without them only the tests of this package run.
 """
 
 import os
@@ -11,27 +11,26 @@ import numpy as np
 import pytest
 from reference_weights import zero_variables
 
-from compat_jax import compatibility, losses
+from compat_jax import compatibility, losses, methods, models
 from compat_jax.errors import UserError
-from compat_jax.interop import from_torch, reference, to_torch, torch_files
-from compat_jax.methods import build_embedder, get_method
-from compat_jax.models import create_backbone
+from compat_jax.interop import from_torch, to_torch, torch_files
+from launch.reference import clone
 
 CLONE, CL2R = os.environ.get("IAMCL2R_CLONE"), os.environ.get("CL2R_CLONE")
 
 
 @pytest.fixture(scope="module")
 def modules():
-    """Of a clone of iamcl2r."""
+    """The modules of a clone of iamcl2r."""
     if CLONE is None:
         pytest.skip("IAMCL2R_CLONE names no clone of miccunifi/iamcl2r")
     pytest.importorskip("torch", reason="PyTorch is not installed")
-    return reference.open_clone(CLONE, "iamcl2r")
+    return clone.open_clone(CLONE, "iamcl2r")
 
 
 @pytest.fixture
 def pieces(modules):
-    return reference.Pieces(modules)
+    return clone.Pieces(modules)
 
 
 @pytest.fixture
@@ -44,10 +43,10 @@ def test_each_pair_of_one_class_adds_one_to_the_denominator(pieces, features):
     new, old = features
     labels = np.arange(8) // 2  # two images a class, so exp(0) twice a row
     theirs, _ = pieces.contrast(new, old, labels, mu=10.0)
-    as_coded = losses.info_nce(new, old, labels, 10.0, "as_coded").mean()
+    as_coded = losses.info_nce(new, old, labels, mu=10.0, same_class="as_coded").mean()
     np.testing.assert_allclose(theirs, as_coded, rtol=1e-6)
 
-    paper = np.asarray(losses.info_nce(new, old, labels, 10.0))
+    paper = np.asarray(losses.info_nce(new, old, labels, mu=10.0))
     unit_new, unit_old = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (new, old))
     positive = 10.0 * (unit_new * unit_old).sum(1)
     with_two_more = np.log(np.exp(paper + positive) + 2) - positive
@@ -57,18 +56,18 @@ def test_each_pair_of_one_class_adds_one_to_the_denominator(pieces, features):
 
 @pytest.mark.torch
 def test_the_contrast_of_two_processes_is_not_that_of_their_batch(pieces, features):
-    """DDP gives each process its share of the batch, and averages."""
+    """DDP gives each process a share of the batch and averages the gradients."""
     new, old = features
     labels = np.arange(8)
     shares = [pieces.contrast(new[s], old[s], labels[s], mu=10.0)[0] for s in np.split(labels, 2)]
     whole, _ = pieces.contrast(new, old, labels, mu=10.0)
     assert whole - np.mean(shares) > 0.1
-    ours = losses.info_nce(new, old, labels, 10.0, "as_coded").mean()
+    ours = losses.info_nce(new, old, labels, mu=10.0, same_class="as_coded").mean()
     np.testing.assert_allclose(ours, whole, rtol=1e-6)
 
 
 @pytest.mark.torch
-def test_an_accuracy_of_zero_is_missing_there_and_zero_here(pieces):
+def test_an_accuracy_of_zero_is_dropped_there_and_counts_here(pieces):
     matrix = np.array([[0.5, 0], [0, 0.7]])
     assert pieces.average_accuracy(matrix.copy()) == pytest.approx(60)
     assert 100 * compatibility.average_accuracy(matrix) == pytest.approx(40)
@@ -81,7 +80,7 @@ def test_a_tie_is_incompatible_in_iamcl2r_and_compatible_in_cl2r(pieces):
     assert compatibility.average_compatibility(matrix) == 0
     assert compatibility.average_compatibility(matrix, tie="compatible") == 1
     if CL2R is not None:
-        metrics = reference.open_clone(CL2R, "cl2r")("metrics")
+        metrics = clone.open_clone(CL2R, "cl2r")("metrics")
         assert metrics.average_compatibility(matrix) == 1
 
 
@@ -105,9 +104,9 @@ def test_its_evaluation_extracts_t_squared_times(modules, tmp_path, versions):
     )
     for task in range(versions):
         (tmp_path / f"ckpt_{task}.pt").touch()
-    reference.with_in1d(modules("performance_metrics"))
-    nothing = reference.Nothing()
-    with reference.replaced(evaluation, extract_features=extract, create_model=nothing):
+    clone.with_in1d(modules("performance_metrics"))
+    nothing = clone.Nothing()
+    with clone.replaced(evaluation, extract_features=extract, create_model=nothing):
         evaluation.evaluate(args, "cpu", loader, loader, versions)
     assert len(calls) == versions + versions * (versions + 1) // 2
 
@@ -134,8 +133,8 @@ def test_its_check_asks_for_fields_that_no_configuration_has(modules):
 
 
 @pytest.mark.torch
-def test_its_own_checkpoint_is_refused_by_the_torch_of_today(modules, tmp_path):
-    torch = reference.torch_module()
+def test_its_own_checkpoint_is_refused_by_current_torch(modules, tmp_path):
+    torch = clone.torch_module()
     if tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 6):
         pytest.skip("torch < 2.6 loads every pickle")
     args = modules("params").ExperimentParams()
@@ -149,8 +148,8 @@ def test_its_own_checkpoint_is_refused_by_the_torch_of_today(modules, tmp_path):
 
 @pytest.mark.torch
 def test_a_checkpoint_with_its_transforms_is_read_without_torchvision(modules, tmp_path):
-    """Its settings hold the training transforms, objects of torchvision."""
-    torch, args = reference.torch_module(), modules("params").ExperimentParams()
+    """The settings in it hold the training transforms, objects of torchvision."""
+    torch, args = clone.torch_module(), modules("params").ExperimentParams()
     name = "torchvision.transforms.transforms"
     stand_in = types.ModuleType(name)
     for kind in ("Resize", "RandomCrop", "RandomHorizontalFlip", "ToTensor", "Normalize"):
@@ -169,19 +168,20 @@ def test_a_checkpoint_with_its_transforms_is_read_without_torchvision(modules, t
 @pytest.mark.torch
 @pytest.mark.parametrize("backbone", ["senet18", "regnet400"])
 def test_two_of_its_backbones_fail_in_its_network(modules, backbone):
-    torch = reference.torch_module()
+    torch = clone.torch_module()
     with pytest.raises(Exception, match=r"tuple|out_dim"):
         net = modules("models").Incremental_ResNet(10, 9, backbone)
         net(torch.zeros(2, 3, 32, 32))
 
 
-# --- K - 1 == width: the reference then has no projection
+# --- with K - 1 equal to the width, the reference has no projection
 
 
 def embedder(num_classes):
     """ResNet-18, 512 wide."""
-    method = get_method("hoc")
-    return build_embedder(method, create_backbone("resnet18"), num_classes, None, np.float32)
+    return methods.FixedSimplex(num_classes).embedder(
+        models.Backbone("resnet18").build(), np.float32
+    )
 
 
 def test_a_projection_is_always_there():

@@ -1,27 +1,31 @@
 """The matrix of a chain against every pair computed by hand; the table, the sentence, the pictures."""
 
+import dataclasses
 import io
 import json
+import logging
 
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
-from compat_jax import evaluation, report
+import compat_jax as cj
+from compat_jax import evaluation, metrics, report
 from compat_jax.chain import Chain
+from compat_jax.data import Dataset
 from compat_jax.errors import Stopped, UserError
-from compat_jax.evaluation import METRICS, Evaluation, evaluate
-from compat_jax.retrieval import extract, identification, mean_average_precision, recall_at_k
+from compat_jax.evaluation import Evaluation, evaluate
+from compat_jax.retrieval import embed, identification, mean_average_precision, recall_at_k
 
 QUERY = tiny.dataset(classes=4, per_class=9, seed=1, name="retrieval")
 GALLERY = tiny.dataset(classes=4, per_class=5, seed=2, name="retrieval")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def backbone():
-    with tiny.one_conv():
-        yield
+# Query and gallery of the same pictures, or of some, in another order.
+BOTH = Dataset(
+    np.concatenate([QUERY.images, GALLERY.images])[::-1],
+    np.concatenate([QUERY.labels, GALLERY.labels])[::-1],
+    QUERY.class_names,
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,48 +47,101 @@ def extractions(monkeypatch):
     """Numbers of the versions that embedded something, one for each time."""
     seen = []
 
-    def counting(version, *arguments):
+    def counting(version, *arguments, **options):
         seen.append(version.number)
-        return extract(version, *arguments)
+        return embed(version, *arguments, **options)
 
-    monkeypatch.setattr(evaluation, "extract", counting)
+    monkeypatch.setattr(evaluation, "embed", counting)
     return seen
 
 
-def by_hand(chain, score):
+def cached(folder, **more):
+    """A session that keeps what it computes."""
+    return tiny.session(cache=folder, **more)
+
+
+def by_hand(chain, score, query=QUERY, gallery=GALLERY):
     """Every pair of versions on its own."""
     matrix = np.zeros((len(chain), len(chain)))
     for t in chain.numbers():
         for k in range(t + 1):
             features = (
-                extract(chain.open(t), QUERY.images),
-                QUERY.labels,
-                extract(chain.open(k), GALLERY.images),
-                GALLERY.labels,
+                embed(chain.open(t), query.images),
+                query.labels,
+                embed(chain.open(k), gallery.images),
+                gallery.labels,
             )
             matrix[t, k] = score(*features)
     return matrix
 
 
+def recall_oracle(k):
+    return lambda *four: recall_at_k(*four, ks=(k,))[k]
+
+
 SCORES = {
     "identification": identification,
-    "recall@1": lambda *four: recall_at_k(*four, ks=(1,))[1],
+    "recall@1": recall_oracle(1),
+    "recall@5": recall_oracle(5),
+    "recall@10": recall_oracle(10),
     "map": lambda *four: mean_average_precision(*four).value,
 }
 
 
 @pytest.mark.parametrize("metric", SCORES)
 def test_the_matrix_is_what_each_pair_gives_by_itself(chain, metric):
-    result = evaluate(chain, QUERY, GALLERY, metric)
+    result = evaluate(chain, QUERY, GALLERY, metrics=metric)[metric]
     expected = by_hand(chain, SCORES[metric])
     np.testing.assert_allclose(result.matrix, expected, atol=1e-6)
     assert np.ptp(expected[np.tril_indices(3)]) > 0.05  # the pairs do differ
-    assert result.metric == metric and result.incomparable == ()
+    assert result.metric == metric and result.incomparable == () and result.notes == ()
     assert result.tasks == ("0", "1", "2") and result.replaced == (False, True, False)
 
 
 def test_every_metric_has_an_oracle_here():
-    assert set(METRICS) == set(SCORES)
+    assert set(metrics.names()) == set(SCORES)
+
+
+def test_several_metrics_at_once_are_the_same_as_one_by_one(chain, extractions):
+    results = evaluate(chain, QUERY, GALLERY, metrics=list(SCORES))
+    assert extractions == [0, 0, 1, 1, 2, 2]
+    assert list(results) == list(SCORES) and len(results) == len(SCORES)
+    for name in SCORES:
+        alone = evaluate(chain, QUERY, GALLERY, metrics=[name])
+        np.testing.assert_array_equal(results[name].matrix, alone.matrix)
+        assert results[name].scores.keys() == alone[name].scores.keys()
+        for pair, scores in alone[name].scores.items():
+            np.testing.assert_array_equal(results[name].scores[pair], scores)
+        assert results[name].unit == metrics.get(name).unit
+    assert results.main is results["identification"]
+    assert results.average_compatibility == results.main.average_compatibility
+    np.testing.assert_array_equal(results.matrix, results.main.matrix)
+
+
+@pytest.mark.parametrize("metric", SCORES)
+def test_the_matrix_is_the_mean_of_the_scores_of_all_queries(chain, metric):
+    result = evaluate(chain, QUERY, GALLERY, metrics=metric)[metric]
+    assert set(result.scores) == {(t, k) for t in range(3) for k in range(t + 1)}
+    for (t, k), scores in result.scores.items():
+        assert scores.shape == (len(QUERY),) and scores.dtype == np.float64
+        assert ((scores >= 0) & (scores <= 1)).all()
+        assert result.matrix[t, k] == scores.mean()
+    assert np.array_equal(np.triu(result.matrix, 1), np.zeros((3, 3)))
+    assert "scores" not in result.summary() and "scores" not in repr(result)
+
+
+def test_a_metric_of_ones_own_is_given_as_an_object(chain):
+    def score(queries, galleries):
+        return np.stack([(queries.features @ features.T).max(axis=1) for features, _ in galleries])
+
+    own = metrics.Metric("nearest", "mean similarity of the nearest", score)
+    results = evaluate(chain, QUERY, GALLERY, metrics=[own, "map"])
+    expected = by_hand(chain, lambda q, _, g, __: (q @ g.T).max(axis=1).mean())
+    np.testing.assert_allclose(results.matrix, expected, atol=1e-6)
+    assert results.main.unit == "mean similarity of the nearest"
+    np.testing.assert_array_equal(
+        results["map"].matrix, evaluate(chain, QUERY, GALLERY, metrics="map").matrix
+    )
 
 
 def test_each_version_embeds_twice(chain, extractions):
@@ -92,10 +149,99 @@ def test_each_version_embeds_twice(chain, extractions):
     assert extractions == [0, 0, 1, 1, 2, 2]
 
 
+# The same pictures in query and gallery
+
+
+def identified_without(scores, own, query_label, gallery_labels, features):
+    """Whether the nearest template, of pictures without the query's own, is of its class."""
+    query, gallery = features
+    kept = [n for n in range(len(gallery)) if n != own]
+    best, found = -np.inf, None
+    for label in sorted({gallery_labels[n] for n in kept}):
+        mean = np.mean([gallery[n] for n in kept if gallery_labels[n] == label], axis=0)
+        score = float(query @ mean) / float(np.linalg.norm(mean))
+        if score > best:
+            best, found = score, label
+    return float(found == query_label)
+
+
+def recalled_without(k):
+    def score(scores, own, query_label, gallery_labels, _):
+        kept = [n for n in np.argsort(-scores, kind="stable") if n != own]
+        return float(any(gallery_labels[n] == query_label for n in kept[:k]))
+
+    return score
+
+
+def precision_without(scores, own, query_label, gallery_labels, _):
+    kept = [n for n in range(len(scores)) if n != own]
+    precisions = []
+    for n in kept:
+        if gallery_labels[n] == query_label:
+            above = [m for m in kept if scores[m] >= scores[n]]
+            precisions.append(np.mean([gallery_labels[m] == query_label for m in above]))
+    return np.mean(precisions)
+
+
+WITHOUT_SELF = {
+    "identification": identified_without,
+    "recall@1": recalled_without(1),
+    "recall@5": recalled_without(5),
+    "map": precision_without,
+}
+OVERLAPS = {
+    "the same": (QUERY, QUERY),
+    "the same in another order": (QUERY, QUERY.select([0, 1, 2, 3]).per_class(9)),
+    "queries among others": (GALLERY, BOTH),
+    "a part of the queries": (BOTH, GALLERY),
+}
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_a_picture_in_query_and_gallery_is_not_its_own_answer(chain, overlap):
+    query, gallery = OVERLAPS[overlap]
+    of_gallery = {image.tobytes(): n for n, image in enumerate(gallery.images)}
+    own = [of_gallery.get(image.tobytes(), -1) for image in query.images]
+    results = evaluate(chain, query, gallery, metrics=list(WITHOUT_SELF), versions=[0, 1])
+    asking, answering = (
+        [embed(chain[n], part.images).astype(np.float64) for n in (0, 1)]
+        for part in (query, gallery)
+    )
+    for name, oracle in WITHOUT_SELF.items():
+        for (t, k), got in results[name].scores.items():
+            g = answering[k]
+            expected = [
+                oracle(q @ g.T, own[i], query.labels[i], gallery.labels, (q, g))
+                for i, q in enumerate(asking[t])
+            ]
+            np.testing.assert_allclose(got, expected, atol=1e-6, err_msg=f"{name} {t} {k}")
+        inside = sum(n >= 0 for n in own)
+        note = f"{inside} of {len(own)} query pictures are in the gallery: each leaves itself out."
+        assert 0 < inside <= len(own) and results[name].notes == (note,)
+        assert note in str(results[name]) and note in results[name].summary()["notes"]
+
+
+def test_queries_whose_only_match_is_themselves_are_left_out(chain):
+    lonely = np.flatnonzero(GALLERY.labels == 0)[1:]
+    keep = np.setdiff1d(np.arange(len(GALLERY)), lonely)
+    gallery = Dataset(GALLERY.images[keep], GALLERY.labels[keep], GALLERY.class_names)
+    results = evaluate(chain, gallery, gallery, metrics=["identification", "recall@1", "map"])
+    alone = gallery.labels == 0
+    for name in ("recall@1", "map"):
+        for (t, k), scores in results[name].scores.items():
+            np.testing.assert_array_equal(np.isnan(scores), alone)
+            assert results[name].matrix[t, k] == scores[~alone].mean()
+    for scores in results["identification"].scores.values():
+        assert scores[alone].tolist() == [0.0]  # its class has no template: wrong
+
+
+# The cache
+
+
 def test_what_is_cached_is_not_computed_again(chain, extractions, tmp_path):
-    first = evaluate(chain, QUERY, GALLERY, cache=tmp_path)
+    first = evaluate(chain, QUERY, GALLERY, session=cached(tmp_path))
     assert len(extractions) == 6
-    again = evaluate(chain, QUERY, GALLERY, cache=tmp_path)
+    again = evaluate(chain, QUERY, GALLERY, session=cached(tmp_path))
     assert len(extractions) == 6
     np.testing.assert_array_equal(first.matrix, again.matrix)
     np.testing.assert_array_equal(first.matrix, evaluate(chain, QUERY, GALLERY).matrix)
@@ -103,9 +249,10 @@ def test_what_is_cached_is_not_computed_again(chain, extractions, tmp_path):
 
 def test_a_stopped_evaluation_goes_on_where_it_was(chain, extractions, tmp_path):
     with pytest.raises(Stopped):
-        evaluate(chain, QUERY, GALLERY, cache=tmp_path, should_stop=lambda: len(extractions) >= 4)
+        stopping = cached(tmp_path, should_stop=lambda: len(extractions) >= 4)
+        evaluate(chain, QUERY, GALLERY, session=stopping)
     assert extractions == [0, 0, 1, 1]
-    result = evaluate(chain, QUERY, GALLERY, cache=tmp_path)
+    result = evaluate(chain, QUERY, GALLERY, session=cached(tmp_path))
     assert extractions == [0, 0, 1, 1, 2, 2]
     np.testing.assert_array_equal(result.matrix, evaluate(chain, QUERY, GALLERY).matrix)
 
@@ -115,33 +262,70 @@ def test_a_killed_evaluation_goes_on_where_it_was(chain, monkeypatch, tmp_path):
     for moment in (1, 3, 4):
         calls = []
 
-        def killed(*arguments, moment=moment, calls=calls):
+        def killed(*arguments, moment=moment, calls=calls, **options):
             if len(calls) == moment:
                 raise KeyboardInterrupt
             calls.append(arguments)
-            return extract(*arguments)
+            return embed(*arguments, **options)
 
+        session = cached(tmp_path / str(moment))
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(evaluation, "extract", killed)
-            evaluate(chain, QUERY, GALLERY, cache=tmp_path / str(moment))
-        result = evaluate(chain, QUERY, GALLERY, cache=tmp_path / str(moment))
+            patch.setattr(evaluation, "embed", killed)
+            evaluate(chain, QUERY, GALLERY, session=session)
+        result = evaluate(chain, QUERY, GALLERY, session=session)
         np.testing.assert_array_equal(result.matrix, whole.matrix)
 
 
 def test_the_cache_knows_what_its_numbers_were_made_of(chain, extractions, tmp_path):
-    part = evaluate(chain, QUERY, GALLERY, numbers=[0, 2], cache=tmp_path)
-    whole = evaluate(chain, QUERY, GALLERY, cache=tmp_path)
+    session = cached(tmp_path)
+    part = evaluate(chain, QUERY, GALLERY, versions=[0, 2], session=session)
+    whole = evaluate(chain, QUERY, GALLERY, session=session)
     np.testing.assert_array_equal(part.matrix, whole.matrix[np.ix_([0, 2], [0, 2])])
     np.testing.assert_array_equal(whole.matrix, evaluate(chain, QUERY, GALLERY).matrix)
     for other in (
-        {"metric": "map"},
+        {"metrics": "map"},
         {"dtype": "bfloat16"},
         {"query": tiny.dataset(classes=4, per_class=9, seed=3, name="retrieval")},
+        {"gallery": tiny.dataset(classes=4, per_class=5, seed=3, name="retrieval")},
     ):
         before = len(extractions)
-        arguments = {"query": QUERY, "gallery": GALLERY, "cache": tmp_path, **other}
-        evaluate(chain, numbers=[0], **arguments)
+        arguments = {"query": QUERY, "gallery": GALLERY, "session": session, **other}
+        evaluate(chain, versions=[0], **arguments)
         assert len(extractions) == before + 2
+
+
+def test_a_cache_file_that_was_altered_or_cut_is_made_again(chain, tmp_path, caplog):
+    session, chosen = cached(tmp_path), {"metrics": ["identification", "map"], "versions": [1, 2]}
+    whole = evaluate(chain, QUERY, GALLERY, session=session, **chosen)
+    files = sorted(tmp_path.iterdir())
+    kinds = {file.name.partition("-")[0] for file in files}
+    assert kinds == {"gallery0001", "gallery0002", "row0001", "row0002"} and len(files) == 8
+    for number, file in enumerate(files):
+        content = file.read_bytes()
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        others = (content[:-1], b"", files[number - 1].read_bytes(), b"x" + content, flipped)
+        for broken in others if number < 2 else others[-1:]:
+            file.write_bytes(broken)
+            caplog.clear()
+            with caplog.at_level(logging.WARNING):
+                again = evaluate(chain, QUERY, GALLERY, session=session, **chosen)
+            messages = [record.getMessage() for record in caplog.records]
+            assert messages == [f"{file} was altered or cut off: made again"]
+            assert file.read_bytes() == content
+            for name in whole:
+                np.testing.assert_array_equal(again[name].matrix, whole[name].matrix)
+
+
+def test_a_cache_is_found_below_the_home_folder(chain, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    evaluate(chain, QUERY, GALLERY, versions=[0], session=cached("~/cache"))
+    assert len(list((tmp_path / "home" / "cache").iterdir())) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["home"]
+
+
+# Chains that are not of one size, not whole, or chosen from
 
 
 def test_features_of_other_sizes_count_as_nothing_and_are_listed(tmp_path):
@@ -155,33 +339,68 @@ def test_features_of_other_sizes_count_as_nothing_and_are_listed(tmp_path):
             backbone_arguments={"width": width},
         )
         chain.add(tiny.variables(record, seed=task), record)
-    result = evaluate(chain, QUERY, GALLERY, cache=tmp_path / "cache")
+    session = cached(tmp_path / "cache")
+    result = evaluate(chain, QUERY, GALLERY, session=session).main
     assert result.incomparable == ((1, 0), (2, 1))
     assert result.matrix[1, 0] == 0 and result.matrix[2, 1] == 0
     assert (result.matrix[[0, 1, 2, 2], [0, 1, 2, 0]] > 0).all()
-    again = evaluate(chain, QUERY, GALLERY, cache=tmp_path / "cache")
+    assert set(result.scores) == {(0, 0), (1, 1), (2, 0), (2, 2)}
+    assert result.notes == ("2 pairs have features of different sizes and count as 0.",)
+    again = evaluate(chain, QUERY, GALLERY, session=session).main
     assert again.incomparable == result.incomparable
     assert json.loads(json.dumps(result.summary()))["incomparable"] == [[1, 0], [2, 1]]
 
 
 def test_the_versions_of_a_chain_may_be_chosen(chain):
     whole = evaluate(chain, QUERY, GALLERY).matrix
-    last = evaluate(chain, QUERY, GALLERY, numbers=[2])
+    last = evaluate(chain, QUERY, GALLERY, versions=[2]).main
     np.testing.assert_array_equal(last.matrix, whole[2:, 2:])
     assert last.summary()["backward_compatibility"] is None
     assert last.summary()["average_accuracy"] == pytest.approx(whole[2, 2])
 
 
-def test_mistakes_are_told_before_anything_is_embedded(chain, extractions):
-    with pytest.raises(UserError, match=r"unknown metric 'recall@2'\. Did you mean 'recall@1'\?"):
-        evaluate(chain, QUERY, GALLERY, "recall@2")
+def test_a_chain_with_a_gap_is_refused_unless_versions_are_chosen(chain, tmp_path, extractions):
+    holes = Chain(tmp_path / "chain")
+    for number in (0, 2, 3):
+        version = chain.open(min(number, 2))
+        holes.add(version.variables, version.record, number)
+    with pytest.raises(
+        UserError, match=r"lacks 1 of its versions 0\.\.3: restore them, or name the"
+    ):
+        evaluate(holes, QUERY, GALLERY)
+    assert extractions == []
+    chosen = evaluate(holes, QUERY, GALLERY, versions=[0, 2]).matrix
+    np.testing.assert_array_equal(chosen, evaluate(chain, QUERY, GALLERY, versions=[0, 2]).matrix)
+
+
+def test_mistakes_are_refused_before_anything_is_embedded(chain, extractions):
+    for name in ("recall@0", "recall@01", "recall@-1", "recall", "recal@1"):
+        with pytest.raises(UserError, match=rf"unknown metric '{name}'\..* Valid: identification,"):
+            evaluate(chain, QUERY, GALLERY, metrics=name)
+    with pytest.raises(UserError, match=r"unknown metric 'recal@1'\. Did you mean 'recall@1'\?"):
+        evaluate(chain, QUERY, GALLERY, metrics=["map", "recal@1"])
+    with pytest.raises(UserError, match="no metric: name at least one"):
+        evaluate(chain, QUERY, GALLERY, metrics=[])
     with pytest.raises(UserError, match="query and gallery have different classes"):
         evaluate(chain, QUERY, tiny.dataset(classes=4, name="other"))
-    with pytest.raises(UserError, match=r"version 0 embeds uint8 images of shape \(8, 8, 3\)"):
+    with pytest.raises(UserError, match="no version 5"):
+        evaluate(chain, QUERY, GALLERY, versions=[5])
+    assert extractions == []
+    with pytest.raises(
+        UserError,
+        match=r"version 0 embeds uint8 images of shape \[n, 8, 8, 3\], got uint8 \[64, 16",
+    ):
         large = tiny.dataset(classes=4, size=16, name="retrieval")
         evaluate(chain, large, large)
-    with pytest.raises(UserError, match="no version 5"):
-        evaluate(chain, QUERY, GALLERY, numbers=[5])
+    with pytest.raises(UserError, match=r"got float32 \[36, 8, 8, 3\]: convert or resize them"):
+        embed(chain[0], QUERY.images.astype(np.float32))
+
+
+def test_recall_takes_any_number_of_neighbours(chain):
+    result = evaluate(chain, QUERY, GALLERY, metrics="recall@3")
+    np.testing.assert_allclose(result.matrix, by_hand(chain, recall_oracle(3)), atol=1e-6)
+    with pytest.raises(UserError, match=r"k=21 neighbours of a gallery of 20 rows: choose k in 1"):
+        evaluate(chain, QUERY, GALLERY, metrics="recall@21")
 
 
 # The report
@@ -216,10 +435,44 @@ def test_the_table_marks_replacements_and_incompatible_pairs():
     )
 
 
+def test_a_result_prints_its_matrix_what_it_means_and_what_a_replacement_did():
+    result = dataclasses.replace(RESULT, method="hoc", notes=("3 of 4 are noted.",))
+    assert str(result) == (
+        "d-Simplex-HOC: identification %, rows = query version, columns = gallery version "
+        "(* model replaced, x not compatible)\n"
+        "             0       1       2       3\n"
+        "   0    50.00 \n"
+        "   1    55.00   60.00 \n"
+        "   2    50.00x  61.00   70.00 \n"
+        "   3*   10.00x   0.00x  12.30x  80.00 \n"
+        "AC 0.33   AA 44.83\n"
+        "3 of 4 are noted.\n"
+        "AC: in 2 of 6 pairs, queries of the newer version do better on the older version's gallery "
+        "than the older version itself. AA: mean of all cells.\n"
+        "d-Simplex-HOC: after a replacement, queries of the new model find 7 % in galleries that "
+        "older models embedded (the new models' own galleries: 80 %)."
+    )
+    assert str(FINE).splitlines()[0].startswith("map %, rows = query version")
+    assert "after a replacement" not in str(FINE)
+    both = evaluation.Evaluations([result, FINE])
+    assert str(both) == f"{result}\n\n{FINE}"
+
+
+def test_the_mean_of_all_cells_is_what_it_says(chain):
+    result = evaluate(chain, QUERY, GALLERY).main
+    cells = result.matrix[np.tril_indices(3)]
+    assert f"AA {100 * cells.mean():.2f}" in str(result)
+    better = [result.matrix[t, k] > result.matrix[k, k] for t in range(3) for k in range(t)]
+    assert f"AC: in {sum(better)} of 3 pairs" in str(result)
+    assert f"AC {np.mean(better):.2f}" in str(result)
+    assert str(cj.evaluate(chain, QUERY, GALLERY)) == str(result)
+
+
 def test_one_version_alone_has_no_compatibility():
     alone = Evaluation("map", np.array([[0.4]]), ("0",), (False,))
     assert report.table({"er": alone}).splitlines()[-1] == "AC -   AA 40.00"
     assert alone.summary()["backward_compatibility"] is None
+    assert str(alone).endswith("One version alone has no older gallery to be compatible with.")
 
 
 def test_the_sentence_says_what_a_replacement_does_to_old_galleries():
@@ -230,7 +483,7 @@ def test_the_sentence_says_what_a_replacement_does_to_old_galleries():
     )
     assert report.sentence({"hoc": FINE}) == ""
     np.testing.assert_allclose(
-        report.across_replacements(RESULT.matrix, RESULT.replaced), [0.1, 0.0, 0.123]
+        evaluation.across_replacements(RESULT.matrix, RESULT.replaced), [0.1, 0.0, 0.123]
     )
 
 

@@ -1,17 +1,16 @@
 """BatchNorm folded into the kernels: the same features with fewer operations."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from networks import BACKBONES
 
-from compat_jax import models
-from compat_jax.methods import build_embedder, get_method
+from compat_jax.models import Backbone, Embedder
 from compat_jax.models import conv as forms
 from compat_jax.models.fold import fold_batch_norm
 
-# backbone, arguments, image side, how many normalisations are left
+# Backbones with BatchNorm: arguments, image side, number of normalisations left
 CASES = {
     "regnet_y_400mf": ({}, 16, 0),
     "resnet18": ({}, 32, 0),
@@ -23,7 +22,7 @@ CASES = {
 
 
 def test_all_backbones_are_here():
-    assert {*models.BACKBONES} - {*CASES} == {"vit_s16", "vit_ti16"}  # without BatchNorm
+    assert {*BACKBONES} - {*CASES} == {"vit_s16", "vit_ti16"}  # without BatchNorm
 
 
 @pytest.mark.parametrize(
@@ -36,11 +35,9 @@ def test_all_backbones_are_here():
     ],
 )
 def test_features_are_the_same_with_fewer_normalisations(name, monkeypatch):
-    monkeypatch.setattr(forms, "_cpu_form", lambda *_: "native")  # the quickest to compile
+    monkeypatch.setattr(forms, "cpu_form", lambda *_: "native")  # the quickest to compile
     arguments, side, left = CASES[name]
-    network = build_embedder(
-        get_method("hoc"), models.create_backbone(name, arguments), 16, None, jnp.float32
-    )
+    network = Embedder(Backbone(name, arguments).build(), projection_size=15)
     shape = (side, side, 3)
     variables = tiny.variables(
         tiny.record(backbone=name, backbone_arguments=arguments, image_shape=shape)
@@ -65,13 +62,7 @@ def test_features_are_the_same_with_fewer_normalisations(name, monkeypatch):
 
 
 def test_variables_are_not_changed():
-    network = build_embedder(
-        get_method("hoc"),
-        models.create_backbone("resnet_small", {"width": 4}),
-        16,
-        None,
-        jnp.float32,
-    )
+    network = Embedder(Backbone("resnet_small", {"width": 4}).build(), projection_size=15)
     variables = tiny.variables(
         tiny.record(backbone="resnet_small", backbone_arguments={"width": 4})
     )

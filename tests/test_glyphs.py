@@ -1,17 +1,22 @@
-"""The embedded data set: which characters it has, and how their pictures are drawn and kept."""
+"""The embedded data set: its characters, how their pictures are drawn, and their cache."""
 
 import logging
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from compat_jax import meter
 from compat_jax.data import glyphs
 from compat_jax.errors import UserError
 
 
 @pytest.fixture(scope="session")
 def names(tmp_path_factory):
-    """The class list, computed once: later calls in this process take it from memory."""
+    """The class list, computed once; later calls in this process take it from memory."""
     return glyphs.class_names(cache_dir=tmp_path_factory.mktemp("names"))
 
 
@@ -21,12 +26,23 @@ def own_cache(names, tmp_path, monkeypatch):
     return tmp_path / "glyphs"
 
 
-def draw(classes=(0, 1, 2), count=4, look="photo", seed=7, **settings):
-    return glyphs.render(classes, count, look=look, seed=seed, **settings)
+def draw(classes=(0, 1, 2), count=4, look="photo", *, seed=7, **settings):
+    where = {
+        name: settings.pop(name) for name in ("size", "cache_dir", "progress") & settings.keys()
+    }
+    return glyphs.render(classes, count, glyphs.Style(look, **settings), seed=seed, **where)
 
 
-def must_not_be_called(*_):
-    raise AssertionError("drawn again")
+@pytest.fixture
+def no_drawing(monkeypatch):
+    def transform(*_):
+        raise AssertionError("drawn again")
+
+    return lambda: monkeypatch.setattr(Image.Image, "transform", transform)
+
+
+def warnings(caplog):
+    return [record.getMessage() for record in caplog.records]
 
 
 def test_about_2500_different_characters(names):
@@ -102,7 +118,7 @@ def test_seed_look_and_picture_number_each_change_the_picture():
 def test_a_picture_depends_on_no_other(monkeypatch):
     alone = draw([9], 3).images
     np.testing.assert_array_equal(draw([2, 9, 4], 5).images[5:8], alone)
-    monkeypatch.setattr(glyphs, "_CHUNK", 2)
+    monkeypatch.setattr(glyphs, "CHUNK", 2)
     np.testing.assert_array_equal(draw([9, 1], 3).images[:3], alone)
 
 
@@ -116,23 +132,25 @@ def test_photo_share_spreads_photos_over_each_class():
     assert is_photo[0, :4].any() and is_photo[0, 4:7].any() and is_photo[0, 7:].any()
 
 
-def test_second_call_reads_the_cache(monkeypatch):
+def test_second_call_reads_the_cache(no_drawing):
     first = draw().images
-    monkeypatch.setattr(glyphs, "_draw_all", must_not_be_called)
+    no_drawing()
     np.testing.assert_array_equal(draw().images, first)
+    with pytest.raises(AssertionError, match="drawn again"):
+        draw(seed=8)
 
 
-def test_clean_print_is_not_drawn_again_for_another_strength(monkeypatch):
+def test_clean_print_is_not_drawn_again_for_another_strength(no_drawing):
     first = draw(look="print", strength=1.0).images
-    monkeypatch.setattr(glyphs, "_draw_all", must_not_be_called)
+    no_drawing()
     np.testing.assert_array_equal(draw(look="print", strength=0.5).images, first)
 
 
 @pytest.mark.parametrize("kind", ["images", "classes"])
-@pytest.mark.parametrize("damage", ["truncated", "changed byte", "empty", "other file"])
-def test_a_damaged_cache_file_is_made_again(names, own_cache, kind, damage):
+@pytest.mark.parametrize("damage", ["truncated", "changed byte", "empty", "other file", "longer"])
+def test_a_damaged_cache_file_is_made_again(names, own_cache, kind, damage, caplog):
     first = draw().images
-    (path,) = own_cache.glob(f"{kind}-*.npz")
+    (path,) = own_cache.glob(f"{kind}-*")
     good = path.read_bytes()
     middle = len(good) // 2
     path.write_bytes(
@@ -140,13 +158,104 @@ def test_a_damaged_cache_file_is_made_again(names, own_cache, kind, damage):
             "truncated": good[:middle],
             "changed byte": good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :],
             "empty": b"",
-            "other file": b"no archive at all",
+            "other file": b"no array at all",
+            "longer": good + b"more",
         }[damage]
     )
-    np.testing.assert_array_equal(draw().images, first)
-    assert path.read_bytes() != b"" and np.load(path)["value"].size > 0
+    with caplog.at_level(logging.WARNING):
+        np.testing.assert_array_equal(draw().images, first)
+    (warning,) = warnings(caplog)
+    assert str(path) in warning and "making it again" in warning and "\n" not in warning
+    assert path.read_bytes() == good
     assert glyphs.class_names() == names
-    assert [p.suffix for p in own_cache.iterdir()] == [".npz", ".npz"]
+    assert len(list(own_cache.iterdir())) == 2
+
+
+def test_no_byte_of_a_cache_file_can_change_unnoticed(own_cache, caplog):
+    first = draw([0], 1, size=8).images
+    (path,) = own_cache.glob("images-*")
+    good = path.read_bytes()
+    rng = np.random.default_rng(0)
+    places = rng.choice(len(good), 100, replace=False).tolist()
+    for place in places:
+        changed = bytearray(good)
+        changed[place] ^= 1 << rng.integers(8)
+        path.write_bytes(changed)
+        np.testing.assert_array_equal(draw([0], 1, size=8).images, first)
+        assert path.read_bytes() == good
+    assert len(warnings(caplog)) == len(places)
+
+
+def test_a_cache_file_in_the_place_of_another_is_made_again(own_cache, caplog):
+    """Both files are whole, but each is of the other's pictures."""
+    first = draw(seed=1).images
+    (path,) = own_cache.glob("images-*")
+    second = draw(seed=2).images
+    (other,) = set(own_cache.glob("images-*")) - {path}
+    content = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        np.testing.assert_array_equal(draw(seed=1).images, first)
+        np.testing.assert_array_equal(draw(seed=2).images, second)
+    assert ["SHA-256" in warning for warning in warnings(caplog)] == [True, True]
+
+
+def test_a_pipe_in_the_place_of_a_cache_file_does_not_block(own_cache):
+    first = draw().images
+    (path,) = own_cache.glob("images-*")
+    path.unlink()
+    os.mkfifo(path)
+    np.testing.assert_array_equal(draw().images, first)
+    assert path.is_file()
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed(own_cache):
+    own_cache.mkdir(parents=True)
+    old, new = own_cache / "a.tmp", own_cache / "b.tmp"
+    for path in (old, new):
+        path.write_bytes(b"unfinished")
+    os.utime(old, (0, 0))
+    draw()
+    assert not old.exists() and new.exists()
+
+
+def test_without_a_home_folder_pictures_are_drawn_without_a_cache(monkeypatch, caplog):
+    expected = draw().images
+    monkeypatch.delenv("COMPAT_JAX_CACHE")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with caplog.at_level(logging.WARNING):
+        np.testing.assert_array_equal(draw().images, expected)
+    assert warnings(caplog) == ["glyphs: no home folder to keep a cache in: set COMPAT_JAX_CACHE"]
+
+
+def test_the_cache_may_be_below_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    draw(cache_dir="~/cache")
+    assert list((tmp_path / "home" / "cache" / "glyphs").glob("images-*"))
+
+
+def test_the_matplotlib_backend_of_a_notebook_does_no_harm(names, tmp_path):
+    """A notebook sets MPLBACKEND to a module of its own; importing matplotlib would fail."""
+    program = (
+        "import sys\n"
+        "from compat_jax.data import glyphs\n"
+        "images = glyphs.render([0], 2, glyphs.Style('photo'), seed=7).images\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "print(glyphs.class_names()[:50], images.tobytes().hex())\n"
+    )
+    environment = {
+        **os.environ,
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "COMPAT_JAX_CACHE": str(tmp_path / "new"),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "PYTHONUTF8": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{names[:50]} {draw([0], 2).images.tobytes().hex()}"
 
 
 def test_an_unwritable_cache_is_one_logged_line(tmp_path, caplog):
@@ -155,7 +264,7 @@ def test_an_unwritable_cache_is_one_logged_line(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         images = draw(cache_dir=blocked).images
     np.testing.assert_array_equal(images, draw().images)
-    assert [("COMPAT_JAX_CACHE" in record.getMessage()) for record in caplog.records] == [True]
+    assert ["COMPAT_JAX_CACHE" in warning for warning in warnings(caplog)] == [True]
 
 
 def test_every_class_can_be_drawn_at_an_extreme_strength(names):
@@ -164,13 +273,12 @@ def test_every_class_can_be_drawn_at_an_extreme_strength(names):
     assert np.ptp(images) == 255
 
 
-def test_bar_only_for_many_pictures(capsys, monkeypatch):
-    monkeypatch.setattr(glyphs, "_BAR_FROM", 5)
-    draw([0], 4, progress=True)
+def test_progress_is_shown_where_it_is_asked_for(capsys, monkeypatch):
+    monkeypatch.setattr(meter, "SECONDS", 0)
     draw([0], 6)
     assert capsys.readouterr().err == ""
     draw([0], 7, progress=True)
-    assert "rendering glyphs" in capsys.readouterr().err
+    assert "drawing glyphs: 7 of 7 pictures" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -181,10 +289,13 @@ def test_bar_only_for_many_pictures(capsys, monkeypatch):
         ({"look": "foto"}, "unknown look 'foto'. Did you mean 'photo'.*photo, print"),
         ({"count": 0}, "images_per_class is 0: use 1 or more"),
         ({"size": 7}, "size is 7 pixels: use 8 or more"),
-        ({"look": "print", "photo_share": 1.5}, "photo_share is 1.5: use a share from 0 to 1"),
+        (
+            {"look": "print", "photo_share": 1.5},
+            "photo_share must be at least 0 and at most 1, got 1.5",
+        ),
         ({"photo_share": 0.5}, "photo_share is 0.5, but every picture is a photo"),
-        ({"strength": -1.0}, "strength is -1.0: use 0 or more"),
-        ({"noise": float("nan")}, "noise is nan: use 0 or more"),
+        ({"strength": -1.0}, "strength must be at least 0, got -1.0"),
+        ({"noise": float("nan")}, "noise must be a finite number, got nan"),
     ],
 )
 def test_mistakes_are_named(settings, message):

@@ -16,11 +16,9 @@ from test_backbones import quick_jit, relative_error
 from tiny import one_device
 
 from compat_jax.data.augment import Preprocess
-from compat_jax.methods import LossSettings, build_embedder, get_method
-from compat_jax.models import BACKBONES
-from compat_jax.train.optimizer import OptimizerSettings
-from compat_jax.train.state import TaskInfo
-from compat_jax.train.step import Trainer
+from compat_jax.methods import FixedSimplex, hoc
+from compat_jax.models import resnet18
+from compat_jax.training import Sgd, TaskInfo, Trainer
 
 GOLDEN = Path(__file__).parent / "golden"
 # Inputs and float32 losses as recorded; the same steps of the reference's own modules in float64.
@@ -40,27 +38,26 @@ def test_five_steps_give_the_losses_and_features_of_the_reference(decay):
 
 def five_steps(decay):
     """Losses of the steps, and features of four pictures after them."""
-    method = get_method("hoc")
+    head = FixedSimplex(K, "descending")
     trainer = Trainer(
-        build_embedder(method, BACKBONES["resnet18"](dtype=jnp.float64), K, None, jnp.float64),
-        method,
-        LossSettings(lam=0.1, mu=10.0, same_class="as_coded"),
-        OptimizerSettings(lr=0.01, min_lr=0.0, schedule="constant", decay=decay),
-        Preprocess((0.5,) * 3, (0.5,) * 3),
-        K,
-        "descending",
-        one_device(),
+        embedder=head.embedder(resnet18(dtype=jnp.float64), jnp.float64),
+        head=head,
+        method=hoc(lam=0.1, mu=10.0, same_class="as_coded"),
+        optimizer=Sgd(lr=0.01, min_lr=0.0, schedule="constant", decay=decay),
+        preprocess=Preprocess((0.5,) * 3, (0.5,) * 3),
+        mesh=one_device(),
     )
     old, new = (
         jax.tree.map(np.float64, reference_variables(trainer.embedder, tag))
         for tag in ("old", "new")
     )
-    state = trainer.create_state(new, TaskInfo.create(0, 0, 1, 5, K))
+    info = TaskInfo.create(0, 0, epochs=1, steps_per_epoch=5, num_seen=K)
+    state = trainer.create_state(new, info)
     images = RECORDED[f"{decay}/images_nchw"].transpose(0, 1, 3, 4, 2).astype(np.float64)
     labels = RECORDED[f"{decay}/labels"].astype(np.int32)
     update, losses = quick_jit(trainer.update), []
     for step in range(5):
-        state, metrics = update(state, images[step], labels[step], old)
+        state, metrics = update(state, (images[step], labels[step]), {"previous": old})
         losses.append(float(metrics.loss))
     evaluate = quick_jit(lambda v, x: trainer.embedder.apply(v, x, train=False).features)
     return losses, np.asarray(evaluate(state.variables, PICTURES.astype(np.float64)))

@@ -5,17 +5,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import assert_same_bits, network, random_variables, renamed
+from networks import BACKBONES, assert_same_bits, network, random_variables, renamed
 from reference_weights import zero_variables
 
 from compat_jax import simplex
 from compat_jax.errors import UserError
-from compat_jax.interop import from_torch, is_bare, to_torch
-from compat_jax.interop.weights import unwrap
-from compat_jax.models import BACKBONES
-
-WHY = "PyTorch is not installed: pip install -e '.[torch]'"
-
+from compat_jax.interop import Misfit, from_torch, is_bare, to_torch
+from compat_jax.interop.weights import overlap
 
 # --- names and layouts
 
@@ -72,7 +68,7 @@ def test_layouts():
     stem = variables["params"]["backbone"]["conv1"]["kernel"]
     assert state["backbone.conv1.weight"].shape == (64, 3, 7, 7)
     assert state["backbone.conv1.weight"][60, 2, 1, 5] == stem[1, 5, 2, 60]
-    projection = variables["params"]["fc1"]["kernel"]
+    projection = variables["params"]["projection"]["kernel"]
     assert state["fc1.weight"].shape == (9, 512)
     assert state["fc1.weight"][8, 500] == projection[500, 8]
     block = variables["batch_stats"]["backbone"]["layer4_1"]["bn2"]
@@ -85,15 +81,28 @@ def test_layouts():
 
 
 @pytest.mark.parametrize(
-    ("backbone", "head"), [*((name, None) for name in sorted(BACKBONES)), ("resnet_small", 6)]
+    ("backbone", "head"), [*((name, None) for name in BACKBONES), ("resnet_small", 6)]
 )
 def test_a_round_trip_returns_the_same_bits(backbone, head):
-    embedder = network(backbone, None if head else 9, head)
+    embedder = network(backbone, projection=None if head else 9, head=head)
     variables = random_variables(embedder)
     state = to_torch(variables)
     back = from_torch(state, zero_variables(embedder))
     assert_same_bits(back, variables)
     assert_same_bits(to_torch(back), state)
+
+
+def test_only_the_layers_of_the_embedder_itself_are_renamed():
+    """A ViT's own fc1 and fc2 stay, and so would a projection or head inside a backbone."""
+    variables = random_variables(network("vit_ti16", head=6))
+    state = to_torch(variables)
+    own = variables["params"]
+    np.testing.assert_array_equal(state["fc1.weight"], own["projection"]["kernel"].T)
+    np.testing.assert_array_equal(state["fc2.weight"], own["head"]["kernel"].T)
+    inner = own["backbone"]["blocks_3"]["mlp"]["fc1"]["kernel"]
+    np.testing.assert_array_equal(state["backbone.blocks.3.mlp.fc1.weight"], inner.T)
+    inside = {"params": {"backbone": {"head": {"kernel": np.zeros((2, 3), np.float32)}}}}
+    assert set(to_torch(inside)) == {"backbone.head.weight"}
 
 
 # --- the classifier
@@ -112,14 +121,14 @@ def test_a_fixed_classifier_may_be_missing_but_not_another():
     assert_same_bits(from_torch(state, template), variables)
     with pytest.raises(UserError, match="not the fixed simplex"):
         from_torch(state | {"fc2.weight": prototypes[::-1]}, template)
-    with pytest.raises(UserError, match=r"shape \(12, 11\).*num_classes=10"):
+    with pytest.raises(UserError, match=r"shape \(12, 11\).*num_prototypes=10"):
         from_torch(state | {"fc2.weight": np.zeros((12, 11), np.float32)}, template)
 
 
 def test_a_learnable_classifier_is_written_for_the_classes_seen():
     embedder = network(projection=None, head=6)
     variables = random_variables(embedder)
-    kernel = variables["params"]["fc2"]["kernel"]
+    kernel = variables["params"]["head"]["kernel"]
     state = to_torch(variables, classes_seen=4)
     np.testing.assert_array_equal(state["fc2.weight"], kernel[:, :4].T)
     assert "fc1.weight" not in state
@@ -155,14 +164,48 @@ def test_a_backbone_alone_leaves_the_projection_as_it_is(backbone, classifier):
     back = from_torch(state, template)
     assert_same_bits(back["params"]["backbone"], variables["params"]["backbone"])
     assert_same_bits(back["batch_stats"], variables["batch_stats"])
-    assert_same_bits(back["params"]["fc1"], template["params"]["fc1"])
+    assert_same_bits(back["params"]["projection"], template["params"]["projection"])
 
 
-def test_the_state_dict_inside_a_checkpoint():
-    state = {"conv1.weight": np.zeros(3)}
-    assert unwrap({"net": state, "best_acc": 0.5}) is state
-    assert unwrap({"state_dict": state, "epoch": 3}) is state
-    assert unwrap(state) is state
+PREFIXES = ["module.", "_orig_mod.", "model.", "module._orig_mod.", "model.module.model."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("backbone", ["resnet_small", "vit_ti16"])
+def test_prefixes_of_wrappers_make_no_difference(backbone, prefix):
+    embedder = network(backbone)
+    template, variables = zero_variables(embedder), random_variables(embedder)
+    state = to_torch(variables)
+    assert_same_bits(from_torch(renamed(state, lambda n: prefix + n), template), variables)
+    compiled = renamed(state, lambda n: n.replace("backbone.", "backbone._orig_mod.module."))
+    assert_same_bits(from_torch(compiled, template), variables)
+    alone = {n: a for n, a in state.items() if n.startswith("backbone.")}
+    for form in (lambda n: prefix + n, lambda n: prefix + n.removeprefix("backbone.")):
+        back = from_torch(renamed(alone, form), template)
+        assert_same_bits(back["params"]["backbone"], variables["params"]["backbone"])
+
+
+@pytest.mark.parametrize("prefix", ["encoder.", "net.", "models.", "module"])
+def test_other_prefixes_are_not_stripped(prefix):
+    with pytest.raises(Misfit) as caught:
+        from_torch(renamed(STATE, lambda n: prefix + n), TEMPLATE)
+    assert f"{prefix}backbone.conv1.weight" in caught.value.unknown
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("name", ["backbone.bn1.weight", "fc1.weight", "fc2.weight"])
+def test_a_tensor_that_is_there_twice_is_refused(prefix, name):
+    twice = f"{name} and {prefix}{name} are the same tensor"
+    with pytest.raises(UserError, match=twice.replace(".", r"\.")):
+        from_torch(STATE | {prefix + name: STATE[name]}, TEMPLATE)
+
+
+def test_a_fit_is_a_share_of_tensors():
+    template = zero_variables(network(projection=None))
+    assert overlap(STATE, template) == 1
+    wide = zero_variables(network(projection=None, width=8))
+    assert overlap(STATE, wide) < 0.1 < overlap(STATE, wide, shapes=False) == 1
+    assert overlap(STATE, zero_variables(network("vit_ti16", projection=None))) == 0
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
@@ -174,6 +217,28 @@ def test_other_float_types_become_float32(dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(back)} == {np.dtype(np.float32)}
     found = back["params"]["backbone"]["bn1"]["scale"]
     np.testing.assert_array_equal(found, state["backbone.bn1.weight"].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (lambda a: a.astype(np.int8), "holds int8 numbers, weights are not whole"),
+        (lambda a: a.astype(np.int64), "holds int64 numbers, weights are not whole"),
+        (lambda a: a.astype(bool), "holds bool numbers, weights are not whole"),
+        (lambda a: a.astype(np.complex64), "holds complex64 numbers, weights are real"),
+        (lambda a: a.astype("U1"), "holds str32 numbers"),
+        (lambda a: np.where(a == a, np.nan, a), "holds 2 values that float32 does not have"),
+        (lambda a: np.where(a == a, -np.inf, a), "holds 2 values that float32 does not have"),
+        (lambda a: np.full(a.shape, 1e300), "holds 2 values that float32 does not have"),
+    ],
+)
+def test_numbers_that_weights_cannot_have_are_refused(array, message):
+    small = network()
+    state, name = to_torch(random_variables(small)), "backbone.layer1.0.bn1.bias"
+    state[name] = array(state[name])
+    template = zero_variables(small)
+    with pytest.raises(UserError, match=rf"tensor backbone\.layer1\.0\.bn1\.bias {message}"):
+        from_torch(state, template)
 
 
 # --- what does not fit
@@ -199,9 +264,7 @@ def test_every_tensor_that_does_not_fit_is_named(missing, misshapen, unknown):
         return
     with pytest.raises(UserError) as error:
         from_torch(state, TEMPLATE)
-    groups = dict(
-        part.split(": ", 1) for part in str(error.value).split(". Give ")[0].split("; ")[1:]
-    )
+    groups = dict(part.split(": ", 1) for part in str(error.value).split("; ")[1:])
     assert set(groups.get("missing", "").split(", ")) - {""} == missing
     assert set(groups.get("unknown", "").split(", ")) - {""} == unknown
     for name in misshapen - missing:
@@ -214,14 +277,14 @@ def test_a_long_list_is_cut():
         from_torch({"backbone.conv1.weight": STATE["backbone.conv1.weight"]}, TEMPLATE)
 
 
-def test_names_are_told_as_the_file_and_the_network_have_them():
+def test_errors_name_tensors_as_the_file_and_the_network_do():
     embedder = network("senet18")
     state = renamed(to_torch(zero_variables(embedder)), lambda n: f"module.{n}")
     state["module.backbone.layer9.blocks.0.weight"] = np.zeros(3)
     del state["module.backbone.layer1.blocks.0.conv1.weight"]
-    told = (
+    message = (
         r"missing: backbone\.layer1\.blocks\.0\.conv1\.weight; "
-        r"unknown: module\.backbone\.layer9\.blocks\.0\.weight\."
+        r"unknown: module\.backbone\.layer9\.blocks\.0\.weight$"
     )
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         from_torch(state, zero_variables(embedder))

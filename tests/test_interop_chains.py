@@ -1,169 +1,449 @@
-"""Checkpoints of the reference as a chain, and back."""
+"""Weight files as a chain, and back: also after a kill, and onto a full disk."""
 
-import collections
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from networks import assert_same_bits, network, random_variables, renamed
 from reference_weights import zero_variables
+from weight_bytes import MISSING
 
 import compat_jax
-from compat_jax.chain import Chain, Record
+from compat_jax import files
+from compat_jax.chain import Chain
+from compat_jax.data import Preprocess
 from compat_jax.errors import UserError
 from compat_jax.interop import chains, to_torch, torch_files
+from compat_jax.models import Backbone
+from compat_jax.training import Run
+from compat_jax.training.sequence import check_replacements
 
-WHY = "PyTorch is not installed: pip install -e '.[torch]'"
+SHAPE = (32, 32, 3)
 STATE = to_torch(zero_variables(network()))
+ROOT = Path(compat_jax.__file__).parent.parent
 
 
-def record(method="hoc", **fields):
-    values = {
-        "method": method,
-        "backbone": "resnet_small",
-        "backbone_arguments": {"width": 4},
-        "image_shape": (32, 32, 3),
-        "mean": (0.5,) * 3,
-        "std": (0.2,) * 3,
-        "feature_size": 9,
+def run(method="hoc", **fields):
+    """A run whose network `network()` is."""
+    defaults = {
+        "backbone": Backbone("resnet_small", {"width": 4}),
+        "preprocess": Preprocess((0.5,) * 3, (0.2,) * 3),
         "num_prototypes": 10,
-        "label_order": "descending",
-        "head_classes": None,
-        "task": None,
-        "classes_seen": 10,
-        "parent": None,
-        "replaced_by": None,
-        "data_fingerprint": "",
         "seed": 3,
     }
-    return Record(**(values | fields))
+    return Run(method=method, **{**defaults, **fields})
+
+
+def import_folder(folder, chain, run, **more):
+    chains.import_folder(folder, chain, run, image_shape=SHAPE, **more)
+
+
+def import_file(path, chain, run):
+    return chains.import_file(torch_files.load(path), chain, run, image_shape=SHAPE)
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch):
-    """A folder whose ckpt files stand for state dicts, without PyTorch: files[name] = state."""
-    contents = collections.UserDict()
-    contents.folder = tmp_path / "files"
-    contents.folder.mkdir()
-
-    def write(path, state):
-        contents[Path(path).name] = state
-        Path(path).touch()
-
-    monkeypatch.setattr(torch_files, "read", lambda path: contents[Path(path).name])
-    monkeypatch.setattr(torch_files, "write", write)
-    return contents
+def folder(tmp_path):
+    """Three checkpoints of a sequence, and another file."""
+    made = tmp_path / "files"
+    made.mkdir()
+    for task in range(3):
+        write(made / f"ckpt_{task}.safetensors", random_variables(network(), task))
+    (made / "events.log").touch()
+    return made
 
 
-def test_a_folder_of_checkpoints_becomes_a_chain_in_the_order_of_the_tasks(files, tmp_path):
+def write(path, variables):
+    write_state(path, to_torch(variables))
+
+
+def write_state(path, state):
+    pytest.importorskip("safetensors", reason=MISSING["safetensors"])
+    torch_files.write(path, state)
+
+
+# --- import
+
+
+def test_a_folder_of_checkpoints_becomes_a_chain_in_the_order_of_the_tasks(tmp_path):
     trained = [random_variables(network(), seed) for seed in range(11)]
     for task, variables in enumerate(trained):
-        torch_files.write(files.folder / f"ckpt_{task}.pt", to_torch(variables))
-    (files.folder / "events.log").touch()
+        write(tmp_path / "files" / f"ckpt_{task}.safetensors", variables)
     chain = Chain(tmp_path / "chain")
     seen = [10 + 5 * t for t in range(11)]
-    chains.import_folder(files.folder, chain, record(), seen, replace_at=(0, 4))
-    assert chain.numbers() == list(range(11))
+    import_folder(tmp_path / "files", chain, run(), classes_seen=seen, replace_at=(0, 4))
+    assert chain.require_whole().numbers() == list(range(11))
     for task in (0, 3, 4, 10):
         version = chain.open(task)
         assert_same_bits(version.variables, trained[task])
-        assert version.record.task == task
-        assert version.record.classes_seen == seen[task]
-        assert version.record.feature_size == 9
+        record = version.record
+        assert (record.task, record.classes_seen, record.feature_size) == (task, seen[task], 9)
+        assert record.mean == (0.5,) * 3 and record.image_shape == SHAPE
+        file = tmp_path / "files" / f"ckpt_{task}.safetensors"
+        assert record.data_fingerprint == files.sha256(files.absolute(file))
     parents = [chain.record(n).parent for n in range(6)]
     assert parents == [None, 0, 1, 2, None, 4]
-    chains.export_version(chain, -1, files.folder / "last.pt")
-    assert_same_bits(dict(files["last.pt"]), to_torch(trained[10]))
 
 
-def test_a_growing_classifier_keeps_the_rows_of_each_file(files, tmp_path):
+def test_a_growing_classifier_keeps_the_rows_of_each_file(tmp_path):
     for task, rows in enumerate((3, 5)):
         variables = random_variables(network(projection=None, head=rows))
-        torch_files.write(files.folder / f"ckpt_{task}.pt", to_torch(variables))
+        write(tmp_path / f"ckpt_{task}.safetensors", variables)
     chain = Chain(tmp_path / "chain")
-    chains.import_folder(files.folder, chain, record("er"))
+    import_folder(tmp_path, chain, run("er"))
     for task, rows in enumerate((3, 5)):
         version = chain.open(task)
         assert version.record.head_classes == version.record.classes_seen == rows
         assert version.record.feature_size == 16
-        assert version.variables["params"]["fc2"]["kernel"].shape == (16, rows)
+        assert version.variables["params"]["head"]["kernel"].shape == (16, rows)
 
 
-def test_nothing_is_written_when_one_file_does_not_fit(files, tmp_path):
-    torch_files.write(files.folder / "ckpt_0.pt", STATE)
-    torch_files.write(files.folder / "ckpt_1.pt", {**STATE, "odd.weight": np.zeros(3)})
+def test_nothing_is_written_when_one_file_does_not_fit(folder, tmp_path):
+    odd = {**STATE, "odd.weight": np.zeros(3, np.float32)}
+    write_state(folder / "ckpt_1.safetensors", odd)
     chain = Chain(tmp_path / "chain")
-    with pytest.raises(UserError, match=r"ckpt_1\.pt: .*unknown: odd\.weight"):
-        chains.import_folder(files.folder, chain, record())
+    with pytest.raises(UserError, match=r"ckpt_1\.safetensors: .*unknown: odd\.weight"):
+        import_folder(folder, chain, run())
     assert chain.numbers() == []
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "message"),
     [
         ([], "has no ckpt_0.pt"),
         (["ckpt_0.pt", "ckpt_2.pt"], r"checkpoints \[0, 2\].*0\.\.2"),
         (["ckpt_0.pt", "ckpt_0.safetensors"], r"checkpoints \[0, 0\]"),
     ],
 )
-def test_checkpoints_must_be_numbered_without_gaps(tmp_path, names, told):
+def test_checkpoints_must_be_numbered_without_gaps(tmp_path, names, message):
     for name in names:
         (tmp_path / name).touch()
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         chains.checkpoints(tmp_path)
 
 
-def test_a_single_file_becomes_a_pretrained_model(files, tmp_path):
+def test_a_single_file_becomes_a_pretrained_model(tmp_path):
     variables = random_variables(network())
-    torch_files.write(files.folder / "a.pt", to_torch(variables))
+    write(tmp_path / "a.safetensors", variables)
     chain = Chain(tmp_path / "chain")
-    assert chains.import_file(files.folder / "a.pt", chain, record()) == []
+    assert import_file(tmp_path / "a.safetensors", chain, run()) == ()
     version = chain.open(0)
     assert_same_bits(version.variables, variables)
     assert version.record.task is None
-    assert version.record.replaced_by == "imported from a.pt"
-    with pytest.raises(UserError, match=r"there is a chain in .* already"):
-        chains.import_file(files.folder / "a.pt", chain, record())
+    assert version.record.replaced_by == "imported from a.safetensors"
 
 
-@pytest.mark.parametrize(("method", "part"), [("hoc", "fc1"), ("er", "fc2")])
-def test_what_a_bare_backbone_lacks_is_drawn_from_the_seed(files, tmp_path, method, part):
-    variables = random_variables(network(projection=None))
-    state = renamed(to_torch(variables), lambda n: n.removeprefix("backbone."))
-    torch_files.write(files.folder / "a.pt", state)
+@pytest.mark.parametrize(("method", "part"), [("hoc", "projection"), ("er", "head")])
+def test_layers_that_a_bare_backbone_lacks_are_drawn_from_the_seed(tmp_path, method, part):
+    state = to_torch(random_variables(network(projection=None)))
+    state = renamed(state, lambda n: n.removeprefix("backbone."))
+    write_state(tmp_path / "a.safetensors", state)
     drawn = []
     for number, seed in enumerate((3, 3, 4)):
         chain = Chain(tmp_path / f"chain{number}")
-        fresh = chains.import_file(files.folder / "a.pt", chain, record(method, seed=seed))
-        assert fresh == [part]
+        assert import_file(tmp_path / "a.safetensors", chain, run(method, seed=seed)) == (part,)
         drawn.append(chain.open(0).variables["params"][part]["kernel"])
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert np.abs(drawn[0] - drawn[2]).max() > 0.01
 
 
-@pytest.mark.torch
-def test_the_programs_import_and_export(tmp_path):
-    pytest.importorskip("torch", reason=WHY)
-    state = to_torch(random_variables(network("resnet_small", projection=31)))
-    torch_files.write(tmp_path / "a.pt", state)
+# --- the same call again
 
-    def program(name, *flags):
-        return subprocess.run(
-            [sys.executable, "-m", f"launch.{name}", *flags],
-            cwd=Path(compat_jax.__file__).parent.parent,
-            capture_output=True,
-            text=True,
-        )
 
-    network_flags = ["--backbone=resnet_small", "--backbone_arguments=width=4", "--num_classes=32"]
-    chain = tmp_path / "chain"
-    done = program(
-        "import_torch", f"--weights={tmp_path / 'a.pt'}", f"--out={chain}", *network_flags
+def test_an_import_that_was_killed_goes_on(folder, tmp_path, monkeypatch):
+    whole, killed = Chain(tmp_path / "whole"), Chain(tmp_path / "killed")
+    import_folder(folder, whole, run())
+    add, added = Chain.add, []
+
+    def add_one(chain, *arguments, **keywords):
+        if added:
+            raise KeyboardInterrupt
+        added.append(add(chain, *arguments, **keywords))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Chain, "add", add_one)
+        with pytest.raises(KeyboardInterrupt):
+            import_folder(folder, killed, run())
+    with pytest.raises(UserError, match=r"lacks .*0\.\.1.* of its versions 0\.\.2"):
+        killed.require_whole()
+    import_folder(folder, killed, run())
+    assert killed.numbers() == whole.numbers()
+    assert [v.sha256 for v in killed] == [v.sha256 for v in whole]
+    assert [v.record for v in killed] == [v.record for v in whole]
+
+
+def test_the_same_import_again_changes_nothing_and_another_is_refused(folder, tmp_path):
+    chain, other = Chain(tmp_path / "chain"), Chain(tmp_path / "other")
+    import_folder(folder, chain, run())
+    times = [p.stat().st_mtime_ns for p in sorted((tmp_path / "chain").rglob("*"))]
+    import_folder(folder, chain, run())
+    assert times == [p.stat().st_mtime_ns for p in sorted((tmp_path / "chain").rglob("*"))]
+    with pytest.raises(UserError, match=r"version 0 is another than .* \(other: mean and config\)"):
+        import_folder(folder, chain, run(preprocess=Preprocess((0.4,) * 3, (0.2,) * 3)))
+    write(folder / "ckpt_1.safetensors", random_variables(network(), 7))
+    with pytest.raises(UserError, match=r"version 1 is another than .* \(other: the file\)"):
+        import_folder(folder, chain, run())
+    (folder / "ckpt_2.safetensors").unlink()
+    with pytest.raises(UserError, match=r"a chain in .* already, with version 2"):
+        import_folder(folder, chain, run())
+    first = folder / "ckpt_0.safetensors"
+    import_file(first, other, run())
+    assert import_file(first, other, run()) == () and len(other) == 1
+    with pytest.raises(UserError, match=r"version 0 is another than .* the file's name"):
+        import_file(folder / "ckpt_1.safetensors", other, run())
+
+
+def test_a_model_of_another_normalisation_does_not_replace_one(tmp_path):
+    sequence = tiny.run().tasks.sequence(tiny.CLASSES)
+    shape = (tiny.SIZE, tiny.SIZE, 3)
+    check_replacements(tiny.run(), sequence, {0: tiny.version()}, shape)
+    for other in ({"mean": (0.485, 0.456, 0.406)}, {"std": (0.3, 0.3, 0.31)}):
+        with pytest.raises(UserError, match=r"was trained with mean .* the run has mean") as caught:
+            check_replacements(tiny.run(), sequence, {0: tiny.version(**other)}, shape)
+        assert caught.value.argument == "pretrained"
+
+
+# --- the true remedy
+
+
+def alone(backbone, **arguments):
+    """The state dict of a backbone without projection and head, as torchvision and timm have it."""
+    state = to_torch(random_variables(network(backbone, projection=None, **arguments)))
+    return renamed(state, lambda n: n.removeprefix("backbone."))
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "senet18", "regnet_y_400mf", "resnet32_cifar"])
+def test_the_backbone_that_fits_is_named(backbone):
+    fit = rf"^100% of its tensors are those of the backbone {backbone}, \d+% those of resnet18"
+    with pytest.raises(UserError, match=fit) as caught:
+        chains.adopt(alone(backbone), run(backbone="resnet18"), SHAPE)
+    assert caught.value.argument == "backbone"
+
+
+def test_the_remedy_fits_the_fault():
+    def refused(message, state, argument=None, **fields):
+        with pytest.raises(UserError, match=message) as caught:
+            chains.adopt(state, run(**fields), SHAPE)
+        assert caught.value.argument == argument
+
+    vit = alone("vit_ti16") | {"pos_embed": np.zeros((1, 5, 192), np.float32)}
+    vit["patch_embed.proj.weight"] = np.zeros((192, 3, 16, 16), np.float32)
+    small = {"image_size": 32, "patch": 16}
+    fit = r"100% of its tensors are those of the backbone vit_ti16 \(image_size=32\)"
+    refused(fit, vit, "backbone", backbone=Backbone("vit_s16", small))
+    wide = Backbone("resnet_small", {"width": 8})
+    refused("its names are those of resnet_small, its shapes are not", STATE, backbone=wide)
+    few = {name: a for name, a in STATE.items() if name != "fc2.weight"}
+    refused("made with num_prototypes=10: give", few, "num_prototypes", num_prototypes=12)
+    refused(r"num_prototypes=12 has \(12, 11\)", STATE, "num_prototypes", num_prototypes=12)
+    part = {n: a for n, a in STATE.items() if not n.startswith("backbone.bn1.")}
+    refused("the file is incomplete: save the whole", part)
+    refused("its backbone fits: give the method", few, method="er")
+    refused("no registered backbone has its names", {"w": np.zeros(2, np.float32)})
+
+
+# --- export
+
+
+def test_a_version_is_exported_with_its_image_settings(folder, tmp_path):
+    chain = Chain(tmp_path / "chain")
+    import_folder(folder, chain, run())
+    last = to_torch(random_variables(network(), 2))
+    written = chains.export_version(chain, -1, tmp_path / "new" / "b.safetensors")
+    assert_same_bits(written, last)
+    back = torch_files.load(tmp_path / "new" / "b.safetensors")
+    assert_same_bits(back.tensors, last)
+    assert (back.images.size, back.images.mean, back.images.std) == (32, (0.5,) * 3, (0.2,) * 3)
+
+
+def test_a_full_disk_leaves_the_good_file(folder, tmp_path, monkeypatch):
+    chain, out = Chain(tmp_path / "chain"), tmp_path / "good.safetensors"
+    import_file(folder / "ckpt_0.safetensors", chain, run())
+    chains.export_version(chain, 0, out)
+    good, write_bytes = out.read_bytes(), torch_files.write_bytes
+
+    def full(path, content):
+        if not content:  # before the work, the disk has room
+            return write_bytes(path, content)
+        (path.parent / f".{path.name}.part").write_bytes(content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch_files, "write_bytes", full)
+    with pytest.raises(UserError, match=r"cannot write .*good.* \(No space left on device\)"):
+        chains.export_version(chain, 0, out)
+    assert out.read_bytes() == good
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("/proc/b.safetensors", "cannot write to /proc"),
+        ("/dev/null/b.safetensors", "cannot write to /dev/null"),
+        ("gss://bucket/b.safetensors", "unknown kind of address 'gss://'"),
+        ("{tmp}", "is no regular file"),
+        ("{tmp}/fifo.safetensors", "is no regular file"),
+        ("", "cannot be empty"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_chain_is_opened(
+    tmp_path, out, message
+):
+    os.mkfifo(tmp_path / "fifo.safetensors")
+    with pytest.raises(UserError, match=message):
+        out = f"{tmp_path}.safetensors" if out == "{tmp}" else out.format(tmp=tmp_path)
+        os.makedirs(out, exist_ok=True) if out == f"{tmp_path}.safetensors" else None
+        chains.export_version(Chain(tmp_path / "no_chain"), 0, out)
+
+
+def test_a_home_folder_is_expanded(folder, tmp_path, monkeypatch):
+    chain = Chain(tmp_path / "chain")
+    import_file(folder / "ckpt_0.safetensors", chain, run())
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    chains.export_version(chain, 0, "~/b.safetensors")
+    assert (tmp_path / "home" / "b.safetensors").is_file() and not (tmp_path / "~").exists()
+    assert torch_files.read("~/b.safetensors").keys() == STATE.keys()
+
+
+IN_A_BUCKET = """
+import sys
+import fsspec
+from fsspec.implementations.memory import MemoryFileSystem
+from compat_jax.chain import Chain
+from compat_jax.interop import chains, torch_files
+
+for name in ("gs", "gcs"):
+    fsspec.register_implementation(name, MemoryFileSystem, clobber=True)
+written = chains.export_version(Chain(sys.argv[1]), 0, "gs://bucket/folder/b.safetensors")
+found = torch_files.load("gs://bucket/folder/b.safetensors")
+assert all((found.tensors[name] == written[name]).all() for name in written)
+assert [*MemoryFileSystem.store] == ["gs://bucket/folder/b.safetensors"]
+"""
+
+
+def test_a_version_is_exported_to_a_bucket_and_read_there(folder, tmp_path):
+    pytest.importorskip("gcsfs", reason="gcsfs is not installed: pip install gcsfs")
+    chain = Chain(tmp_path / "chain")
+    import_file(folder / "ckpt_0.safetensors", chain, run())
+    command = [sys.executable, "-c", IN_A_BUCKET, chain.path]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment["STORAGE_EMULATOR_HOST"] = "http://localhost:1"  # nothing is asked for credentials
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "gs:").exists()
+
+
+# --- the programs
+
+NETWORK = ["--backbone=resnet_small", "--backbone_arguments=width=4", "--num_prototypes=10"]
+IMAGES = ["--size=32", "--mean=0.5,0.4,0.3", "--std=0.2,0.2,0.2"]
+CONFIG = ["--config=configs/iamcl2r.py:tasks=7"]
+REFUSED = [
+    ([], "give size and mean and std, for weights of ImageNet mostly mean 0.485,0.456,0.406"),
+    (["--size=32", "--mean=0.5,0.5,0.5"], "give std, for weights"),
+    (["--size=32", "--mean=123,116,103", "--std=58,57,57"], "mean must lie in 0..1"),
+    (["--size=32", "--mean=a,b,c", "--std=1,1,1"], "mean needs numbers like"),
+    ([*IMAGES, "--size=100000"], "size must be a whole number from 1 to 8192"),
+    ([*IMAGES, "--method=hoq"], "unknown method 'hoq'. Did you mean 'hoc'?"),
+    ([*IMAGES, "--backbone_arguments=width=x"], "backbone_arguments needs key=number"),
+    ([*IMAGES, "--ema"], "holds no averaged (EMA) weights by name: leave ema out (flag --ema)"),
+    ([*IMAGES, "--num_prototypes=12"], "give the num_prototypes of the file"),
+    ([*IMAGES, "--out=/proc/x"], "cannot write to /proc/x"),
+    ([*IMAGES, "--weights=/nowhere"], "no weight file at /nowhere"),
+]
+# Runs each command in a child of a process that has imported what it needs, but started nothing.
+PROGRAMS = """
+import json, os, runpy, sys, tempfile, traceback, warnings
+import compat_jax.config, compat_jax.experiment, compat_jax.interop.chains, compat_jax.report
+import launch._cli
+warnings.simplefilter("ignore", DeprecationWarning)  # of the fork: JAX has not started any thread yet
+ended = []
+for program, *flags in json.loads(sys.stdin.read()):
+    streams = [tempfile.TemporaryFile() for _ in "oe"]
+    child = os.fork()
+    if not child:
+        for number, stream in enumerate(streams, 1):
+            os.dup2(stream.fileno(), number)
+        sys.argv = [program, *flags]
+        code = 0
+        try:
+            runpy.run_module(f"launch.{program}", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:
+            traceback.print_exc()
+            code = 99
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)  # to take the interpreter down would take longer than the program
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    said = [os.pread(s.fileno(), os.fstat(s.fileno()).st_size, 0).decode() for s in streams]
+    ended.append([code, *said])
+print(json.dumps(ended))
+"""
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """A folder of three checkpoints, and how each program ended on it: code, output, complaint."""
+    here = tmp_path_factory.mktemp("programs")
+    for task in range(3):
+        write(here / "files" / f"ckpt_{task}.safetensors", random_variables(network(), task))
+    one = ["import_torch", f"--weights={here / 'files' / 'ckpt_1.safetensors'}", *NETWORK]
+    every = ["import_torch", f"--weights={here / 'files'}", *NETWORK, *CONFIG]
+    out = here / "b.safetensors"
+    commands = {
+        "import": [*one, f"--out={here / 'chain'}", *IMAGES],
+        "export": ["export_torch", f"--chain={here / 'chain'}", f"--out={out}"],
+        # The exported file says what its images are.
+        "again": ["import_torch", f"--weights={out}", f"--out={here / 'again'}", *NETWORK],
+        "folder": [*every, f"--out={here / 'folder'}"],
+        "flags": [*every, f"--out={here / 'flags'}", *IMAGES, "--method=sce"],
+        **{f"refused {n}": [*one, f"--out={here / 'no'}", *f] for n, (f, _) in enumerate(REFUSED)},
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAMS],
+        input=json.dumps(list(commands.values())),
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert "1 model in" in done.stdout
-    done = program("export_torch", f"--chain={chain}", f"--out={tmp_path / 'b.pt'}")
-    assert done.returncode == 0, done.stderr
-    assert_same_bits(torch_files.read(tmp_path / "b.pt"), state)
+    return here, dict(zip(commands, json.loads(done.stdout), strict=True))
+
+
+def test_the_programs_import_and_export(programs):
+    here, ended = programs
+    for name in ("import", "export", "again"):
+        code, said, complaint = ended[name]
+        assert code == 0, complaint
+        assert ("1 model in" in said) == (name != "export")
+    file = here / "files" / "ckpt_1.safetensors"
+    assert_same_bits(torch_files.read(here / "b.safetensors"), torch_files.read(file))
+    assert Chain(here / "again").record(0).mean == (0.5, 0.4, 0.3)
+    assert Chain(here / "again").open(0).sha256 == Chain(here / "chain").open(0).sha256
+
+
+def test_the_program_takes_the_images_of_a_configuration_and_flags_over_it(programs):
+    here, ended = programs
+    for name in ("folder", "flags"):
+        code, said, complaint = ended[name]
+        assert code == 0 and "3 versions in" in said, complaint
+    a, b = (Chain(here / name).record(2) for name in ("folder", "flags"))
+    assert (a.method, a.mean, a.classes_seen) == ("hoc", (0.5071, 0.4867, 0.4408), 40)
+    assert (b.method, b.mean, b.config["data"]["query"]["size"]) == ("sce", (0.5, 0.4, 0.3), 32)
+    assert a.replaced_by and a.config["num_prototypes"] == 10
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED)))
+def test_the_program_refuses_in_one_line(programs, number):
+    here, ended = programs
+    code, _, complaint = ended[f"refused {number}"]
+    assert code == 2 and REFUSED[number][1] in complaint, complaint
+    assert complaint.count("\n") == 1
+    assert not Chain(here / "no").numbers()

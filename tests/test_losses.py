@@ -19,7 +19,10 @@ from compat_jax.errors import UserError
 from compat_jax.mesh import make_mesh
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "losses.npz")
-FORMS = list(itertools.product(losses.SAME_CLASS, [False, True]))
+FORMS = [
+    {"same_class": same, "positive_in_denominator": positive}
+    for same, positive in itertools.product(losses.SAME_CLASS, [False, True])
+]
 BATCH, SIZE = 6, 7
 FEATURES = hnp.arrays(np.float32, (BATCH, SIZE), elements=st.floats(-4, 4, width=32))
 LABELS = hnp.arrays(np.int32, (BATCH,), elements=st.integers(0, SIZE))
@@ -41,7 +44,7 @@ jit_cross_entropy = jax.jit(losses.simplex_cross_entropy)
 @jax.jit
 def all_forms(new, old, labels):
     """[4, batch]: the contrast in each of FORMS."""
-    return jnp.stack([losses.info_nce(new, old, labels, 10.0, *form) for form in FORMS])
+    return jnp.stack([losses.info_nce(new, old, labels, **form) for form in FORMS])
 
 
 def assert_close(actual, expected, tolerance=1e-5):
@@ -54,7 +57,8 @@ def assert_close(actual, expected, tolerance=1e-5):
 class AgainstFormulas(chex.TestCase):
     """Value and gradient, jitted and not."""
 
-    def check(self, loss, formula, new, *rest):
+    def check(self, loss, formula, example):
+        new, *rest = example
         value, gradient = self.variant(
             lambda x: (loss(x, *rest), jax.grad(lambda y: loss(y, *rest).sum())(x))
         )(new)
@@ -65,15 +69,15 @@ class AgainstFormulas(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     def test_simplex_cross_entropy(self):
         new, _, labels = example()
-        self.check(losses.simplex_cross_entropy, formulas.cross_entropy, new, labels)
+        self.check(losses.simplex_cross_entropy, formulas.cross_entropy, (new, labels))
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_info_nce(self):
         for form in FORMS:
             self.check(
-                lambda *a, form=form: losses.info_nce(*a, 10.0, *form),
-                lambda *a, form=form: formulas.info_nce(*a, 10.0, *form),
-                *example(),
+                lambda *a, form=form: losses.info_nce(*a, **form),
+                lambda *a, form=form: formulas.info_nce(*a, **form),
+                example(),
             )
 
     @chex.variants(with_jit=True)  # the sum of the two above
@@ -82,13 +86,13 @@ class AgainstFormulas(chex.TestCase):
         self.check(
             lambda *a: losses.hoc(*a, **options),
             lambda *a: formulas.hoc(*a, **options),
-            *example(),
+            example(),
         )
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_feature_distillation(self):
         new, old, _ = example()
-        self.check(losses.feature_distillation, formulas.distillation, new, old)
+        self.check(losses.feature_distillation, formulas.distillation, (new, old))
 
 
 # The reference's numbers
@@ -114,7 +118,7 @@ def test_info_nce_as_the_reference_codes_it(i):
         np.testing.assert_array_equal(new[:1], GOLDEN[f"hoc/{i}/first_new"])
         expected = GOLDEN[f"hoc/{i}/first_grads_new"]
     loss, gradient = jax.jit(
-        jax.value_and_grad(lambda x: losses.info_nce(x, old, labels, 10.0, "as_coded").mean())
+        jax.value_and_grad(lambda x: losses.info_nce(x, old, labels, same_class="as_coded").mean())
     )(new)
     assert loss == pytest.approx(GOLDEN[f"hoc/{i}/loss"], rel=1e-5)
     assert_close(gradient[: len(expected)], expected)
@@ -156,10 +160,13 @@ def test_defaults_are_the_papers():
     new, old, labels = example()
     np.testing.assert_array_equal(
         losses.info_nce(new, old, labels),
-        losses.info_nce(new, old, labels, 10.0, "exclude", False),
+        losses.info_nce(
+            new, old, labels, mu=10.0, same_class="exclude", positive_in_denominator=False
+        ),
     )
     np.testing.assert_array_equal(
-        losses.hoc(new, old, labels), losses.hoc(new, old, labels, 0.1, 10.0, "exclude")
+        losses.hoc(new, old, labels),
+        losses.hoc(new, old, labels, lam=0.1, mu=10.0, same_class="exclude"),
     )
 
 
@@ -208,7 +215,7 @@ def every_loss(new, old, labels):
 
     def values(x):
         return jnp.stack(
-            [losses.info_nce(x, old, labels, 10.0, *form) for form in FORMS]
+            [losses.info_nce(x, old, labels, **form) for form in FORMS]
             + [losses.simplex_cross_entropy(x, labels), losses.feature_distillation(x, old)]
         )
 
@@ -289,7 +296,7 @@ def test_contrast_of_any_batch(new, old, labels):
     hypothesis.assume((np.linalg.norm(new, axis=1) > 1e-3).all())
     hypothesis.assume((np.linalg.norm(old, axis=1) > 1e-3).all())
     wide = new.astype(np.float64), old.astype(np.float64)
-    expected = [formulas.info_nce(*wide, labels, 10.0, *form) for form in FORMS]
+    expected = [formulas.info_nce(*wide, labels, **form) for form in FORMS]
     np.testing.assert_allclose(all_forms(new, old, labels), expected, atol=2e-5)
 
 
@@ -334,7 +341,7 @@ def test_cross_entropy_knows_no_preferred_axis(features, labels, axes):
 @quick
 @hypothesis.given(FEATURES, FEATURES, LABELS, st.floats(0, 1, width=32))
 def test_hoc_mixes_its_two_terms(new, old, labels, lam):
-    mixed = jit_hoc(new, old, labels, np.float32(lam))
+    mixed = jit_hoc(new, old, labels, lam=np.float32(lam))
     first = jit_cross_entropy(new, labels)
     second = all_forms(new, old, labels)[0]
     np.testing.assert_allclose(mixed, lam * first + (1 - lam) * second, atol=1e-5)

@@ -2,39 +2,33 @@
 
 import re
 
+import flat  # noqa: F401, registers the backbone
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from flat import Flat
 from jax.sharding import PartitionSpec
 
-from compat_jax import losses, models, simplex
+from compat_jax import losses, methods, simplex
 from compat_jax import mesh as meshes
+from compat_jax.data import Tasks
 from compat_jax.errors import Stopped, UserError
-from compat_jax.methods import get_method
-from compat_jax.retrieval import extract
-from compat_jax.train import DeviceData, TaskInfo, loop
+from compat_jax.methods import TaskStart
+from compat_jax.retrieval import embed
+from compat_jax.training import DeviceData, Feed, TaskInfo, make_trainer
 
 K = 12  # K - 1 = 11 columns divide over nothing: 16 over eight devices, 12 over four
 MILLION = 1_000_000
 
 
-@pytest.fixture(scope="module", autouse=True)
-def flat_backbone():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.BACKBONES, "flat", Flat)
-        yield
-
-
 def small_run(method="hoc", **changes):
-    return tiny.run(method, backbone=loop.Backbone("flat"), **changes)
+    return tiny.run(method, backbone="flat", **changes)
 
 
 def trainer(mesh, method="hoc", num_prototypes=K):
     run = small_run(method, num_prototypes=num_prototypes)
-    return loop._trainer(run, None, mesh)
+    return make_trainer(run, tiny.CLASSES, mesh)
 
 
 def four_steps(text, method):
@@ -42,15 +36,17 @@ def four_steps(text, method):
     mesh = meshes.make_mesh(text)
     one = trainer(mesh, method)
     variables = one.init(jax.random.key(0), (tiny.SIZE, tiny.SIZE, 3))
-    state = one.create_state(variables, TaskInfo.create(0, 1, 2, 2, 4, 2, 1.0))
+    info = TaskInfo.create(0, 1, epochs=2, steps_per_epoch=2, num_seen=4)
+    state = one.create_state(variables, info)
     data = tiny.dataset()
     data = jax.device_put(DeviceData(data.images, data.labels), meshes.replicated(mesh))
     plan = np.random.default_rng(0).integers(0, 96, (4, 16)).astype(np.int32)
     plan = jax.device_put(plan, meshes.along_data(mesh, 1))
-    previous = one.place(variables) if one.method.needs_previous else None
+    feed = Feed(data, plan)
+    frozen = one.shard(one.method.freeze(TaskStart(variables, 2, 4, lambda: np.zeros((6, 11)))))
     history = []
     for stop in range(1, 5):
-        state, metrics = one.run_steps(state, previous, data, plan, stop)
+        state, metrics = one.run_steps(state, frozen, feed, stop=stop)
         history.append([float(metrics.loss), float(metrics.accuracy)])
     return np.array(history), one, state
 
@@ -71,8 +67,8 @@ def test_split_step_equals_the_unsplit_one(unsharded, text, columns):
     expected, _, reference = unsharded
     history, one, state = four_steps(text, "hoc")
     np.testing.assert_allclose(history, expected, rtol=1e-5)
-    kernel = state.params["fc1"]["kernel"]
-    momentum = state.opt_state[1].trace["fc1"]["kernel"]
+    kernel = state.params["projection"]["kernel"]
+    momentum = state.opt_state[1].trace["projection"]["kernel"]
     for array in (kernel, momentum):
         assert array.shape == (16, columns)
         assert array.sharding.spec == PartitionSpec(None, "model")
@@ -98,21 +94,22 @@ def test_initial_weights_are_the_same_on_every_mesh():
 # The losses
 
 
-@pytest.mark.parametrize("num_classes", [2, 9])
-def test_added_columns_change_neither_loss_nor_gradient(num_classes):
-    rng = np.random.default_rng(num_classes)
-    new, old = rng.normal(size=(2, 6, num_classes - 1)).astype(np.float32)
-    labels = rng.integers(0, num_classes, 6)
+@pytest.mark.parametrize("num_prototypes", [2, 9])
+def test_added_columns_change_neither_loss_nor_gradient(num_prototypes):
+    rng = np.random.default_rng(num_prototypes)
+    new, old = rng.normal(size=(2, 6, num_prototypes - 1)).astype(np.float32)
+    labels = rng.integers(0, num_prototypes, 6)
     wider = [np.pad(x, ((0, 0), (0, 3))) for x in (new, old)]
 
     def mean(new, old, k=None):
-        return losses.hoc(new, old, labels, num_classes=k).mean()
+        return losses.hoc(new, old, labels, num_prototypes=k).mean()
 
     expected, gradient = jax.value_and_grad(mean)(new, old)
-    loss, wide_gradient = jax.value_and_grad(mean)(*wider, num_classes)
+    loss, wide_gradient = jax.value_and_grad(mean)(*wider, num_prototypes)
+    own = num_prototypes - 1
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    np.testing.assert_allclose(wide_gradient[:, : num_classes - 1], gradient, rtol=1e-5, atol=1e-7)
-    np.testing.assert_array_equal(wide_gradient[:, num_classes - 1 :], 0)
+    np.testing.assert_allclose(wide_gradient[:, :own], gradient, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(wide_gradient[:, own:], 0)
 
 
 def test_what_stands_in_added_columns_does_not_matter():
@@ -128,20 +125,20 @@ def test_what_stands_in_added_columns_does_not_matter():
     )
 
 
-@pytest.mark.parametrize(("num_classes", "size"), [(2, 1), (7, 6), (7, 9)])
-def test_nearest_row_is_the_argmax_of_the_logits(num_classes, size):
+@pytest.mark.parametrize(("num_prototypes", "size"), [(2, 1), (7, 6), (7, 9)])
+def test_nearest_row_is_the_argmax_of_the_logits(num_prototypes, size):
     features = np.random.default_rng(0).normal(size=(50, size)).astype(np.float32)
     features[0] = 0  # all scores equal: the first of them
-    rows = simplex.nearest_row(features, num_classes)
-    expected = simplex.logits(features[:, : num_classes - 1]).argmax(-1)
+    rows = simplex.nearest_row(features, num_prototypes)
+    expected = simplex.logits(features[:, : num_prototypes - 1]).argmax(-1)
     np.testing.assert_array_equal(rows, expected)
-    assert rows.dtype == jnp.int32 and {0, num_classes - 1} <= set(rows.tolist())
+    assert rows.dtype == jnp.int32 and {0, num_prototypes - 1} <= set(rows.tolist())
 
 
-@pytest.mark.parametrize("num_classes", [1, 7])
-def test_classes_that_the_features_cannot_hold(num_classes):
-    with pytest.raises(UserError, match=r"size 5 hold a simplex of 2\.\.6 classes, got num_cl"):
-        simplex.split_logits(np.zeros((1, 5), np.float32), num_classes)
+@pytest.mark.parametrize("num_prototypes", [1, 7])
+def test_classes_that_the_features_cannot_hold(num_prototypes):
+    with pytest.raises(UserError, match=r"size 5 hold a simplex of 2\.\.6 classes, got num_pr"):
+        simplex.split_logits(np.zeros((1, 5), np.float32), num_prototypes)
 
 
 # A million classes, compiled and not run
@@ -153,7 +150,7 @@ def compiled(text):
         jax.ShapeDtypeStruct((96, 8, 8, 3), jnp.uint8), jax.ShapeDtypeStruct((96,), jnp.int32)
     )
     plan = jax.ShapeDtypeStruct((4, 16), jnp.int32)
-    return one.lower(*one.shapes((8, 8, 3)), data, plan).compile()
+    return one.lower(*one.shapes((8, 8, 3)), Feed(data, plan)).compile()
 
 
 def collectives(text):
@@ -211,7 +208,7 @@ def test_contrast_gathers_columns_it_owns_only():
 
 @pytest.fixture(scope="module")
 def one_task():
-    return small_run(num_prototypes=K, sequence=tiny.TaskSequence(tiny.CLASSES, 6, 1))
+    return small_run(num_prototypes=K, tasks=Tasks(initial=6, rehearsal=4))
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +230,8 @@ def test_versions_and_features_are_the_same_whatever_the_mesh(one_task, chain, t
     mesh = meshes.make_mesh("data:2,model:4")
     assert_same_version(tiny.train(one_task, tmp_path, mesh=mesh), chain)
     images = tiny.dataset().images
-    split, whole = (extract(chain.open(0), images, m, 50) for m in (mesh, None))
+    version = chain.open(0)
+    split, whole = (embed(version, images, mesh=m, batch_size=50) for m in (mesh, None))
     assert split.shape == (96, K - 1)
     np.testing.assert_allclose(split, whole, atol=1e-5)
 
@@ -243,13 +241,14 @@ def test_task_that_was_stopped_goes_on_with_another_model_axis(one_task, chain, 
     stop = iter([False, False, True, True])
     with pytest.raises(Stopped):
         tiny.train(one_task, tmp_path, mesh=mesh, should_stop=lambda: next(stop))
-    assert [p.name for p in (tmp_path / "progress").iterdir()] == ["task0-step2"]
+    saved = sorted(p.name for p in (tmp_path / "progress").iterdir())
+    assert saved == ["task0-step2", "task0-step2.json"]
     assert_same_version(tiny.train(one_task, tmp_path), chain)
 
 
 def test_learnable_head_is_on_every_device():
     """`er` has no simplex to split: the model axis only shares the backbone's images."""
-    assert not get_method("er").fixed_simplex
+    assert not methods.get("er").fixed_simplex
     expected, _, _ = four_steps("data:1", "er")
     history, _, _ = four_steps("data:2,model:4", "er")
     np.testing.assert_allclose(history, expected, rtol=1e-5)

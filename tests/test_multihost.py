@@ -12,18 +12,18 @@ import sys
 import time
 from pathlib import Path
 
+import flat  # noqa: F401, registers the backbone
 import jax
 import numpy as np
 import pytest
 import tiny
-from flat import Flat
 from PIL import Image
 
-from compat_jax import hosts, models
+from compat_jax import experiment, hosts
 from compat_jax.chain import Chain
-from compat_jax.data.dataset import Dataset
+from compat_jax.data import Dataset
 from compat_jax.errors import UserError
-from launch import runs
+from compat_jax.session import Session
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
@@ -114,16 +114,11 @@ def evaluation(folder, workdir):
 @pytest.fixture(scope="module")
 def one(folder):
     """This process, with one device."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.BACKBONES, "flat", Flat)
-        module = runpy.run_path(str(folder / "config.py"))
-        config = module["get_config"]()
-        config.mesh = "data:1"
-        chain = runs.train(config, str(folder / "one"), lambda: False, bar=False)
-        result = runs.evaluate(
-            chain, folder / "one" / "evaluation", metric="map", mesh="data:1", bar=False
-        )
-    return folder / "one", result
+    config = runpy.run_path(str(folder / "config.py"))["get_config"]()
+    config.mesh = "data:1"
+    chain = experiment.train(config, folder / "one", tiny.session_of(config))
+    results = experiment.evaluate(chain, metrics=["map"], session=Session(mesh="data:1"))
+    return folder / "one", results["map"]
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +189,7 @@ OPEN = """
 import sys, jax
 from compat_jax.chain import Chain
 assert jax.device_count() == 1
-chains = [Chain(path) for path in sys.argv[1:]]
+chains = [Chain(path, backbone="flat:Flat") for path in sys.argv[1:]]
 assert [c.verify() for c in chains] == [{0: None, 1: None}] * 2
 versions = [c.open(number) for number in (0, 1) for c in chains]
 print(*[v.sha256 for v in versions])
@@ -256,7 +251,7 @@ def wait_for_line(path, processes):
         time.sleep(0.02)
 
 
-def test_mistake_is_told_by_every_process(folder, two):
+def test_mistake_is_reported_by_every_process(folder, two):
     """The first process alone looks at run.json; the others learn of it and do not hang."""
     processes = start_two(*training(folder, "two"), "--config.mesh=data:8", "--config.seed=5")
     for process in processes:
@@ -269,12 +264,12 @@ def test_mistake_is_told_by_every_process(folder, two):
     ("given", "message"),
     [
         (("localhost:1", None, None), "go together: give all"),
-        (("localhost:1", 2, 2), r"--process_id must lie in 0\.\.1 \(--num_processes\), got 2"),
+        (("localhost:1", 2, 2), r"process_id must lie in 0\.\.1 for num_processes=2, got 2"),
     ],
 )
 def test_hosts_that_cannot_join(given, message):
     with pytest.raises(UserError, match=message):
-        hosts.start(*given)
+        hosts.initialize(*given)
 
 
 def test_hosts_that_come_too_late_are_no_mistake_of_the_user(monkeypatch):
@@ -285,13 +280,13 @@ def test_hosts_that_come_too_late_are_no_mistake_of_the_user(monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", wait)
     with pytest.raises(jax.errors.JaxRuntimeError, match="DEADLINE_EXCEEDED"):
-        hosts.start()
+        hosts.initialize()
 
 
 def test_one_process_needs_no_other():
-    assert not hosts.several() and hosts.is_first()
-    assert hosts.first_says(True) and not hosts.any_says(False)
+    assert not hosts.is_distributed() and hosts.is_first()
+    assert hosts.broadcast(True) and not hosts.any_process(False)
     done = []
-    hosts.first_does(lambda: done.append(1))
+    hosts.on_first(lambda: done.append(1))
     assert done == [1] and len(hosts.token()) == 8
-    np.testing.assert_array_equal(hosts.whole(np.arange(3)), [0, 1, 2])
+    np.testing.assert_array_equal(hosts.gather(np.arange(3)), [0, 1, 2])

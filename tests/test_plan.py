@@ -1,4 +1,4 @@
-"""Plans: the planned program is the one that runs, and it compiles for chips that are not there."""
+"""Plans: the planned programs are those that run, and they compile for chips that are absent."""
 
 import importlib.util
 import os
@@ -11,14 +11,13 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from flat import Flat
 from PIL import Image
 
+from compat_jax import Session, experiment, slice_cost
 from compat_jax import mesh as meshes
-from compat_jax import models, plan
 from compat_jax.errors import UserError
 from configs import iamcl2r
-from launch import planning, runs
+from launch.tpu import planning
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,11 +31,10 @@ def folder_of_classes(path, data):
 
 
 @pytest.fixture
-def config(tmp_path, monkeypatch):
+def config(tmp_path):
     """Two tasks of three classes, with a small backbone, split over all eight devices."""
-    monkeypatch.setitem(models.BACKBONES, "flat", Flat)
     config = iamcl2r.get_config("replace=false")
-    config.backbone.name = "flat"
+    config.backbone.name = "flat:Flat"
     config.num_prototypes, config.batch_size, config.epochs = 12, 16, 1
     config.mesh = "data:2,model:4"
     config.tasks.update(initial=3, increment=3, rehearsal=4)
@@ -48,24 +46,26 @@ def config(tmp_path, monkeypatch):
 
 
 def modules(folder, name):
-    """Texts of the lowered modules of a name that JAX left in a folder, without source lines."""
+    """The texts of a module that JAX dumped to a folder, without source locations."""
     texts = [p.read_text() for p in Path(folder).glob(f"*jit_{name}*.mlir")]
     location = re.compile(r"^#loc.*\n| loc\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", re.MULTILINE)
     return {location.sub("", text) for text in texts}
 
 
 def test_planned_programs_are_those_that_run(config, tmp_path):
-    """What JAX lowers in training and in evaluation, and what the plan lowers, letter by letter."""
+    """JAX lowers the same texts in training and evaluation as in the plan."""
     jax.config.update("jax_dump_ir_to", str(tmp_path / "run"))
     try:
-        chain = runs.train(config, str(tmp_path / "work"), lambda: False, bar=False)
-        runs.evaluate(chain, tmp_path / "out", config, "recall@1", config.mesh, 16, bar=False)
+        session = Session(mesh=config.mesh, batch_size=16)
+        chain = experiment.train(config, tmp_path / "work", session)
+        experiment.evaluate(chain, config=config, metrics=["recall@1"], session=session)
     finally:
         jax.config.update("jax_dump_ir_to", None)
     mesh = meshes.make_mesh(config.mesh)
-    sizes = planning.sizes_of_data(config, None, None)
-    planned = planning.programs(config, mesh, *sizes, gallery=258, k=1, batch_size=16)
-    functions = ("_planned_step", "features", "_search_block")
+    labels, shape = planning.sizes_of_data(config, None, None)
+    sizes = {"gallery": 258, "k": 1, "batch_size": 16}
+    planned = planning.programs(config, mesh, labels=labels, image_shape=shape, **sizes)
+    functions = ("_planned_step", "features", "search_block")
     for name, function in zip(planned, functions, strict=True):
         ran = modules(tmp_path / "run", function)
         assert ran == {planned[name].as_text()}, name
@@ -79,9 +79,9 @@ def test_planned_programs_are_those_that_run(config, tmp_path):
         ("v5e:2", "needs its chips"),
     ],
 )
-def test_topologies_that_there_are_not(name, message):
+def test_unknown_topologies_are_refused(name, message):
     with pytest.raises(UserError, match=message):
-        plan.topology_devices(name)
+        slice_cost.topology_devices(name)
 
 
 TEXT = """
@@ -95,7 +95,7 @@ TEXT = """
 
 
 def test_collectives_are_counted_with_the_bytes_of_their_results():
-    assert plan.collectives(TEXT) == {"all-reduce": (2, 512 + 8 + 16), "all-gather": (1, 12)}
+    assert slice_cost.collectives(TEXT) == {"all-reduce": (2, 512 + 8 + 16), "all-gather": (1, 12)}
 
 
 MIB = 2**20
@@ -103,28 +103,31 @@ MIB = 2**20
 
 def test_table():
     costs = [
-        plan.Cost("step", 3 * MIB, MIB, 4 * MIB, 2e9, {"all-reduce": (2, MIB)}),
-        plan.Cost("features", too_large="needs 24.54G, the device has 15.75G"),
+        slice_cost.Cost("step", 3 * MIB, MIB, 4 * MIB, 2e9, {"all-reduce": (2, MIB)}),
+        slice_cost.Cost("features", too_large="needs 24.54G, the device has 15.75G"),
     ]
-    first, second, third = plan.table(costs, 16 * MIB).splitlines()
+    first, second, third = slice_cost.table(costs, 16 * MIB).splitlines()
     assert " ".join(first.split()) == "each device arguments outputs scratch total of HBM GFLOP"
     assert second.split("  ")[-1] == "2 all-reduce (1.00 MiB)"
     assert "8 MiB   50.0 %   2.00" in second
     assert third.endswith("needs 24.54G, the device has 15.75G")
-    assert [plan.fits(cost, 16 * MIB) for cost in costs] == [True, False]
-    assert not plan.fits(costs[0], 7 * MIB)
+    assert [slice_cost.fits(cost, 16 * MIB) for cost in costs] == [True, False]
+    assert not slice_cost.fits(costs[0], 7 * MIB)
 
 
 def test_remedies_name_what_is_large(config):
     config.num_prototypes = 1_000_000
-    costs = [plan.Cost("training step", temporary=20), plan.Cost("search", temporary=5)]
-    advice = planning.remedies(config, costs, 10, 1)
+    costs = [
+        slice_cost.Cost("training step", temporary=20),
+        slice_cost.Cost("search", temporary=5),
+    ]
+    advice = planning.remedies(config, costs, hbm=10, images=1)
     assert len(advice) == 3
     assert "a smaller --config.batch_size=8; or more chips" in advice[0]
     assert "--config.dtype=bfloat16" in advice[1]
     assert "now --config.mesh=data:2,model:4" in advice[2]
-    assert "--config.data.train.per_class" in planning.remedies(config, costs, 10, 9)[0]
-    assert planning.remedies(config, costs, 100, 1) == []
+    assert "--config.data.train.per_class" in planning.remedies(config, costs, hbm=10, images=9)[0]
+    assert planning.remedies(config, costs, hbm=100, images=1) == []
 
 
 def test_sizes_without_the_data(config):
@@ -172,7 +175,7 @@ def test_without_libtpu_one_line_says_what_to_install(tmp_path):
         ("v4:2x2x2", "8 devices (TPU v4, 30.75 GiB usable), 2 hosts"),
     ],
 )
-def test_compiles_for_a_slice_that_is_not_there(topology, devices):
+def test_compiles_for_an_absent_slice(topology, devices):
     done = run_plan(
         f"--topology={topology}",
         "--config=configs/iamcl2r.py:replace=false",

@@ -10,30 +10,21 @@ import signal
 import time
 from functools import partial
 
+import flat  # noqa: F401, registers the backbone
 import numpy as np
 import pytest
 import tiny
-from flat import Flat
+from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
-from compat_jax import chain as chains
-from compat_jax import models
+from compat_jax import experiment
 from compat_jax.chain import Chain
 from compat_jax.errors import Stopped, UserError
-from compat_jax.train import progress as progresses
-from launch import runs
+from compat_jax.session import Session, never
+from compat_jax.training.checkpoint import Checkpointer
+from compat_jax.training.task import sequence_task
 
 DATA = tiny.dataset()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def backbone():
-    with tiny.one_conv():
-        yield
-
-
-def never():
-    return False
 
 
 def bits(chain):
@@ -53,7 +44,6 @@ def train(folder, method="hoc", **arguments):
         folder,
         DATA,
         replacements={0: tiny.version(**fields)},
-        log=folder / "log.jsonl",
         **arguments,
     )
 
@@ -62,6 +52,17 @@ def train(folder, method="hoc", **arguments):
 def unbroken(tmp_path_factory):
     """Bits of the sequence run in one go, by method."""
     return {m: bits(train(tmp_path_factory.mktemp(m), m)) for m in ("hoc", "er")}
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def saved_state(folder):
+    """The folder of the only saved state; its list lies beside it."""
+    path, listed = sorted((folder / "progress").iterdir())
+    assert listed.name == f"{path.name}.json"
+    return path
 
 
 class Moment:
@@ -115,8 +116,8 @@ def test_a_kill_loses_no_more_than_the_steps_since_the_last_save(tmp_path):
     before = log_of(tmp_path)[-1]
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, should_stop=Moment(2, KeyboardInterrupt), save_every=1)
-    saved = [p.name for p in (tmp_path / "progress").iterdir()]
-    assert before["task"] == 0 and saved == [f"task0-step{before['step'] - 1}"]
+    assert (before["task"], before["step"]) == (0, 2)  # the third was done, not yet saved
+    assert names(tmp_path / "progress") == ["task0-step2", "task0-step2.json"]
 
 
 def test_how_often_it_saves_changes_nothing(tmp_path, unbroken):
@@ -128,7 +129,7 @@ def test_how_often_it_saves_changes_nothing(tmp_path, unbroken):
 def test_what_a_killed_save_left_behind_does_no_harm(tmp_path, unbroken):
     with pytest.raises(Stopped):
         train(tmp_path, should_stop=Moment(3))
-    (saved,) = (tmp_path / "progress").iterdir()
+    saved = saved_state(tmp_path)
     half = saved.with_name(saved.name + ".orbax-checkpoint-tmp-123")
     shutil.copytree(saved, half)
     next(p for p in half.rglob("*") if p.is_file()).write_bytes(b"")
@@ -143,18 +144,152 @@ def test_what_a_killed_save_left_behind_does_no_harm(tmp_path, unbroken):
 def test_a_damaged_save_is_named_with_the_remedy(tmp_path, unbroken):
     with pytest.raises(Stopped):
         train(tmp_path, should_stop=Moment(3))
-    (saved,) = (tmp_path / "progress").iterdir()
+    saved = saved_state(tmp_path)
     for file in saved.rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
     with pytest.raises(UserError, match=rf"{saved} is damaged .*: remove it and the task begins"):
         train(tmp_path)
-    shutil.rmtree(saved)
+    shutil.rmtree(saved)  # its list is still there
+    with pytest.raises(Stopped):
+        train(tmp_path, should_stop=Moment(3))
+    assert saved_state(tmp_path) == saved and any(saved.iterdir())
     assert bits(train(tmp_path)) == unbroken["hoc"]
 
 
+def begun():
+    """The state with which the tiny sequence begins."""
+    run = tiny.run()
+    sequence = run.tasks.sequence(DATA.num_classes)
+    start = tiny.version()
+    task = sequence_task(run, sequence, 0, DATA.labels, start=start, replaced=True)
+    trainer = task.trainer(tiny.one_device())
+    return trainer.create_state(task.starting_variables(trainer, (8, 8, 3)), task.info())
+
+
+def test_a_flipped_byte_in_any_file_of_a_save_is_refused(tmp_path):
+    with pytest.raises(Stopped):
+        train(tmp_path, should_stop=Moment(3))
+    saved, state = saved_state(tmp_path), begun()
+    checkpointer = Checkpointer(saved.parent)
+    assert int(checkpointer.restore(0, state).step) == 2
+    files = [saved.with_name(f"{saved.name}.json"), *filter(os.path.isfile, saved.rglob("*"))]
+    assert len(files) > 3
+
+    def refused():
+        with pytest.raises(UserError, match=rf"{saved} is damaged .*: remove it and the task beg"):
+            checkpointer.restore(0, state)
+
+    for file in files:
+        content = file.read_bytes()
+        for place in {0, len(content) // 2, len(content) - 1} if content else ():
+            flipped = bytes([content[place] ^ 1])
+            file.write_bytes(content[:place] + flipped + content[place + 1 :])
+            refused()
+        file.write_bytes(content + b"x")
+        refused()
+        file.write_bytes(content)
+    (saved / "more").write_bytes(b"")
+    refused()
+    (saved / "more").unlink()
+    files[-1].rename(tmp_path / "lost")
+    refused()
+
+
+def test_a_save_without_its_list_was_cut_off_and_the_task_begins_again(tmp_path, unbroken):
+    with pytest.raises(Stopped):
+        train(tmp_path, should_stop=Moment(3))
+    saved, state = saved_state(tmp_path), begun()
+    saved.with_name(f"{saved.name}.json").unlink()
+    assert Checkpointer(saved.parent).restore(0, state) is state
+    assert bits(train(tmp_path)) == unbroken["hoc"]
+
+
+# The log
+
+
+def without_rate(lines):
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def unbroken_log(tmp_path_factory):
+    """Lines of the sequence run in one go, by steps between saves."""
+
+    def log(save_every):
+        folder = tmp_path_factory.mktemp(f"log{save_every}")
+        train(folder, save_every=save_every)
+        return without_rate(log_of(folder))
+
+    return {save_every: log(save_every) for save_every in (0, 1, 3)}
+
+
+@pytest.mark.parametrize(("save_every", "moment"), [(0, 4), (0, 9), (1, 9), (3, 5), (3, 13)])
+def test_the_log_of_a_killed_run_has_the_lines_of_an_unbroken_one(
+    tmp_path, unbroken_log, save_every, moment
+):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, should_stop=Moment(moment, KeyboardInterrupt), save_every=save_every)
+    train(tmp_path, save_every=save_every)
+    assert without_rate(log_of(tmp_path)) == unbroken_log[save_every]
+
+
+def test_the_log_of_a_stopped_run_has_the_lines_of_an_unbroken_one(tmp_path, unbroken_log):
+    for moment in (3, 5, 4):
+        with pytest.raises(Stopped):
+            train(tmp_path, should_stop=Moment(moment), save_every=1)
+    train(tmp_path, save_every=1)
+    assert without_rate(log_of(tmp_path)) == unbroken_log[1]
+
+
+def test_a_stop_within_an_epoch_leaves_the_log_of_an_unbroken_run(tmp_path, unbroken_log):
+    for moment in (2, 3, 4, 5):
+        with pytest.raises(Stopped):
+            train(tmp_path, should_stop=Moment(moment))
+    train(tmp_path)
+    found = without_rate(log_of(tmp_path))
+    assert [(line["task"], line["step"]) for line in found] == [
+        (line["task"], line["step"]) for line in unbroken_log[0]
+    ]
+    for line, whole in zip(found, unbroken_log[0], strict=True):  # a mean of means rounds by itself
+        assert line == pytest.approx(whole, rel=1e-6, abs=1e-7)
+
+
+def test_a_line_of_which_the_state_was_not_saved_is_dropped_and_so_is_a_torn_one(
+    tmp_path, unbroken_log, monkeypatch
+):
+    save, log = ocp.save, tmp_path / "log.jsonl"
+
+    def killed(path, *arguments, **settings):
+        if path.name == "task0-step3":
+            raise KeyboardInterrupt
+        save(path, *arguments, **settings)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ocp, "save", killed)
+        train(tmp_path, save_every=1)
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3]
+    before = log.read_text()
+    for cut in (0, 25):
+        folder = tmp_path / str(cut)
+        shutil.copytree(tmp_path / "progress", folder / "progress")
+        for name in ("run.json", "log.jsonl"):
+            shutil.copy(tmp_path / name, folder)
+        (folder / "log.jsonl").write_text(before[: len(before) - cut] + "\n[]\n" * (cut == 0))
+        train(folder, save_every=1)
+        assert without_rate(log_of(folder)) == unbroken_log[1]
+
+
+def test_a_version_trained_again_has_its_lines_once_and_leaves_the_others(tmp_path, unbroken_log):
+    train(tmp_path)
+    shutil.rmtree(tmp_path / "chain" / "0001")
+    train(tmp_path)
+    lines = sorted(without_rate(log_of(tmp_path)), key=lambda line: (line["task"], line["step"]))
+    assert lines == unbroken_log[0]
+
+
 def test_a_full_disk_keeps_what_was_saved_before(tmp_path, unbroken, monkeypatch):
-    save, calls = progresses.ocp.save, []
+    save, calls = ocp.save, []
 
     def full(path, tree, **settings):
         calls.append(path)
@@ -163,10 +298,10 @@ def test_a_full_disk_keeps_what_was_saved_before(tmp_path, unbroken, monkeypatch
         save(path, tree, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(progresses.ocp, "save", full)
+        patch.setattr(ocp, "save", full)
         with pytest.raises(UserError, match=r"cannot save to .*progress .*No space left on device"):
             train(tmp_path, save_every=1)
-    assert [p.name for p in (tmp_path / "progress").iterdir()] == ["task0-step2"]
+    assert names(tmp_path / "progress") == ["task0-step2", "task0-step2.json"]
     assert Chain(tmp_path / "chain").numbers() == []
     assert bits(train(tmp_path)) == unbroken["hoc"]
 
@@ -183,8 +318,7 @@ def test_a_folder_that_became_read_only(tmp_path, unbroken, monkeypatch, step, r
 
     def frozen():
         if Chain(tmp_path / "chain").numbers():
-            module = {"progress": progresses, "chain": chains}[step]
-            patch.setattr(module.ocp, "save", refuse)
+            patch.setattr(ocp, "save", refuse)
         return False
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match=refusal) as caught:
@@ -197,7 +331,11 @@ def test_a_folder_that_became_read_only(tmp_path, unbroken, monkeypatch, step, r
 # With configurations
 
 
-def test_data_that_vanished_is_told_and_the_chain_is_whole(tmp_path):
+def carried_out(config, workdir, should_stop=never):
+    return experiment.train(config, workdir, tiny.session_of(config, should_stop=should_stop))
+
+
+def test_data_that_vanished_is_named_and_the_chain_is_whole(tmp_path):
     config, pictures, workdir = tiny.config(), tmp_path / "pictures", tmp_path / "run"
     data = tiny.dataset(4, 8)
     for i, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
@@ -207,53 +345,57 @@ def test_data_that_vanished_is_told_and_the_chain_is_whole(tmp_path):
     config.data.train = {"source": "folder", "path": str(pictures), "size": 8}
     chain = Chain(workdir / "chain")
     with pytest.raises(Stopped):
-        runs.train(config, workdir, lambda: chain.numbers() == [0], bar=False)
+        carried_out(config, workdir, lambda: chain.numbers() == [0])
     pictures.rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"no folder .*pictures: data\.\*\.path must hold"):
-        runs.train(config, workdir, never, bar=False)
+    with pytest.raises(UserError, match=r"no folder .*pictures: it must hold one sub") as caught:
+        carried_out(config, workdir)
+    assert caught.value.argument == "data.train.path"
     assert chain.verify() == {0: None}
 
 
 def test_a_folder_of_another_run_is_refused_with_the_differing_fields(tmp_path):
     workdir = tmp_path / "run"
     with pytest.raises(Stopped):
-        runs.train(tiny.config(), workdir, Moment(1), bar=False)
+        carried_out(tiny.config(), workdir, Moment(1))
     identity = (workdir / "run.json").read_text()
+    data = json.loads(identity)["data"]
     other = tiny.config(epochs=3, optim__lr=0.5, data__train__strength=0.5)
     with pytest.raises(UserError) as caught:
-        runs.train(other, workdir, never, bar=False)
+        carried_out(other, workdir)
     message = str(caught.value)
     assert message.startswith(f"{workdir} belongs to a run with other settings: ")
     for difference in (
         "epochs was 2, now 3",
-        "optim.lr was 0.01, now 0.5",
-        "data.train.strength was 1.0, now 0.5",
+        "optimizer.lr was 0.01, now 0.5",
+        f"data was {data}, now ",
     ):
         assert difference in message
-    assert message.endswith("or use another --workdir") and "seed" not in message
+    assert message.endswith("or use another workdir") and "seed" not in message
+    assert caught.value.argument == "workdir"
     assert (workdir / "run.json").read_text() == identity
     # What changes only how a run is computed may change.
     with pytest.raises(Stopped):
-        runs.train(tiny.config(save_every=1, mesh="data:2"), workdir, Moment(1), bar=False)
+        carried_out(tiny.config(save_every=1, mesh="data:2"), workdir, Moment(1))
 
 
 def test_other_models_to_replace_with_are_another_run(tmp_path):
-    described = tiny.record(method="sce", task=None, class_names=("a",))
+    seen = {"mean": (0.7,) * 3, "std": (0.3,) * 3}
+    described = tiny.record(method="sce", task=None, class_names=("a",), **seen)
     for name, seed in (("one", 1), ("two", 2)):
         Chain(tmp_path / name).add(tiny.variables(described, seed), described)
     config = tiny.config(pretrained=str(tmp_path / "one"), tasks__replace_at=(0,))
     with pytest.raises(Stopped):
-        runs.train(config, tmp_path / "run", Moment(1), bar=False)
+        carried_out(config, tmp_path / "run", Moment(1))
     shutil.rmtree(tmp_path / "one")
     (tmp_path / "two").rename(tmp_path / "one")
     with pytest.raises(UserError, match=r"other settings: models\.0 was \w{64}, now \w{64}\."):
-        runs.train(config, tmp_path / "run", never, bar=False)
+        carried_out(config, tmp_path / "run")
 
 
-def test_a_damaged_identity_is_told(tmp_path):
+def test_a_damaged_identity_is_named(tmp_path):
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UserError, match=r"run\.json is damaged: use another --workdir"):
-        runs.train(tiny.config(), tmp_path, never, bar=False)
+    with pytest.raises(UserError, match=r"run\.json is damaged: use another workdir"):
+        carried_out(tiny.config(), tmp_path)
 
 
 # Programs, killed for real
@@ -269,16 +411,10 @@ start, call = partial(tiny.start, flat=True), partial(tiny.call, flat=True)
 FLAGS = ["--config=configs/glyphs.py:method=hoc,replace=false", *small(tiny.TRAIN)]
 
 
-@pytest.fixture
-def flat(monkeypatch):
-    """What the programs know by that name."""
-    monkeypatch.setitem(models.BACKBONES, "flat", Flat)
-
-
 def saved(workdir, task):
     """Whether a state within a task has been saved."""
-    names = [p.name for p in (workdir / "progress").glob("*")]
-    return any(re.fullmatch(rf"task{task}-step\d+", name) for name in names)
+    found = [p.name for p in (workdir / "progress").glob("*")]
+    return any(re.fullmatch(rf"task{task}-step\d+\.json", name) for name in found)
 
 
 def interrupt(process, moment, how=signal.SIGKILL):
@@ -292,7 +428,7 @@ def interrupt(process, moment, how=signal.SIGKILL):
     return process.returncode, err
 
 
-def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(tmp_path, flat):
+def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(tmp_path):
     unbroken, workdir = Chain(tmp_path / "unbroken" / "chain"), tmp_path / "killed"
     code, out, err = call("train", *FLAGS, f"--workdir={tmp_path / 'unbroken'}")
     assert (
@@ -312,7 +448,7 @@ def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(tmp_path, flat):
     code, _ = interrupt(start(*command), lambda: chain.numbers() == [0])
     assert code == -signal.SIGKILL and chain.numbers() == [0]  # between tasks
     code, err = interrupt(start(*command), lambda: saved(workdir, task=1), signal.SIGTERM)
-    assert code == 75 and err == "stopped and saved; the same command goes on\n"
+    assert code == 75 and err == "stopped and saved; run the same command to resume\n"
     assert chain.numbers() == [0] and saved(workdir, task=1)
 
     code, _, err = call(*command)
@@ -323,7 +459,7 @@ def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(tmp_path, flat):
     assert {(0, 4), (1, 6), (2, 8)} <= steps
 
 
-def test_a_killed_pretraining_ends_with_the_bits_of_an_unbroken_one(tmp_path, flat):
+def test_a_killed_pretraining_ends_with_the_bits_of_an_unbroken_one(tmp_path):
     flags = ("--config=configs/pretrain.py:data=glyphs", *small(tiny.PRETRAIN))
     unbroken, workdir = Chain(tmp_path / "unbroken" / "chain"), tmp_path / "killed"
     assert call("pretrain", *flags, f"--workdir={tmp_path / 'unbroken'}")[0] == 0
@@ -343,7 +479,7 @@ def test_a_killed_pretraining_ends_with_the_bits_of_an_unbroken_one(tmp_path, fl
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments_it_ends_with_the_same_bits(tmp_path, flat):
+def test_killed_at_twenty_random_moments_it_ends_with_the_same_bits(tmp_path):
     assert call("train", *FLAGS, f"--workdir={tmp_path / 'unbroken'}")[0] == 0
     unbroken = bits(Chain(tmp_path / "unbroken" / "chain"))
     moments, kills, ended = random.Random(0), 0, 0
@@ -373,8 +509,13 @@ def test_an_evaluation_program_resumes_from_its_cache(tmp_path):
     for task in range(2):
         described = tiny.record(task=task, config=tiny.config().to_dict())
         chain.add(tiny.variables(described, task), described)
+
+    def evaluated(cache, **changes):
+        where = Session(mesh="data:1", cache=tmp_path / cache, **changes)
+        return experiment.evaluate(chain, session=where)["identification"]
+
     with pytest.raises(Stopped):
-        runs.evaluate(chain, tmp_path / "out", mesh="data:1", should_stop=Moment(2), bar=False)
-    whole = runs.evaluate(chain, tmp_path / "whole", mesh="data:1", bar=False)
-    result = runs.evaluate(chain, tmp_path / "out", mesh="data:1", bar=False)
+        evaluated("cache", should_stop=Moment(2))
+    assert any((tmp_path / "cache").iterdir())
+    whole, result = evaluated("other"), evaluated("cache")
     np.testing.assert_array_equal(result.matrix, whole.matrix)

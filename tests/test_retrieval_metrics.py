@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_curve
 from sklearn.model_selection import KFold
 
-from compat_jax import retrieval
+from compat_jax import metrics, retrieval
 from compat_jax.errors import UserError
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "identification.npz")
@@ -162,6 +162,78 @@ def test_rankings_refuse_bad_input():
         retrieval.recall_at_k(query, labels, query, labels, ks=())
 
 
+def test_scores_of_queries_have_the_metrics_as_their_means():
+    query, labels = features(seed=4)
+    gallery, gallery_labels = features(seed=5)
+    gallery_labels = gallery_labels % 5  # some queries have no match
+    four = (query, labels, gallery, gallery_labels)
+    templates, classes = retrieval.class_templates(gallery, gallery_labels)
+    scores = retrieval.template_scores(query, labels, [templates], classes)
+    assert scores.shape == (1, len(query)) and scores.mean() == retrieval.identification(*four)
+    precisions, alone = retrieval.average_precision_scores(*four), ~np.isin(labels, classes)
+    assert alone.any() and not alone.all()
+    np.testing.assert_array_equal(np.isnan(precisions), alone)
+    got = retrieval.mean_average_precision(*four)
+    assert got == (precisions[~alone].mean(), (~alone).sum(), alone.sum())
+    index = retrieval.ExactIndex()
+    index.add(gallery)
+    found = retrieval.neighbour_scores(
+        query, labels, index, gallery_labels=gallery_labels, max_rank=10
+    )
+    np.testing.assert_array_equal(np.isnan(found), np.repeat(alone[:, None], 10, axis=1))
+    np.testing.assert_array_equal(
+        found[~alone].mean(axis=0), retrieval.cumulative_matching_characteristic(*four)
+    )
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (str, "query labels are (whole.* labels texts|texts.* labels whole numbers): give both"),
+        (np.bytes_, "query labels are (whole.* labels bytes|bytes.* labels whole numbers): give"),
+        (float, "labels must be whole numbers or texts, got float64"),
+        (np.float32, "labels must be whole numbers or texts, got float32"),
+        (bool, "labels must be whole numbers or texts, got bool"),
+        (object, "labels must be whole numbers or texts, got object"),
+    ],
+)
+def test_labels_of_different_kinds_are_refused_by_all_metrics_alike(other, message, swapped):
+    query, labels = features()
+    kinds = (labels, labels.astype(other))[:: -1 if swapped else 1]
+    four = (query, kinds[0], query, kinds[1])
+    for metric in (
+        retrieval.identification,
+        retrieval.recall_at_k,
+        retrieval.mean_average_precision,
+        retrieval.cumulative_matching_characteristic,
+        retrieval.average_precision_scores,
+    ):
+        with pytest.raises(UserError, match=message):
+            metric(*four)
+    with pytest.raises(UserError, match=message):
+        retrieval.make_pairs(*kinds, 5, 5)
+    for name in metrics.names():
+        metric, queries = metrics.get(name), metrics.Queries(query, kinds[0])
+        with pytest.raises(UserError, match=message):
+            metric.score(queries, [metric.prepare(query, kinds[1])])
+
+
+def test_texts_are_labels_as_good_as_numbers():
+    query, labels = features(seed=6)
+    gallery, gallery_labels = features(seed=7)
+    for kind in (str, np.bytes_, np.uint8):
+        for metric in (
+            retrieval.identification,
+            retrieval.recall_at_k,
+            retrieval.mean_average_precision,
+        ):
+            numbered = metric(query, labels, gallery, gallery_labels)
+            assert metric(query, labels.astype(kind), gallery, gallery_labels.astype(kind)) == (
+                numbered
+            )
+
+
 # Verification
 
 
@@ -169,7 +241,7 @@ def test_pair_distances_by_hand():
     a = np.array([[1, 0], [0.6, 0.8]], np.float32)
     b = np.array([[0, 1], [0.6, 0.8]], np.float32)
     np.testing.assert_allclose(retrieval.pair_distances(a, b), [2, 0], atol=1e-12)
-    with pytest.raises(UserError, match="one shape"):
+    with pytest.raises(UserError, match="two arrays of the same shape"):
         retrieval.pair_distances(a, b[:1])
 
 
@@ -257,7 +329,7 @@ def test_verification_refuses_bad_input():
     distances, same = distances_and_kinds(pairs=5)
     with pytest.raises(UserError, match=r"folds must lie in 2\.\.5"):
         retrieval.verification_accuracy(distances, same)
-    with pytest.raises(UserError, match="one length"):
+    with pytest.raises(UserError, match="two lists of equal length"):
         retrieval.verification_accuracy(distances, same[:3])
     with pytest.raises(UserError, match="distance 2 is NaN"):
         retrieval.tar_at_far([0.1, 0.2, np.nan], [True, False, True])
@@ -268,4 +340,4 @@ def test_verification_refuses_bad_input():
     with pytest.raises(UserError, match="no pair of the same class"):
         retrieval.make_pairs(np.arange(4), np.arange(4), 5, 5, same_set=True)
     with pytest.raises(UserError, match="no pair of different classes"):
-        retrieval.make_pairs(np.zeros(4), np.zeros(4), 5, 5)
+        retrieval.make_pairs(np.zeros(4, int), np.zeros(4, int), 5, 5)

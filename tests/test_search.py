@@ -1,5 +1,8 @@
 """Exact search against a float64 brute force, on one device and on eight."""
 
+import dataclasses
+import logging
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -9,8 +12,14 @@ import pytest
 
 from compat_jax.errors import UserError
 from compat_jax.mesh import make_mesh
-from compat_jax.retrieval import search
-from compat_jax.retrieval.search import _coarse, _nothing, _search_block
+from compat_jax.retrieval import SearchOptions, search
+from compat_jax.retrieval.exact import (
+    Block,
+    lower,
+    no_neighbours,
+    round_rows,
+    search_block,
+)
 
 
 def random_features(rows, size, seed):
@@ -29,7 +38,11 @@ def brute_force(query, gallery, k):
 
 
 # Many blocks with little data.
-SMALL = {"query_block": 64, "gallery_block": 2048}
+SMALL = SearchOptions(query_block=64, gallery_block=2048)
+
+
+def small(**changes):
+    return dataclasses.replace(SMALL, **changes)
 
 
 def test_by_hand():
@@ -56,7 +69,7 @@ def test_by_hand():
 @pytest.mark.parametrize("screen", [False, True])
 def test_equals_brute_force(num_queries, num_rows, k, screen):
     query, gallery = random_features(num_queries, 16, 0), random_features(num_rows, 16, 1)
-    scores, rows = search(query, gallery, k, screen=screen, **SMALL)
+    scores, rows = search(query, gallery, k, options=small(screen=screen))
     expected_scores, expected_rows = brute_force(query, gallery, k)
     np.testing.assert_allclose(scores, expected_scores, atol=1e-5)
     # Neighbours in the ranking may swap where their scores agree to rounding, and only there.
@@ -71,7 +84,7 @@ def test_equals_brute_force(num_queries, num_rows, k, screen):
 @pytest.mark.parametrize("screen", [False, True])
 def test_ties_go_to_the_lower_row(num_rows, k, screen):
     query, gallery = whole_numbers(70, 6, 0), whole_numbers(num_rows, 6, 1)
-    scores, rows = search(query, gallery, k, screen=screen, query_block=64, gallery_block=4096)
+    scores, rows = search(query, gallery, k, options=small(screen=screen, gallery_block=4096))
     expected_scores, expected_rows = brute_force(query, gallery, k)
     np.testing.assert_array_equal(scores, expected_scores)
     np.testing.assert_array_equal(rows, expected_rows)
@@ -80,7 +93,7 @@ def test_ties_go_to_the_lower_row(num_rows, k, screen):
 def test_padding_is_never_returned_even_where_all_scores_are_negative():
     gallery = -np.abs(whole_numbers(2100, 6, 1)) - 1
     query = np.abs(whole_numbers(3, 6, 0)) + 1
-    scores, rows = search(query, gallery, 2100, **SMALL)
+    scores, rows = search(query, gallery, 2100, options=SMALL)
     np.testing.assert_array_equal(np.sort(rows, axis=1), np.tile(np.arange(2100), (3, 1)))
     assert (scores < 0).all()
 
@@ -92,7 +105,7 @@ def test_padding_does_not_displace_rows(num_rows, best, k):
     query = -(whole_numbers(3, 1, 0) ** 2) - 1
     gallery = np.arange(1, num_rows + 1, dtype=np.float32)[:, None]
     gallery[best] = 0.5
-    scores, rows = search(query, gallery, k, **SMALL)
+    scores, rows = search(query, gallery, k, options=SMALL)
     np.testing.assert_array_equal(rows, np.tile([best, *range(k - 1)], (3, 1)))
     np.testing.assert_array_equal(scores, query * gallery[rows[0], 0])
 
@@ -110,13 +123,11 @@ def test_any_size(seed, num_queries, num_rows, k):
     np.testing.assert_array_equal(rows, expected_rows)
 
 
-def screens(query, gallery, k, mesh=None):
-    """Whether bfloat16 decides the first block."""
-    coarse = _coarse(gallery)
-    best = _nothing(len(query), k)
-    row = np.int32(0), np.int32(len(gallery))
-    static = {"k": k, "approx_recall": None, "mesh": mesh}
-    return bool(_search_block(query, gallery, *row, best, coarse, **static)[1])
+def screens(query, gallery, k):
+    """True if screening in bfloat16 settles the whole gallery as one block."""
+    block = Block(gallery, np.int32(0), np.int32(len(gallery)))
+    best = no_neighbours(len(query), k)
+    return bool(search_block(query, block, best, coarse=round_rows(gallery), k=k)[1])
 
 
 def test_bfloat16_decides_unless_rows_are_too_much_alike():
@@ -125,22 +136,20 @@ def test_bfloat16_decides_unless_rows_are_too_much_alike():
     assert screens(query, gallery, 5)
     alike = (random_features(1, 32, 2) + 1e-4 * gallery).astype(np.float32)
     assert not screens(query, alike, 5)
-    scores, rows = search(query, alike, 5, screen=True)
-    expected = search(query, alike, 5, screen=False)
+    scores, rows = search(query, alike, 5, options=SearchOptions(screen=True))
+    expected = search(query, alike, 5, options=SearchOptions(screen=False))
     np.testing.assert_array_equal(rows, expected[1])
     np.testing.assert_array_equal(scores, expected[0])
 
 
 def test_bfloat16_decides_where_a_device_has_no_row():
     query, gallery = random_features(64, 32, 0), random_features(8 * 4096, 32, 1)
-    mesh = make_mesh("data:8")
-    static = {"k": 5, "approx_recall": None, "mesh": mesh}
-    row = np.int32(0), np.int32(5 * 4096)
-    found, certain = _search_block(
-        query, gallery, *row, _nothing(64, 5), _coarse(gallery), **static
-    )
+    block = Block(gallery, np.int32(0), np.int32(5 * 4096))
+    best, coarse = no_neighbours(64, 5), round_rows(gallery)
+    found, certain = search_block(query, block, best, coarse=coarse, k=5, mesh=make_mesh("data:8"))
     assert bool(certain)
-    np.testing.assert_array_equal(found[1], search(query, gallery[: 5 * 4096], 5, screen=False)[1])
+    exact = search(query, gallery[: 5 * 4096], 5, options=SearchOptions(screen=False))
+    np.testing.assert_array_equal(found[1], exact[1])
 
 
 def test_squares_that_underflow_are_no_proof():
@@ -149,20 +158,20 @@ def test_squares_that_underflow_are_no_proof():
     gallery = np.float32(1e-19) * (
         1 + np.float32(2**-8) * rng.standard_normal((2048, 8), np.float32)
     )
-    rows = search(query, gallery, 3, screen=True)[1]
+    rows = search(query, gallery, 3, options=SearchOptions(screen=True))[1]
     np.testing.assert_array_equal(rows, brute_force(query, gallery, 3)[1])
 
 
 @hypothesis.settings(max_examples=15)
 @hypothesis.given(st.integers(0, 2**31), st.integers(-60, 30), st.integers(0, 12))
 def test_screening_never_changes_the_answer(seed, magnitude, spread):
-    """Whatever the size of the numbers, and however close the rows are to each other."""
+    """For numbers of any size, and rows of any distance from each other."""
     query, gallery = random_features(16, 8, seed), random_features(2048, 8, seed + 1)
     gallery = (np.float32(10.0**magnitude) * (1 + np.float32(2.0**-spread) * gallery)).astype(
         np.float32
     )
     hypothesis.assume(np.isfinite(gallery).all())
-    plain, screened = (search(query, gallery, 3, screen=s, **SMALL) for s in (False, True))
+    plain, screened = (search(query, gallery, 3, options=small(screen=s)) for s in (False, True))
     np.testing.assert_array_equal(screened[1], plain[1])
     np.testing.assert_array_equal(screened[0], plain[0])
 
@@ -171,62 +180,61 @@ def test_screening_never_changes_the_answer(seed, magnitude, spread):
 @pytest.mark.parametrize("screen", [False, True])
 def test_sharded_over_eight_devices_gives_the_same_answer(num_rows, screen):
     query, gallery = whole_numbers(70, 6, 0), whole_numbers(num_rows, 6, 1)
-    alone = search(query, gallery, 5, **SMALL)
-    sizes = {**SMALL, "gallery_block": 4096}
-    together = search(query, gallery, 5, mesh=make_mesh("data:8"), screen=screen, **sizes)
+    alone = search(query, gallery, 5, options=SMALL)
+    options = small(screen=screen, gallery_block=4096)
+    together = search(query, gallery, 5, mesh=make_mesh("data:8"), options=options)
     np.testing.assert_array_equal(together[0], alone[0])
     np.testing.assert_array_equal(together[1], alone[1])
 
 
 def test_sharded_over_one_axis_of_two():
     query, gallery = jnp.asarray(whole_numbers(9, 6, 0)), jnp.asarray(whole_numbers(900, 6, 1))
-    together = search(query, gallery, 5, mesh=make_mesh("data:4,model:2"), **SMALL)
-    np.testing.assert_array_equal(together[1], search(query, gallery, 5, **SMALL)[1])
+    together = search(query, gallery, 5, mesh=make_mesh("data:4,model:2"), options=SMALL)
+    np.testing.assert_array_equal(together[1], search(query, gallery, 5, options=SMALL)[1])
 
 
 def test_host_and_device_arrays_of_any_float_type():
     query, gallery = whole_numbers(70, 6, 0), whole_numbers(5000, 6, 1)
-    expected = search(query, gallery, 5, **SMALL)
+    expected = search(query, gallery, 5, options=SMALL)
     for convert in (
         jnp.asarray,
         lambda x: jnp.asarray(x, jnp.bfloat16),
         lambda x: x.astype(np.float64),
         lambda x: x.astype(np.float16),
     ):
-        scores, rows = search(convert(query), convert(gallery), 5, **SMALL)
+        scores, rows = search(convert(query), convert(gallery), 5, options=SMALL)
         np.testing.assert_array_equal(scores, expected[0])
         np.testing.assert_array_equal(rows, expected[1])
 
 
 def test_approximate_search_reaches_its_recall():
     query, gallery = random_features(64, 16, 0), random_features(5000, 16, 1)
-    scores, rows = search(query, gallery, 10, approx_recall=0.9, **SMALL)
-    exact = search(query, gallery, 10, **SMALL)[1]
+    scores, rows = search(query, gallery, 10, options=small(approx_recall=0.9))
+    exact = search(query, gallery, 10, options=SMALL)[1]
     found = np.mean([len(np.intersect1d(a, b)) for a, b in zip(rows, exact, strict=True)])
     assert found >= 9
     assert (np.diff(scores, axis=1) <= 0).all()
 
 
-def test_the_number_of_blocks_compiles_nothing_new():
+def test_the_number_of_blocks_compiles_nothing_new(caplog):
     query, gallery = whole_numbers(200, 7, 0), whole_numbers(9000, 7, 1)
-    search(query[:65], gallery[:2049], 5, **SMALL)
-    before = _search_block._cache_size()
-    search(query, gallery, 5, **SMALL)
-    search(query[:129], gallery[:7777], 5, **SMALL)
-    assert _search_block._cache_size() == before
+
+    def compiled(num_queries, num_rows):
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level(logging.WARNING):
+            search(query[:num_queries], gallery[:num_rows], 5, options=SMALL)
+        messages = [record.getMessage() for record in caplog.records]
+        return [m for m in messages if m.startswith("Compiling")]
+
+    assert any("search_block" in message for message in compiled(65, 2049))
+    assert compiled(200, 9000) == compiled(129, 7777) == []
 
 
 def test_no_full_matrix_on_cpu():
     """256 queries against 65,536 rows need far less scratch than their 64 MB of scores."""
-    k = 10
-    args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((256, 128), (1 << 16, 128))]
-    row = jax.ShapeDtypeStruct((), jnp.int32)
-    best = (
-        jax.ShapeDtypeStruct((256, k), jnp.float32),
-        jax.ShapeDtypeStruct((256, k), jnp.int32),
-    )
-    lowered = _search_block.lower(*args, row, row, best, None, k=k, approx_recall=None, mesh=None)
-    assert lowered.compile().memory_analysis().temp_size_in_bytes < 16 << 20
+    memory = lower(1 << 16, 128, 10).compile().memory_analysis()
+    assert memory.argument_size_in_bytes >= 4 * 128 * (256 + (1 << 16))
+    assert memory.temp_size_in_bytes < 16 << 20
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -235,10 +243,10 @@ def test_names_the_first_row_that_is_not_finite(bad):
     gallery[4321, 2] = gallery[4400, 2] = bad
     for array in (gallery, jnp.asarray(gallery)):
         with pytest.raises(UserError, match=r"gallery features .* row 4321"):
-            search(query, array, 5, **SMALL)
+            search(query, array, 5, options=SMALL)
     query[3, 0] = bad
     with pytest.raises(UserError, match=r"query features .* row 3"):
-        search(query, gallery, 5, **SMALL)
+        search(query, gallery, 5, options=SMALL)
 
 
 def test_refuses_bad_input():
@@ -251,7 +259,9 @@ def test_refuses_bad_input():
         search(query[:, :4], gallery, 5)
     with pytest.raises(UserError, match="at least one query"):
         search(query[:0], gallery, 5)
-    with pytest.raises(UserError, match="approx_recall"):
-        search(query, gallery, 5, approx_recall=1.5)
+    with pytest.raises(UserError, match=r"approx_recall must be above 0 and below 1, got 1\.5"):
+        SearchOptions(approx_recall=1.5)
+    with pytest.raises(UserError, match="gallery_block must be at least 1, got 0"):
+        SearchOptions(gallery_block=0)
     with pytest.raises(UserError, match='"data" axis'):
         search(query, gallery, 5, mesh=jax.make_mesh((8,), ("model",)))

@@ -23,8 +23,8 @@ def random_features(*shape, seed=0):
 
 
 @functools.lru_cache
-def matrix(num_classes):
-    return np.asarray(jax.jit(simplex.prototypes, static_argnums=0)(num_classes))
+def matrix(num_prototypes):
+    return np.asarray(jax.jit(simplex.prototypes, static_argnums=0)(num_prototypes))
 
 
 def assert_close(actual, expected, tolerance=1e-5):
@@ -43,10 +43,10 @@ def test_the_triangle_by_hand():
     np.testing.assert_allclose(simplex.prototypes(3), expected, atol=1e-7)
 
 
-@pytest.mark.parametrize("num_classes", [2, 3, 10, 100])
-def test_prototypes_of_the_reference(num_classes):
+@pytest.mark.parametrize("num_prototypes", [2, 3, 10, 100])
+def test_prototypes_of_the_reference(num_prototypes):
     np.testing.assert_allclose(
-        simplex.prototypes(num_classes), GOLDEN[f"simplex/{num_classes}"], atol=1e-6
+        simplex.prototypes(num_prototypes), GOLDEN[f"simplex/{num_prototypes}"], atol=1e-6
     )
 
 
@@ -55,11 +55,11 @@ def test_prototypes_of_the_reference_for_1024_classes():
     np.testing.assert_allclose(rows, GOLDEN["simplex/1024_rows_0_511_1023"], atol=1e-6)
 
 
-@pytest.mark.parametrize("num_classes", [2, 3, 17, 100, 1024])
-def test_gram_matrix(num_classes):
-    rows = matrix(num_classes).astype(np.float64)
+@pytest.mark.parametrize("num_prototypes", [2, 3, 17, 100, 1024])
+def test_gram_matrix(num_prototypes):
+    rows = matrix(num_prototypes).astype(np.float64)
     gram = rows @ rows.T
-    expected = np.full_like(gram, -1 / (num_classes - 1))
+    expected = np.full_like(gram, -1 / (num_prototypes - 1))
     np.fill_diagonal(expected, 1)
     np.testing.assert_allclose(gram, expected, atol=1e-6)
 
@@ -70,14 +70,14 @@ def test_gram_matrix_of_some_rows_of_4096():
     np.testing.assert_allclose(matrix(4096)[some] @ matrix(4096).T, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("num_classes", [1, 0, -5])
-def test_too_few_classes(num_classes):
-    with pytest.raises(UserError, match=f"at least 2 classes, got num_classes={num_classes}"):
-        simplex.prototypes(num_classes)
+@pytest.mark.parametrize("num_prototypes", [1, 0, -5])
+def test_too_few_classes(num_prototypes):
+    with pytest.raises(UserError, match=f"at least 2 classes, got num_prototypes={num_prototypes}"):
+        simplex.prototypes(num_prototypes)
 
 
 def test_features_of_size_zero():
-    with pytest.raises(UserError, match="at least 2 classes, got num_classes=1"):
+    with pytest.raises(UserError, match="at least 2 classes, got num_prototypes=1"):
         simplex.logits(jnp.zeros((3, 0)))
 
 
@@ -85,14 +85,14 @@ def test_features_of_size_zero():
 
 
 @hypothesis.settings(max_examples=5, deadline=None)
-@hypothesis.example(num_classes=2, seed=0)
-@hypothesis.example(num_classes=3, seed=0)
-@hypothesis.example(num_classes=1024, seed=0)
-@hypothesis.example(num_classes=4096, seed=0)
+@hypothesis.example(num_prototypes=2, seed=0)
+@hypothesis.example(num_prototypes=3, seed=0)
+@hypothesis.example(num_prototypes=1024, seed=0)
+@hypothesis.example(num_prototypes=4096, seed=0)
 @hypothesis.given(st.integers(2, 4096), st.integers(0, 1000))
-def test_logits_are_products_with_the_prototypes(num_classes, seed):
-    features = random_features(4, num_classes - 1, seed=seed)
-    assert_close(jax.jit(simplex.logits)(features), features @ matrix(num_classes).T)
+def test_logits_are_products_with_the_prototypes(num_prototypes, seed):
+    features = random_features(4, num_prototypes - 1, seed=seed)
+    assert_close(jax.jit(simplex.logits)(features), features @ matrix(num_prototypes).T)
 
 
 class Logits(chex.TestCase):
@@ -173,14 +173,14 @@ def mean_loss(features, rows):
 
 
 def test_logits_of_a_million_classes():
-    num_classes = 1_000_000
-    features = random_features(4, num_classes - 1)
+    num_prototypes = 1_000_000
+    features = random_features(4, num_prototypes - 1)
     assert needed_bytes(simplex.logits, features) < BILLION / 10
     logits = np.asarray(jax.jit(simplex.logits)(features), np.float64)
     wide = features.astype(np.float64)
-    np.testing.assert_allclose(logits[:, -1], -wide.sum(1) / np.sqrt(num_classes - 1), rtol=1e-4)
+    np.testing.assert_allclose(logits[:, -1], -wide.sum(1) / np.sqrt(num_prototypes - 1), rtol=1e-4)
     # W.T W = K/(K-1) I, so the products have this length; and the prototypes sum to zero.
-    length = np.linalg.norm(wide, axis=1) * np.sqrt(num_classes / (num_classes - 1))
+    length = np.linalg.norm(wide, axis=1) * np.sqrt(num_prototypes / (num_prototypes - 1))
     np.testing.assert_allclose(np.linalg.norm(logits, axis=1), length, rtol=1e-6)
     np.testing.assert_allclose(logits.sum(1) / length, 0, atol=1e-3)
 
@@ -208,11 +208,11 @@ def test_orders_by_hand():
 
 
 @hypothesis.given(st.integers(2, 5000), st.sampled_from(simplex.LABEL_ORDERS))
-def test_orders_are_involutions_onto_all_rows(num_classes, order):
-    labels = np.arange(num_classes)
-    rows = simplex.prototype_rows(labels, num_classes, order)
+def test_orders_are_involutions_onto_all_rows(num_prototypes, order):
+    labels = np.arange(num_prototypes)
+    rows = simplex.prototype_rows(labels, num_prototypes, order)
     np.testing.assert_array_equal(np.sort(rows), labels)
-    np.testing.assert_array_equal(simplex.prototype_rows(rows, num_classes, order), labels)
+    np.testing.assert_array_equal(simplex.prototype_rows(rows, num_prototypes, order), labels)
 
 
 def test_unknown_order_names_the_nearest():

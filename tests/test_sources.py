@@ -2,14 +2,20 @@
 
 import json
 import re
+from typing import Annotated
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from compat_jax.data import sources
-from compat_jax.data.dataset import Dataset
+from compat_jax import data
+from compat_jax.data import Dataset, sources
+from compat_jax.data.glyphs import LOOKS
+from compat_jax.data.pictures import BadPictures
+from compat_jax.data.registry import source_fields
+from compat_jax.data.roles import check_roles, check_same_classes
 from compat_jax.errors import UserError
+from compat_jax.fields import Rule
 
 GREY_5 = np.full((6, 6), 5, np.uint8)
 
@@ -109,7 +115,7 @@ def folder(tmp_path):
 
 
 def test_folder(folder):
-    dataset = sources.from_folder(str(folder))
+    dataset = data.from_folder(str(folder))
     assert dataset.images.shape == (4, 6, 6, 3)
     assert dataset.class_names == ("cat", "dog") and dataset.labels.tolist() == [0, 0, 0, 1]
     assert dataset.images[:, 3, 3].tolist() == [[9, 8, 7], [5, 5, 5], [6, 6, 6], [7, 7, 7]]
@@ -119,25 +125,23 @@ def test_hidden_files_and_folders_are_no_data(folder):
     (folder / ".cache").mkdir()
     (folder / "cat" / ".DS_Store").write_bytes(b"\0")
     (folder / "list.txt").write_text("beside the classes")
-    assert len(sources.from_folder(str(folder))) == 4
+    assert len(data.from_folder(str(folder))) == 4
 
 
 def test_pictures_of_several_sizes(folder):
     Image.fromarray(GREY_5.repeat(2, axis=1)).save(folder / "dog" / "wide.png")
-    with pytest.raises(
-        UserError, match=r"several sizes \(\[\(6, 6, 3\), \(6, 12, 3\)\].*data.*size"
-    ):
-        sources.from_folder(str(folder))
-    assert sources.from_folder(str(folder), size=4).images.shape == (5, 4, 4, 3)
+    with pytest.raises(UserError, match=r"several sizes \(6 x 6, 12 x 6, \.\.\.\): set size$"):
+        data.from_folder(str(folder))
+    assert data.from_folder(str(folder), size=4).images.shape == (5, 4, 4, 3)
 
 
 def test_resizing_averages(tmp_path):
     (tmp_path / "cat").mkdir()
     checks = np.array([[0, 100], [100, 0]], np.uint8).repeat(2, 0).repeat(2, 1)
     Image.fromarray(checks).save(tmp_path / "cat" / "a.png")
-    dataset = sources.from_folder(str(tmp_path), size=2)
+    dataset = data.from_folder(str(tmp_path), size=2)
     np.testing.assert_array_equal(dataset.images[0, ..., 0], [[0, 100], [100, 0]])
-    np.testing.assert_array_equal(sources.from_folder(str(tmp_path), size=1).images, 50)
+    np.testing.assert_array_equal(data.from_folder(str(tmp_path), size=1).images, 50)
 
 
 @pytest.mark.parametrize(
@@ -151,38 +155,70 @@ def test_resizing_averages(tmp_path):
         (lambda p: (p / "ant").mkdir(), "class folder .*ant is empty: add pictures or remove it"),
         (
             lambda p: Image.fromarray(np.full((6, 6), 0.5, np.float32)).save(p / "dog" / "f.tiff"),
-            "f.tiff has more than 8 bits a channel",
-        ),
-        (
-            lambda p: Image.fromarray(np.full((6, 6), 999, np.uint16)).save(p / "dog" / "f.png"),
-            "f.png has more than 8 bits a channel",
+            "f.tiff has more than 16 bits a channel: convert it to 8",
         ),
     ],
 )
 def test_folders_that_cannot_be(folder, make, message):
     make(folder)
     with pytest.raises(UserError, match=message):
-        sources.from_folder(str(folder))
+        data.from_folder(str(folder))
+
+
+def test_sixteen_bits_of_grey_are_scaled_to_eight(folder):
+    Image.fromarray(np.full((6, 6), 999, np.uint16)).save(folder / "dog" / "f.png")
+    np.testing.assert_array_equal(data.from_folder(str(folder)).images[-1], 4)
 
 
 def test_vanished_picture(folder, monkeypatch):
-    monkeypatch.setattr(sources, "_pictures", lambda folder: [folder / "gone.png"])
+    listed = [("cat", [folder / "cat" / "gone.png"])]
+    monkeypatch.setattr(sources, "class_folders", lambda root: listed)
     with pytest.raises(UserError, match=r"cat/gone.png vanished while .* was read: put it back"):
-        sources.from_folder(str(folder))
+        data.from_folder(str(folder))
 
 
 def test_cut_off_picture(folder):
     content = (folder / "cat" / "more" / "c.jpg").read_bytes()
     (folder / "dog" / "cut.jpg").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=r"cut.jpg is not a picture: remove it or repair it"):
-        sources.from_folder(str(folder))
+    with pytest.raises(UserError, match=r"cut.jpg is not a picture .*: remove or repair it \("):
+        data.from_folder(str(folder))
 
 
 def test_no_folder(tmp_path):
     with pytest.raises(UserError, match=r"no folder .*absent"):
-        sources.from_folder(str(tmp_path / "absent"))
+        data.from_folder(str(tmp_path / "absent"))
     with pytest.raises(UserError, match="has no sub-folder: it must hold one folder of pictures"):
-        sources.from_folder(str(tmp_path))
+        data.from_folder(str(tmp_path))
+
+
+def test_the_home_folder_is_found(folder, monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert len(data.from_folder(f"~/{folder.name}")) == 4
+    assert len(data.load({"source": "folder", "path": f"~/{folder.name}"})) == 4
+
+
+def test_a_relative_path_and_one_with_signs_of_patterns(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    folder.rename(folder.parent / "[a]*?{b}")
+    assert len(data.from_folder("[a]*?{b}")) == 4
+
+
+# Arrays
+
+
+def test_arrays_become_a_data_set():
+    images = np.zeros((3, 4, 4, 3), np.uint8)
+    dataset = data.from_arrays(images, [1, 0, 1])
+    assert dataset.class_names == ("0", "1") and dataset.labels.dtype == np.int32
+    assert data.from_arrays(images, [1, 0, 1], ["cat", "dog"]).class_names == ("cat", "dog")
+    for labels in ([0.0, 1.0, 1.0], ["a", "b", "c"], [[0], [1], [1]], [True, False, True]):
+        with pytest.raises(
+            UserError, match=r"labels must be whole numbers \[n\], got .*class_names"
+        ):
+            data.from_arrays(images, labels)
+    with pytest.raises(UserError, match="class '0' has no image: add some or leave the class out"):
+        data.from_arrays(images, [1, 2, 1])
 
 
 # TensorFlow Datasets
@@ -226,7 +262,7 @@ def tfds_folder(tmp_path_factory):
 
 
 def test_tfds(tfds_folder):
-    dataset = sources.from_tfds("tiny_pictures", "train", data_dir=str(tfds_folder))
+    dataset = data.from_tfds("tiny_pictures", "train", data_dir=str(tfds_folder))
     assert dataset.images.shape == (6, 6, 6, 3) and dataset.class_names == ("owl", "ant")
     assert sorted(zip(values(dataset), dataset.labels.tolist(), strict=True)) == [
         (0, 0), (20, 1), (40, 0), (60, 1), (80, 0), (100, 1)
@@ -234,7 +270,7 @@ def test_tfds(tfds_folder):
 
 
 def test_tfds_split_and_size(tfds_folder):
-    dataset = sources.from_tfds("tiny_pictures", "test", size=4, data_dir=str(tfds_folder))
+    dataset = data.from_tfds("tiny_pictures", "test", size=4, data_dir=str(tfds_folder))
     assert dataset.images.shape == (2, 4, 4, 3)
     assert sorted(values(dataset)) == [120, 140]
 
@@ -242,21 +278,92 @@ def test_tfds_split_and_size(tfds_folder):
 def test_tfds_images_may_stay_in_their_files(tfds_folder):
     spec = {"source": "tfds", "name": "tiny_pictures", "size": 4, "data_dir": str(tfds_folder)}
     spec |= {"classes": (1, 2), "per_class": 2}
-    read, left = (sources.load({**spec, "in_memory": there}) for there in (True, False))
+    read, left = (data.load({**spec, "in_memory": there}) for there in (True, False))
     assert isinstance(read.images, np.ndarray) and not isinstance(left.images, np.ndarray)
     np.testing.assert_array_equal(left.images, read.images)
     np.testing.assert_array_equal(np.asarray(left.images[1:]), read.images[1:])
     assert left.fingerprint() == read.fingerprint() and left.class_names == read.class_names
 
 
+def test_the_pictures_of_tfds_are_turned_upright(tmp_path):
+    import tensorflow_datasets as tfds
+
+    stored = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    turned = {  # by the definition of EXIF, rows of pixels as they are to be seen
+        1: [[0, 1], [2, 3]],
+        2: [[1, 0], [3, 2]],
+        3: [[3, 2], [1, 0]],
+        4: [[2, 3], [0, 1]],
+        5: [[0, 2], [1, 3]],
+        6: [[2, 0], [3, 1]],
+        7: [[3, 1], [2, 0]],
+        8: [[1, 3], [0, 2]],
+    }
+    for orientation in turned:
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        Image.fromarray(stored).save(tmp_path / f"{orientation}.png", exif=exif)
+
+    class TurnedPictures(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = tmp_path
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "label": tfds.features.ClassLabel(names=[str(o) for o in turned]),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for label, orientation in enumerate(turned):
+                yield label, {"image": str(tmp_path / f"{orientation}.png"), "label": label}
+
+    TurnedPictures(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    for in_memory in (True, False):
+        dataset = data.from_tfds("turned_pictures", data_dir=str(tmp_path), in_memory=in_memory)
+        assert sorted(dataset.labels.tolist()) == list(range(8))
+        for image, label in zip(np.asarray(dataset.images), dataset.labels, strict=True):
+            expected = stored.reshape(4, 3)[np.array(turned[int(label) + 1])]
+            np.testing.assert_array_equal(image, expected)
+
+
+def test_records_that_are_no_pictures_are_named_all_at_once(tfds_folder, monkeypatch):
+    def broken(content, where):
+        raise BadPictures([f"{where} is broken"])
+
+    monkeypatch.setattr(sources, "decode", broken)
+    with pytest.raises(
+        BadPictures, match="2 pictures cannot be read: record 0 of tiny_pict"
+    ) as error:
+        data.from_tfds("tiny_pictures", "test", data_dir=str(tfds_folder))
+    assert error.value.problems == tuple(
+        f"record {i} of tiny_pictures test is broken" for i in (0, 1)
+    )
+    with pytest.raises(BadPictures, match="a record of tiny_pictures test is broken"):
+        data.from_tfds("tiny_pictures", "test", data_dir=str(tfds_folder), in_memory=False)
+
+
+def test_tfds_in_the_home_folder(tfds_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(tfds_folder.parent))
+    assert len(data.from_tfds("tiny_pictures", data_dir=f"~/{tfds_folder.name}")) == 6
+    monkeypatch.setenv("TFDS_DATA_DIR", f"~/{tfds_folder.name}")
+    assert len(data.from_tfds("tiny_pictures")) == 6
+
+
 def test_tfds_folder_by_the_environment_of_the_moment(tfds_folder, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_folder))
-    assert len(sources.from_tfds("tiny_pictures")) == 6
+    assert len(data.from_tfds("tiny_pictures")) == 6
 
 
 def test_tfds_not_prepared_names_the_command(tmp_path):
     with pytest.raises(UserError) as error:
-        sources.from_tfds("cifar100", data_dir=str(tmp_path))
+        data.from_tfds("cifar100", data_dir=str(tmp_path))
     message = str(error.value)
     assert message.startswith(f"cifar100 is not prepared in {tmp_path}/cifar100/")
     command = (
@@ -279,7 +386,7 @@ def test_tfds_not_prepared_names_the_command(tmp_path):
 )
 def test_tfds_data_that_is_not_there(tfds_folder, name, split, message):
     with pytest.raises(UserError, match=message) as error:
-        sources.from_tfds(name, split, data_dir=str(tfds_folder))
+        data.from_tfds(name, split, data_dir=str(tfds_folder))
     assert "\n" not in str(error.value)
 
 
@@ -292,7 +399,7 @@ def test_tfds_in_another_format(tfds_folder, tmp_path):
     info = json.loads((folder / "dataset_info.json").read_text())
     (folder / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "tfrecord"}))
     with pytest.raises(UserError, match=r"not in array_record format: delete it and run `python"):
-        sources.from_tfds("tiny_pictures", data_dir=str(tmp_path))
+        data.from_tfds("tiny_pictures", data_dir=str(tmp_path))
 
 
 # By configuration
@@ -306,20 +413,20 @@ def test_load_folder(folder):
         "classes": (0, 1),
         "per_class": 2,
     }
-    dataset = sources.load(spec)
+    dataset = data.load(spec)
     assert dataset.class_names == ("cat",) and values(dataset) == [9, 5]
 
 
 def test_load_tfds(tfds_folder):
     spec = {"source": "tfds", "name": "tiny_pictures", "data_dir": str(tfds_folder)}
-    assert len(sources.load(spec)) == 6
-    chosen = sources.load({**spec, "classes": (1, 2), "per_class": 2})
+    assert len(data.load(spec)) == 6
+    chosen = data.load({**spec, "classes": (1, 2), "per_class": 2})
     assert chosen.class_names == ("ant",) and len(chosen) == 2
 
 
 def test_load_glyphs():
     spec = {"source": "glyphs", "classes": (3, 6), "per_class": 2, "look": "print", "seed": 0}
-    dataset = sources.load({**spec, "size": 16})
+    dataset = data.load({**spec, "size": 16})
     assert dataset.images.shape == (6, 16, 16, 3)
     assert dataset.labels.tolist() == [0, 0, 1, 1, 2, 2]
 
@@ -333,29 +440,85 @@ def test_load_glyphs():
         ),
         ({"path": "x"}, "unknown data source 'None'. Valid: folder, glyphs, tfds"),
         ({"source": "folder", "pth": "x"}, "unknown field of data source 'folder' 'pth'. .*'path'"),
-        ({"source": "folder", "path": ""}, r"'folder' needs path: set data\.\*\.path"),
-        ({"source": "tfds", "split": "train"}, r"'tfds' needs name: set data\.\*\.name"),
-        ({"source": "glyphs", "look": "print"}, "'glyphs' needs classes, per_class, seed: set"),
+        ({"source": "folder", "path": ""}, r"data source 'folder' needs path$"),
+        ({"source": "tfds", "split": "train"}, r"data source 'tfds' needs name$"),
+        ({"source": "glyphs", "look": "print"}, r"'glyphs' needs classes, per_class, seed$"),
     ],
 )
 def test_load_what_is_not_there(spec, message):
     with pytest.raises(UserError, match=message):
-        sources.load(spec)
+        data.load(spec)
+
+
+@pytest.mark.parametrize(
+    ("change", "argument", "message"),
+    [
+        ({"source": "glyph"}, "source", "unknown data source"),
+        ({"looks": "print"}, "looks", r"unknown field .*'looks'\. Did you mean 'look'\?"),
+        ({"seed": None}, "seed", "needs seed"),
+        ({"seed": -1}, "seed", "seed must be at least 0 and at most 4,294,967,295, got -1"),
+        ({"size": 0}, "size", "size must be at least 1 and at most 8,192, got 0"),
+        ({"size": 2.5}, "size", r"size must be a whole number, got 2\.5"),
+        ({"size": True}, "size", "size must be a whole number, got True"),
+        ({"per_class": 0}, "per_class", "per_class must be at least 1"),
+        ({"look": "foto"}, "look", rf"unknown look 'foto'.*{', '.join(sorted(LOOKS))}"),
+        ({"photo_share": 1.5}, "photo_share", "photo_share must be at least 0 and at most 1"),
+        ({"noise": float("nan")}, "noise", "noise must be a finite number, got nan"),
+        ({"classes": (5, 3)}, "classes", "classes must be"),
+        ({"progress": True}, "progress", "unknown field of data source 'glyphs' 'progress'"),
+    ],
+)
+def test_an_error_names_the_field_at_fault(change, argument, message):
+    spec = {"source": "glyphs", "classes": (3, 6), "per_class": 2, "look": "print", "seed": 0}
+    with pytest.raises(UserError, match=message) as caught:
+        data.load({**spec, **change})
+    assert caught.value.argument == argument
+
+
+def test_a_source_of_ones_own_is_a_function_and_a_line():
+    name = "zebras"  # sorts last
+
+    @data.register(name)
+    def checks(
+        count: Annotated[int, Rule("pictures", low=1, high=9)],
+        size: Annotated[int, Rule("side", low=1)] = 4,
+    ) -> Dataset:
+        pictures = np.arange(count, dtype=np.uint8).reshape(-1, 1, 1, 1) + np.zeros(
+            (1, size, size, 3), np.uint8
+        )
+        return Dataset(pictures, np.arange(count) % 2, ("even", "odd"))
+
+    assert name in data.source_names()
+    assert [f.name for f in source_fields(name)] == ["count", "size", "classes", "per_class"]
+    loaded = data.load({"source": name, "count": 5, "classes": (1, 2), "per_class": 1})
+    assert loaded.class_names == ("odd",) and values(loaded) == [1]
+    with pytest.raises(UserError, match="count must be at least 1 and at most 9, got 10"):
+        data.load({"source": name, "count": 10})
+    with pytest.raises(UserError, match=f"there is another data source called {name!r}"):
+        data.register(name)(lambda: None)
 
 
 @pytest.mark.parametrize("classes", [(3, 3), (4, 2), (-1, 2), (1, 2, 3), (7,), ("a", "b"), ()])
 def test_classes_that_are_no_range(folder, classes):
-    with pytest.raises(UserError, match=r"classes must be \(start, stop\) with 0 <= start < stop"):
-        sources.load({"source": "folder", "path": str(folder), "classes": classes})
+    message = r"classes must be \(start, stop\) with 0 <= start < stop"
+    if classes == ("a", "b"):
+        message = r"classes must be a list of numbers, got \('a', 'b'\)"
+    with pytest.raises(UserError, match=message) as caught:
+        data.load({"source": "folder", "path": str(folder), "classes": classes})
+    assert caught.value.argument == "classes"
+
+
+def test_a_range_beyond_the_classes_is_refused_before_any_memory(folder):
+    for classes in ((1, 3), (0, 10**15), (10**15, 10**15 + 1)):
+        with pytest.raises(UserError, match=r"asked for, but the data set has classes 0\.\.1"):
+            data.load({"source": "folder", "path": str(folder), "classes": classes})
 
 
 def test_bars_only_where_they_are_asked_for(folder, monkeypatch):
     spec, shown = {"source": "folder", "path": str(folder)}, []
-    monkeypatch.setattr(
-        sources, "tqdm", lambda items, *_, disable, **__: shown.append(disable) or items
-    )
-    sources.load(spec), sources.load(spec, progress=True)
-    assert shown == [True, None]  # None: on a terminal
+    monkeypatch.setattr(sources, "track", lambda items, label, _: shown.append(label) or items)
+    data.load(spec), data.load(spec, progress=True)
+    assert shown == [None, f"reading {folder.name}"]
 
 
 # Roles
@@ -368,7 +531,7 @@ def of_classes(*names):
 
 def check(tasks=("a", "b"), query=("c",), gallery=("c",), pretrained=("d",), may_share=False):
     retrieval = {"query": of_classes(*query), "gallery": of_classes(*gallery)}
-    sources.check_roles(of_classes(*tasks), retrieval, {"model 0": pretrained}, may_share)
+    check_roles(of_classes(*tasks), retrieval, {} if may_share else {"model 0": pretrained})
 
 
 @pytest.mark.parametrize("may_share", [False, True])
@@ -381,7 +544,29 @@ def test_tasks_and_retrieval_never_share(may_share):
 
 
 def test_pretraining_and_retrieval_share_only_where_the_configuration_says_so():
-    with pytest.raises(UserError, match=r"model 0 and query .*\(c\).*pretraining_may_share=True"):
+    with pytest.raises(
+        UserError, match=r"model 0 and query .*\(c\).*pretraining_may_share=True"
+    ) as caught:
         check(pretrained=("c", "d"))
+    assert caught.value.argument == "pretraining_may_share"
     check(pretrained=("c", "d"), may_share=True)
     check(pretrained=("a", "b"))  # tasks may go on with classes of the pre-training
+
+
+def test_query_and_gallery_have_the_same_classes_in_one_order():
+    check_same_classes(of_classes("a", "b"), of_classes("a", "b"))
+    for other in (("b", "a"), ("a",), ("a", "b", "c")):
+        with pytest.raises(UserError, match="query and gallery have different classes"):
+            check_same_classes(of_classes("a", "b"), of_classes(*other))
+    with pytest.raises(UserError, match="query and gallery have different classes"):
+        check(gallery=("e",))
+
+
+def test_all_roles_have_pictures_of_one_size():
+    large = Dataset(np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1), ("c",))
+    for role in ("query", "gallery"):
+        retrieval = {"query": of_classes("c"), "gallery": of_classes("c"), role: large}
+        with pytest.raises(
+            UserError, match=rf"{role} has images of \(2, 2, 3\), training of \(1, 1"
+        ):
+            check_roles(of_classes("a"), retrieval, {})

@@ -13,14 +13,8 @@ DATA = tiny.dataset()
 IMAGE_BYTES = 8 * 8 * 3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def backbone():
-    with tiny.one_conv():
-        yield
-
-
 class Records:
-    """Random access to records, as tfds.data_source gives it; counts how often it is read."""
+    """Random access to records, as tfds.data_source returns it; counts the records read."""
 
     def __init__(self, images):
         self.images, self.read = images, 0
@@ -34,7 +28,7 @@ class Records:
 
 
 def bits(folder, data=DATA, **arguments):
-    """SHA-256 of every version of the tiny sequence."""
+    """Return the SHA-256 of every version of the tiny sequence."""
     chain = tiny.train(tiny.run("hoc"), folder, data, replacements={0: tiny.version()}, **arguments)
     return [chain.open(n).sha256 for n in chain.numbers()]
 
@@ -73,7 +67,7 @@ def test_chunks_hold_the_batches_of_the_plan():
     ring = streaming.ring_plan(5, 2, 2)
     assert ring.tolist() == [[0, 1], [2, 3], [0, 1], [2, 3], [0, 1]]
     step = 1
-    for chunk in streaming.chunks(images, labels, plan, 1, 2):
+    for chunk in streaming.chunks(images, labels, plan, first=1, chunk=2):
         assert chunk.images.shape == (4, 1, 1, 1) and chunk.labels.shape == (4,)
         for s in range(step, chunk.stop):
             assert chunk.images[ring[s], 0, 0, 0].tolist() == plan[s].tolist()
@@ -94,11 +88,13 @@ def test_what_reading_raises_is_raised():
 
     images = streaming.RecordImages(Broken(DATA.images), (8, 8, 3))
     with pytest.raises(OSError, match="disk gone"):
-        list(streaming.chunks(images, DATA.labels, np.zeros((2, 4), np.int32), 0, 1))
+        list(streaming.chunks(images, DATA.labels, np.zeros((2, 4), np.int32), first=0, chunk=1))
 
 
 def test_records_of_several_sizes_are_refused_when_they_are_read():
     images = streaming.RecordImages(Records([np.zeros((8, 8, 3)), np.zeros((1, 8, 3))]), (8, 8, 3))
     assert np.asarray(images[:1]).shape == (1, 8, 8, 3)
-    with pytest.raises(UserError, match=r"image 1 is \(1, 8, 3\), the first one \(8, 8, 3\): set"):
+    with pytest.raises(
+        UserError, match=r"image 1 has shape \(1, 8, 3\), the first one \(8, 8, 3\)"
+    ):
         np.asarray(images)

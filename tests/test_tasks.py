@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from compat_jax.data.tasks import TaskSequence, batch_plan, memory_indices
+from compat_jax.data.tasks import Tasks, TaskSequence, batch_plan, memory_indices, plan_shape
 from compat_jax.errors import UserError
 
 NO_MEMORY = np.zeros(0, int)
@@ -53,12 +53,20 @@ def test_every_class_comes_once(data):
     [
         ((100, 0, 10), r"tasks.initial must lie in 1..100 .*, got 0"),
         ((100, 101, 10), r"tasks.initial must lie in 1..100 .*, got 101"),
-        ((100, 10, 0), r"tasks.increment must be at least 1, got 0"),
+        ((100, 10, 0), r"tasks.increment must be at least 1 for 90 more classes, got 0"),
     ],
 )
 def test_sequences_that_cannot_be(arguments, message):
     with pytest.raises(UserError, match=message):
         TaskSequence(*arguments)
+
+
+def test_tasks_without_a_number_of_classes_become_a_sequence():
+    tasks = Tasks(initial=10, increment=15, rehearsal=20)
+    assert tasks == Tasks() and tasks.sequence(100) == TaskSequence(100, 10, 15)
+    assert len(Tasks(initial=4, increment=0).sequence(4)) == 1
+    with pytest.raises(UserError, match=r"tasks\.initial must lie in 1\.\.9 .*, got 10"):
+        tasks.sequence(9)
 
 
 # Memory
@@ -215,6 +223,20 @@ def test_protocol(new, memory, batch_size, epochs, task):
     else:
         assert plan.shape == (epochs, max(batches, 1), size)
         assert np.isin(plan, pool).all() and not repeats(plan.reshape(epochs, -1)).any()
+    assert plan_shape(new, memory, batch_size) == plan.shape[1:]
+
+
+@pytest.mark.parametrize("rehearsal", [0, 3, 50])
+def test_the_plan_of_a_task_takes_its_classes_and_a_memory_of_those_before(rehearsal):
+    sequence, labels = TaskSequence(5, 2, 2), labels_of(5, 12)
+    counts = np.bincount(labels)
+    for task, classes in enumerate([(0, 1), (2, 3), (4,)]):
+        plan = sequence.batch_plan(task, labels, rehearsal, batch_size=8, epochs=2, seed=0)
+        new = np.flatnonzero(np.isin(labels, classes))
+        memory = memory_indices(labels, range(classes[0]), rehearsal, seed=0)
+        expected = batch_plan(new, memory, 8, epochs=2, seed=0, task=task)
+        np.testing.assert_array_equal(plan, expected.reshape(-1, expected.shape[-1]))
+        assert sequence.plan_shape(task, counts, rehearsal, batch_size=8) == expected.shape[1:]
 
 
 # Addresses

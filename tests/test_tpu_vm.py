@@ -1,15 +1,18 @@
 """`launch.tpu_vm` against a `gcloud` that records its arguments and fails on demand."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
+import zipfile
 
 import pytest
 from fake_gcloud import PLACE, PROGRAM, ROOT, WORKDIR, Cloud, group, instance
 
-from compat_jax.errors import UserError
-from launch import tpu_vm
+from launch import PROGRAMS, tpu_vm
+from launch.tpu import cloud, source, wheel
+from launch.tpu.errors import Mistake
 
 LOGS = f"{WORKDIR}/logs/tpu-a"
 
@@ -141,15 +144,15 @@ def test_a_preempted_slice_is_made_again_with_the_same_script(fake, accelerator,
     assert order == ([1] * parts + [0] * parts) * 2
 
 
-def test_retries_run_out_and_the_code_says_resume_me(fake):
+def test_when_retries_run_out_the_exit_code_is_75(fake):
     fake.scenario(["MISSING", "SUSPENDED", "SUSPENDED", "SUSPENDED"])
     done = fake.up("v5e-8", "--retries=2")
     assert done.returncode == 75
-    assert "lost after 2 retries (--retries); the same command goes on" in done.stdout
+    assert "lost after 2 retries (--retries); the same command resumes it" in done.stdout
     assert len(fake.calls(" create ")) == len(fake.calls(" delete ")) == 3
 
 
-def test_a_refused_create_is_told_on_one_line(fake):
+def test_a_refused_create_is_reported_on_one_line(fake):
     quota = ("queued-resources create", "ERROR: (gcloud) Quota limit\n 'TPUV5s' exceeded", 1)
     fake.scenario(["MISSING"], fail=[quota])
     done = fake.up("v5e-8")
@@ -178,7 +181,7 @@ def test_no_capacity_is_waited_for(fake):
     assert len(fake.calls(" create ")) == 3
 
 
-def test_what_an_interrupted_up_left_is_replaced(fake):
+def test_leftovers_of_an_interrupted_up_are_replaced(fake):
     there = ("resource-policies create", "ERROR: The resource 'tpu-a-policy' already exists", 1)
     fake.scenario(["MISSING", RUNS[2]], exits=(None, 0), fail=[there])
     assert fake.up("v6e-16").returncode == 0
@@ -190,12 +193,12 @@ def test_up_again_takes_up_the_watching_or_has_nothing_to_do(fake):
     fake.scenario(["ACTIVE", "ACTIVE"], exits=(None, 0))
     done = fake.up("v5e-8")
     assert done.returncode == 0
-    assert "is there already: ACTIVE; watching it" in done.stdout
+    assert "exists already: ACTIVE; watching it" in done.stdout
     assert not fake.calls(" create ")
     fake.scenario(["MISSING"], exits=(0,))
     done = fake.up("v5e-8")
     assert (done.returncode, fake.calls(" create ")) == (0, [])
-    assert "ended well already; another run needs another --name" in done.stdout
+    assert "has already ended well; another run needs another --name" in done.stdout
 
 
 def test_a_failed_run_is_reported_deleted_and_can_be_run_again(fake):
@@ -208,11 +211,11 @@ def test_a_failed_run_is_reported_deleted_and_can_be_run_again(fake):
     assert fake.calls("storage rm") == [f"storage rm {LOGS}/exit"]
 
 
-def test_out_of_time_says_resume_me(fake):
+def test_out_of_time_exits_with_75(fake):
     fake.scenario(["MISSING", "ACTIVE"], exits=(None, 75))
     done = fake.up("v5e-8")
     assert done.returncode == 75
-    assert "out of time and saved; the same command goes on" in done.stdout
+    assert "out of time and saved; the same command resumes it" in done.stdout
     assert len(fake.calls(" delete ")) == 1
 
 
@@ -220,7 +223,7 @@ def test_an_unreadable_answer_never_deletes(fake):
     fake.scenario(["MISSING", "ACTIVE", *["BROKEN"] * 4, "ACTIVE", *["BROKEN"] * 5])
     done = fake.up("v5e-8")
     assert done.returncode == 1
-    assert "tpu-a may still be there: ERROR: (gcloud) There was a problem" in done.stderr
+    assert "tpu-a may still exist: ERROR: (gcloud) There was a problem" in done.stderr
     assert (len(fake.calls(" create ")), fake.calls(" delete ")) == (1, [])
 
 
@@ -231,25 +234,25 @@ def test_an_unreadable_answer_never_deletes(fake):
         ("down", "v6e-16", group("TERMINATED", template="website")),
     ],
 )
-def test_what_others_made_is_left_alone(fake, verb, accelerator, found):
+def test_resources_of_others_are_left_alone(fake, verb, accelerator, found):
     fake.scenario([found])
     done = fake.up(accelerator) if verb == "up" else fake.verb("down", accelerator)
     assert done.returncode == 2
-    assert "`up` has not made it: choose another --name" in done.stderr
+    assert "`up` did not make it: choose another --name" in done.stderr
     assert not fake.calls(" create ", " delete ")
 
 
-def test_down_deletes_all_that_up_made_and_tells_an_up_that_watches(fake):
+def test_down_deletes_all_that_up_made_and_stops_an_up_that_watches(fake):
     fake.scenario([RUNS[2]])
     assert fake.verb("down", "v6e-16").returncode == 0
     assert fake.calls(" delete ", " cp ") == [f"storage cp - {LOGS}/exit", *DELETE_GROUP]
     fake.scenario(["MISSING", "MISSING"], exits=(None, 130))
     done = fake.up("v6e-16")
     assert (done.returncode, len(fake.calls("managed create"))) == (130, 1)
-    assert "tpu-a: taken down; the same command goes on" in done.stdout
+    assert "tpu-a: taken down; the same command resumes it" in done.stdout
 
 
-def test_down_goes_on_after_a_failure_and_tells_what_may_cost_money(fake):
+def test_down_goes_on_after_a_failure_and_names_what_may_cost_money(fake):
     gone = ("instance-groups managed delete", "ERROR: The resource 'tpu-a' was not found", 1)
     stuck = ("instance-templates delete", "ERROR: permission denied", 1)
     fake.scenario([RUNS[2]], fail=[gone, stuck])
@@ -335,7 +338,7 @@ GOOD = [f"--workdir={WORKDIR}", "--accelerator=v6e-16", "--repo=https://example.
         ),
         (["list", "--zone=us-east5", "--project=my-project"], "is a region: add the zone's letter"),
         (["statsu"], "unknown verb 'statsu'. Did you mean 'status'?"),
-        ([], "say what to do: one of up, status, logs, down, list"),
+        ([], "say what to do: one of up, status, logs, down, list, wheel"),
     ],
 )
 def test_mistakes_are_refused_on_one_line_before_anything_runs(fake, argv, words):
@@ -345,13 +348,31 @@ def test_mistakes_are_refused_on_one_line_before_anything_runs(fake, argv, words
     assert words in done.stderr
 
 
-def test_help_teaches(fake):
+def test_the_examples_of_the_help_run_as_printed(fake):
+    """In a shell, with a `gcloud` that says that the run has ended and a `python` of this clone."""
     done = fake.run("--help")
-    assert "python -m launch.tpu_vm up $SLICE $RUN -- launch.train" in done.stdout
     assert "--accelerator: What to rent" in done.stdout
+    lines = [x.strip() for x in tpu_vm.__doc__.splitlines() if re.match(r"  ([A-Z]+=|python )", x)]
+    assert all(line in done.stdout for line in lines)
+    if not (ROOT / ".git").exists():  # then there is no commit to send
+        lines = [line for line in lines if "up $SLICE" not in line or re.search("repo|wheel", line)]
+    verbs = re.findall(r"launch.tpu_vm (\w+)", "\n".join(lines))
+    assert {*verbs} == {*tpu_vm.VERBS}
+    # `up` finds that its run has ended well; `status` returns 0 for a slice that exists.
+    seen = {"up": ["MISSING"], "down": ["MISSING"], "status": [RUNS[2]]}
+    states = [state for verb in verbs for state in seen.get(verb, [])]
+    fake.scenario(states, exits=[0] * 3 * len(verbs))
+    fake.command("python", f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    env = os.environ | {"PATH": f"{fake.bin}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    script = "\n".join(["set -e", *lines])
+    done = subprocess.run(
+        ["bash"], input=script, capture_output=True, text=True, env=env, cwd=fake.folder
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("tpu-a has already ended well") == verbs.count("up")
 
 
-def test_without_gcloud_the_remedy_is_told(fake):
+def test_without_gcloud_the_error_says_how_to_install_it(fake):
     (fake.bin / "gcloud").unlink()
     env = {"PATH": str(fake.bin), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "launch.tpu_vm", "list", *PLACE]
@@ -360,38 +381,196 @@ def test_without_gcloud_the_remedy_is_told(fake):
     assert done.stderr.startswith("error: gcloud is not on PATH: install it")
 
 
-def test_the_code_is_the_last_commit_unless_told_otherwise(tmp_path, monkeypatch):
-    monkeypatch.setattr(tpu_vm, "ROOT", tmp_path)
-    with pytest.raises(UserError, match="is no git checkout to send: give --repo=URL or --wheel"):
-        tpu_vm.pick_source(None, None, LOGS, "/tmp/x")
-    (tmp_path / ".git").mkdir()
-    source, commands = tpu_vm.pick_source(None, None, LOGS, "/tmp/x")
-    assert source == ("archive", f"{LOGS}/source.tar.gz", "")
-    assert commands == [
+def pick(repo=None, wheel_file=None):
+    """Choose the code for PROGRAM, with /tmp/x for temporary files."""
+    return source.pick(repo, wheel_file, program=PROGRAM, bucket=LOGS, folder="/tmp/x")
+
+
+def test_the_code_is_the_last_commit_by_default(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "ROOT", tmp_path)
+    with pytest.raises(Mistake, match="is no git clone to send: give --repo=URL or --wheel"):
+        pick()
+    git = ["git", "-C", tmp_path, "-c", "user.name=me", "-c", "user.email=me@example.com"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "a.py").touch()
+    with pytest.raises(Mistake, match=r"configs/a\.py is not in the last commit, which the hosts"):
+        pick()
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--message=a"], check=True)
+    code = pick()
+    assert code.source == ("archive", f"{LOGS}/source.tar.gz", "")
+    assert [*code.commands] == [
         shlex.split(
             f"git -C {tmp_path} archive --format=tar.gz --output=/tmp/x/source.tar.gz HEAD"
         ),
         ["gcloud", "storage", "cp", "/tmp/x/source.tar.gz", f"{LOGS}/source.tar.gz"],
     ]
-    (tmp_path / "c-1.whl").touch()
-    source, commands = tpu_vm.pick_source(None, str(tmp_path / "c-1.whl"), LOGS, "/tmp/x")
-    assert source == ("wheel", f"{LOGS}/c-1.whl", "")
-    assert len(commands) == 1
-    assert tpu_vm.pick_source(None, "gs://b/c-1.whl", LOGS, "/tmp/x")[1] == []
-    assert tpu_vm.pick_source("git@h:me/x#v1", None, LOGS, "/tmp/x")[0] == (
-        *("repo", "git@h:me/x", "v1"),
+    assert pick("git@h:me/x#v1").source == ("repo", "git@h:me/x", "v1")
+    with pytest.raises(Mistake, match="--repo and --wheel are both given"):
+        pick("git@h:me/x#v1", "c-1.whl")
+
+
+# --- the program
+
+
+@pytest.mark.parametrize("name", [program.name for program in PROGRAMS])
+@pytest.mark.parametrize("foreign", [False, True])
+def test_only_programs_that_take_a_folder_run_on_a_slice(name, foreign):
+    runs = name in ("launch.quickstart", "launch.pretrain", "launch.train", "launch.evaluate")
+    if runs:
+        assert source.check_program([name, "-x"], foreign).name == name
+    else:
+        with pytest.raises(Mistake, match=f"{name} does not run on a slice: choose one of"):
+            source.check_program([name, "-x"], foreign)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("launch._cli", "launch", "launch.tpu", "launch.tpu.cloud", "launch.reference"),
+        *("launch.reference.clone_run", "launch.benchmarks", "launch.__main__", "train", "-c"),
+    ],
+)
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_module_that_is_no_program_is_never_rented_for(name, foreign):
+    with pytest.raises(Mistake, match="unknown program"):
+        source.check_program([name], foreign)
+
+
+def test_a_misspelt_program_is_refused_and_one_of_a_fork_is_not():
+    with pytest.raises(Mistake, match=r"Did you mean 'launch.train'\? Valid: launch.evaluate"):
+        source.check_program(["launch.trian"], foreign=False)
+    assert source.check_program(["launch.mine"], foreign=True).folder == "workdir"
+    with pytest.raises(Mistake, match="--workdir comes before the lone --"):
+        source.check_program(["launch.train", "--workdir=/tmp/x"], foreign=True)
+
+
+# --- wheels
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A wheel built by the program."""
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "launch.tpu_vm", "wheel", f"--out={out}"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=out)
+    assert (done.returncode, done.stderr) == (0, "")
+    (path,) = out.iterdir()
+    assert done.stdout == f"{path}\n"
+    return path
+
+
+def test_a_program_starts_from_the_wheel_on_a_host(fake, built):
+    """The startup script installs the wheel, here by unpacking it, and starts from it."""
+    unpacked = fake.folder / "unpacked"
+    zipfile.ZipFile(built).extractall(unpacked)
+    python = f"""#!/bin/bash
+cd "$PWD" && exec env PYTHONPATH={unpacked} {sys.executable} "$@"
+"""
+    fake.command("host-python", python)
+    fake.command(
+        "uv", '#!/bin/bash\n[ "$1" = venv ] && mkdir -p "$4/bin" && cp "$HERE" "$4/bin/python"; :\n'
     )
+    for name in ("curl", "sleep"):
+        fake.command(name, "#!/bin/bash\nexit 1\n")
+    place = dict(name="tpu-a", zone="us-east5-b", project="my-project", workdir=WORKDIR)
+    job = cloud.Job(
+        **place,
+        shape=cloud.shape_of("v6e-1"),
+        program=("launch.train", "--config=configs/glyphs.py:replace=false", "--help"),
+        source=("wheel", f"gs://my-bucket/{built.name}", ""),
+    )
+    script = fake.folder / "startup.sh"
+    script.write_text(cloud.startup_script(job))
+    env = os.environ | {
+        "PATH": f"{fake.bin}:/usr/bin:/bin",
+        "HERE": str(fake.bin / "host-python"),
+        "COMPAT_JAX_ROOT": str(fake.folder / "opt"),
+    }
+    done = subprocess.run(["bash", script], capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "python -m launch.train --config=" in done.stdout
 
 
-def test_a_misspelt_program_of_this_checkout_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(tpu_vm, "ROOT", tmp_path)
-    (tmp_path / "launch").mkdir()
-    for name in ("train", "tpu_vm", "evaluate"):
-        (tmp_path / f"launch/{name}.py").touch()
-    assert tpu_vm.check_program(["launch.train", "-x"], own_code=True) == ("launch.train", "-x")
-    with pytest.raises(UserError, match=r"Did you mean 'launch.train'\? Valid: launch.evaluate"):
-        tpu_vm.check_program(["launch.trian"], own_code=True)
-    with pytest.raises(UserError, match="unknown program 'train'"):
-        tpu_vm.check_program(["train"], own_code=False)
-    with pytest.raises(UserError, match="--workdir comes before the lone --"):
-        tpu_vm.check_program(["launch.train", "--workdir=/tmp/x"], own_code=False)
+def test_the_wheel_has_the_library_the_programs_and_the_configurations(tmp_path, built):
+    with zipfile.ZipFile(built) as file:
+        assert file.testzip() is None
+        names = {*file.namelist()}
+        (record,) = (name for name in names if name.endswith(".dist-info/RECORD"))
+        recorded = {line.split(",")[0] for line in file.read(record).decode().splitlines()}
+        file.extractall(tmp_path)
+    assert names == recorded
+    for program in PROGRAMS:
+        assert f"{program.name.replace('.', '/')}.py" in names
+    assert {"launch/tpu/startup.sh", "configs/iamcl2r.py", "compat_jax/__init__.py"} <= names
+    code = "import compat_jax, configs, launch; print(compat_jax, configs, launch)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert done.stdout.count(str(tmp_path)) == 3
+
+
+def small_wheel(path, *names):
+    with zipfile.ZipFile(path, "w") as file:
+        for name in names:
+            file.writestr(name, "")
+    return path
+
+
+LIBRARY = "compat_jax/__init__.py"
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([LIBRARY], "has no launch and no configs, so the hosts could not run launch.train: build"),
+        ([LIBRARY, "launch/train.py"], "has no configs, so the hosts could not run launch.train"),
+        ([LIBRARY, "launch/a.py", "configs/a.py"], "has no launch/train.py: build one"),
+        ([LIBRARY, "launch/train.py", "configs/b.py"], "has no configs/a.py: build one"),
+        (
+            None,
+            "is no wheel (File is not a zip file): build one in a clone with `python -m launch.",
+        ),
+    ],
+)
+@pytest.mark.parametrize("on_bucket", [False, True])
+def test_a_wheel_without_the_programs_is_refused_before_anything_is_rented(
+    fake, names, words, on_bucket
+):
+    path = fake.folder / "c-1.whl"
+    path.write_text("") if names is None else small_wheel(path, *names)
+    fake.scenario(["MISSING"])
+    argument = f"--wheel={path}"
+    if on_bucket:
+        fake.bucket("gs://my-bucket/c-1.whl", path)
+        argument = "--wheel=gs://my-bucket/c-1.whl"
+    done = fake.up("v6e-1", argument, code=())
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert words in done.stderr
+    assert not fake.calls(" create ", " delete ")
+    assert bool(fake.calls()) == on_bucket
+
+
+def test_a_missing_wheel_is_refused(tmp_path):
+    with pytest.raises(Mistake, match=r"is no wheel \(.*No such file.*build one in a clone"):
+        pick(None, str(tmp_path / "c-1.whl"))
+
+
+def test_a_good_wheel_is_sent_or_checked_where_it_is(fake):
+    path = small_wheel(fake.folder / "c-1.whl", LIBRARY, "launch/train.py", "configs/a.py")
+    code = pick(None, str(path))
+    assert code.source == ("wheel", f"{LOGS}/c-1.whl", "")
+    assert [*code.commands] == [["gcloud", "storage", "cp", str(path), f"{LOGS}/c-1.whl"]]
+    fake.bucket("gs://b/c-1.whl", path)
+    fake.scenario(["MISSING", instance("RUNNING")], exits=(None, 0))
+    done = fake.up("v6e-1", "--wheel=gs://b/c-1.whl", code=())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(fake.calls(" create ")) == 1
+    assert "SOURCE=gs://b/c-1.whl" in (fake.folder / "startup.sh").read_text()
+
+
+def test_a_wheel_is_only_built_in_a_clone(tmp_path):
+    with pytest.raises(Mistake, match=r"is no clone, it has no pyproject\.toml"):
+        wheel.build(tmp_path, tmp_path / "out")

@@ -1,6 +1,5 @@
 """A data set, a network and a run so small that a whole sequence takes a second."""
 
-import contextlib
 import importlib
 import os
 import subprocess
@@ -11,23 +10,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from ml_collections import ConfigDict
 
-from compat_jax import models
+from compat_jax import config as configs
+from compat_jax import methods, models
 from compat_jax.chain import Chain, Record, Version, variables_sha256
-from compat_jax.data.augment import Preprocess
-from compat_jax.data.dataset import Dataset
-from compat_jax.data.tasks import TaskSequence
+from compat_jax.data import Dataset, Preprocess, Tasks
 from compat_jax.mesh import make_mesh
-from compat_jax.methods import LossSettings, build_embedder, get_method
 from compat_jax.models.layers import BatchNorm, Conv, global_average_pool
-from compat_jax.train import loop
-from compat_jax.train.optimizer import OptimizerSettings
-from compat_jax.train.progress import Progress
+from compat_jax.session import Session
+from compat_jax.training import Run, Sgd
+from compat_jax.training import train as train_run
 
 SIZE, CLASSES, PER_CLASS, K = 8, 6, 16, 16
-PREPROCESS = Preprocess((0.5,) * 3, (0.3,) * 3)
+PREPROCESS = Preprocess((0.5,) * 3, (0.3,) * 3, crop_padding=0, flip=False)
 
 
 class OneConv(nn.Module):
@@ -39,17 +35,16 @@ class OneConv(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         """float[batch, h, w, 3] -> float[batch, width]."""
-        x = Conv(self.width, 3, 2, 1, dtype=self.dtype, name="conv1")(x)
+        x = Conv(self.width, 3, stride=2, padding=1, dtype=self.dtype, name="conv1")(x)
         return global_average_pool(nn.relu(BatchNorm(dtype=self.dtype, name="bn1")(x, train)))
 
 
-@contextlib.contextmanager
-def one_conv():
-    """Within it, "one_conv" is the name of a backbone."""
-    with pytest.MonkeyPatch.context() as patch:
-        build = lambda dtype=jnp.float32, width=16: OneConv(width, dtype)  # noqa: E731
-        patch.setitem(models.BACKBONES, "one_conv", build)
-        yield
+def one_conv(dtype=jnp.float32, width: int = 16) -> OneConv:
+    """Build it, as a registered backbone."""
+    return OneConv(width, dtype)
+
+
+models.register("one_conv", one_conv)
 
 
 def dataset(classes=CLASSES, per_class=PER_CLASS, seed=0, size=SIZE, name="class") -> Dataset:
@@ -64,23 +59,19 @@ def dataset(classes=CLASSES, per_class=PER_CLASS, seed=0, size=SIZE, name="class
     return Dataset(images[order].astype(np.uint8), labels[order], names)
 
 
-def run(method="hoc", **changes) -> loop.Run:
-    """Three tasks of two classes, two epochs each; inside `one_conv`."""
+def run(method="hoc", **changes) -> Run:
+    """Three tasks of two classes, two epochs each."""
     fields = {
-        "method": get_method(method),
-        "backbone": loop.Backbone("one_conv"),
+        "method": method,
+        "backbone": "one_conv",
         "num_prototypes": K,
-        "label_order": "descending",
-        "sequence": TaskSequence(CLASSES, 2, 2),
-        "rehearsal": 4,
+        "tasks": Tasks(initial=2, increment=2, rehearsal=4),
         "epochs": 2,
         "batch_size": 16,
-        "seed": 0,
-        "loss": LossSettings(),
-        "optim": OptimizerSettings(lr=0.05, min_lr=0.001),
+        "optimizer": Sgd(lr=0.05, min_lr=0.001),
         "preprocess": PREPROCESS,
     }
-    return loop.Run(**{**fields, **changes})
+    return Run(**{**fields, **changes})
 
 
 def one_device():
@@ -88,12 +79,16 @@ def one_device():
     return make_mesh("data:1", jax.devices()[:1])
 
 
-def train(run, folder, data=None, mesh=None, **arguments) -> Chain:
-    """The chain that `loop.train` writes to a folder."""
-    chain = Chain(folder / "chain")
+def session(mesh=None, **changes) -> Session:
+    """A session on one device."""
+    return Session(mesh=mesh or one_device(), **changes)
+
+
+def train(run, folder, data=None, mesh=None, *, replacements=None, config=None, **where) -> Chain:
+    """The chain that `train` writes to a folder; `where` are fields of the session."""
     data = dataset() if data is None else data
-    loop.train(run, data, chain, Progress(folder / "progress"), mesh or one_device(), **arguments)
-    return chain
+    where = session(mesh, **where)
+    return train_run(run, data, folder, replacements=replacements, session=where, config=config)
 
 
 def record(**changes) -> Record:
@@ -120,15 +115,14 @@ def record(**changes) -> Record:
     return Record(**{**fields, **changes})
 
 
+def backbone_of(record: Record) -> models.Backbone:
+    """The backbone that a record names."""
+    return models.Backbone(record.backbone, record.backbone_arguments)
+
+
 def variables(record: Record, seed=0) -> dict:
     """Random variables of the network that a record describes, without compiling anything."""
-    embedder = build_embedder(
-        get_method(record.method),
-        models.create_backbone(record.backbone, record.backbone_arguments),
-        record.num_prototypes,
-        record.head_classes,
-        models.DTYPES["float32"],
-    )
+    embedder = record.head.embedder(backbone_of(record).build(), jnp.float32)
     image = jax.ShapeDtypeStruct((1, *record.image_shape), np.float32)
     shapes = jax.eval_shape(lambda x: embedder.init(jax.random.key(0), x, train=False), image)
     rng = np.random.default_rng(seed)
@@ -146,7 +140,7 @@ def version(seed=0, number=0, **changes) -> Version:
     """A version that was never trained, as if opened."""
     described = record(**{"task": None, "class_names": ("other0",), **changes})
     drawn = variables(described, seed)
-    return Version(number, described, drawn, variables_sha256(drawn))
+    return Version(number, described, drawn, variables_sha256(drawn), backbone_of(described))
 
 
 # Overrides that shrink configs/glyphs.py and configs/pretrain.py, for programs and functions.
@@ -175,7 +169,7 @@ PRETRAIN = {**_SHARED, "pretrain_classes": (2, 2), "data.train.classes": (10, 14
 
 def start_of(method: str, **changes) -> Version:
     """A model to start from, so that no initialisation is compiled."""
-    if get_method(method).fixed_simplex:
+    if methods.get(method).fixed_simplex:
         return version(method="sce", **changes)
     return version(method="er", head_classes=3, feature_size=16, **changes)
 
@@ -186,6 +180,11 @@ def config(file="glyphs", arguments="replace=false", overrides=None, **more) -> 
     made.update_from_flattened_dict(TRAIN if overrides is None else overrides)
     made.update_from_flattened_dict({k.replace("__", "."): v for k, v in more.items()})
     return made
+
+
+def session_of(config: ConfigDict, **more) -> Session:
+    """The session of a configuration; keywords are those of `config.session_of`."""
+    return configs.session_of(config, **more)
 
 
 def flags(overrides, **more) -> list[str]:

@@ -1,16 +1,20 @@
 """Normalisation and augmentation of uint8 images, inside the jitted step."""
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from compat_jax.errors import UserError
+from compat_jax.fields import Rule, check_fields
+
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """How uint8 images become the network's input.
+    """How uint8 images become the network's input; the defaults are the paper's for CIFAR-100.
 
     Attributes:
       mean: of each channel, in 0..1.
@@ -22,36 +26,39 @@ class Preprocess:
     Source: transforms in `src/iamcl2r/dataset/cifar.py` (padding 4, flip, CIFAR-100's mean and std).
     """
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_padding: int = 0
-    flip: bool = False
+    mean: Annotated[tuple[float, ...], Rule("mean of each channel, in 0..1")] = CIFAR100_MEAN
+    std: Annotated[tuple[float, ...], Rule("deviation of each channel, in 0..1")] = CIFAR100_STD
+    crop_padding: Annotated[int, Rule("pixels of padding for random crops", low=0, high=4096)] = 4
+    flip: Annotated[bool, Rule("whether to flip at random, left to right")] = True
 
     def __post_init__(self):
-        if len(self.mean) != len(self.std) or min(self.std) <= 0:
+        check_fields(self)
+        if len(self.mean) != len(self.std) or not self.mean:
             raise UserError(
-                f"data.mean and data.std need one number a channel, std > 0: "
-                f"got {self.mean} and {self.std}"
+                f"mean and std need one number a channel: got {self.mean} and {self.std}", "mean"
             )
-        if self.crop_padding < 0:
-            raise UserError(f"data.crop_padding must not be negative, got {self.crop_padding}")
+        if not all(0 <= m <= 1 for m in self.mean):
+            raise UserError(f"mean must lie in 0..1, where 1 is white: got {self.mean}", "mean")
+        if not all(0 < s <= 1 for s in self.std):
+            raise UserError(f"std must lie in 0..1, above 0: got {self.std}", "std")
 
     def normalize(self, images: jax.Array) -> jax.Array:
-        """uint8[batch, h, w, c] -> float32[batch, h, w, c].
+        """Normalise uint8[batch, h, w, c] to float32[batch, h, w, c].
 
         Raises:
-          UserError: another number of channels than of means.
+          UserError: the number of channels differs from that of the means.
         """
         if images.shape[-1] != len(self.mean):
             raise UserError(
-                f"data.mean and data.std have {len(self.mean)} numbers, the images have "
-                f"{images.shape[-1]} channels: give one number a channel"
+                f"mean and std have {len(self.mean)} numbers, the images have "
+                f"{images.shape[-1]} channels: give one number a channel",
+                "mean",
             )
         mean, std = (jnp.asarray(x, jnp.float32) for x in (self.mean, self.std))
         return images.astype(jnp.float32) * (1.0 / (255.0 * std)) - mean / std
 
     def augment(self, key: jax.Array, images: jax.Array) -> jax.Array:
-        """Random crop and flip of uint8[batch, h, w, c]; padding is black, as in the reference."""
+        """Crop and flip uint8[batch, h, w, c] at random; padding is black, as in the reference."""
         crop_key, flip_key = jax.random.split(key)
         batch, height, width, _ = images.shape
         if self.crop_padding:

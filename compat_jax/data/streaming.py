@@ -1,39 +1,48 @@
-"""Images that do not fit on the devices: read and put there a few batches ahead of their use."""
+"""Stream images that do not fit on the devices: read and transfer them a few batches ahead."""
 
 import dataclasses
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from compat_jax.errors import UserError
 
-_AHEAD = 2  # chunks that are prepared while one is in use
+_AHEAD = 2  # chunks prepared while one is in use
+
+
+class Records(Protocol):
+    """Random access to records, such as `tfds.data_source` returns."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, positions: Sequence[int]) -> Sequence[Any]:
+        """Return the records at several positions."""
 
 
 class RecordImages:
-    """Images that stay in their records, e.g. array_record files, and are decoded where asked for.
+    """Images that stay in their records, e.g. array_record files, and are decoded on access.
 
-    It stands in a `Dataset` for the array: indexing gives another such view, `np.asarray` decodes.
+    It takes the place of the image array in a `Dataset`: indexing returns another view of the same
+    records, `np.asarray` decodes.
 
     Args:
-      source: random access to records with an "image", many at once by `__getitems__`, e.g. what
-        `tfds.data_source` gives.
+      source: random access to the records.
       shape: (height, width, channels) of every image.
-      decode: (record) -> uint8 image.
-      positions: int[n] of the records; all of them, in order, by default.
+      decode: (record) -> uint8 image; by default the record's "image".
+      positions: int[n], positions of the records in `source`; all of them, in order, by default.
     """
 
     ndim, dtype = 4, np.dtype(np.uint8)
 
     def __init__(
         self,
-        source: Sequence[dict[str, Any]],
-        shape: tuple[int, int, int],
-        decode: Callable[[dict[str, Any]], np.ndarray] = operator.itemgetter("image"),
+        source: Records,
+        shape: tuple[int, ...],
+        decode: Callable[[Any], np.ndarray] = operator.itemgetter("image"),
         positions: np.ndarray | None = None,
     ):
         self._source, self._decode = source, decode
@@ -44,7 +53,8 @@ class RecordImages:
         return len(self._positions)
 
     def __getitem__(self, index: np.ndarray | slice) -> "RecordImages":
-        return RecordImages(self._source, self.shape[1:], self._decode, self._positions[index])
+        positions = self._positions[index]
+        return RecordImages(self._source, self.shape[1:], self._decode, positions=positions)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         images = np.empty(self.shape, self.dtype)
@@ -52,8 +62,9 @@ class RecordImages:
             image = self._decode(record)
             if image.shape != self.shape[1:]:
                 raise UserError(
-                    f"image {self._positions[row]} is {image.shape}, the first one "
-                    f"{self.shape[1:]}: set data.*.size"
+                    f"image {self._positions[row]} has shape {image.shape}, the first one "
+                    f"{self.shape[1:]}: give a size, to bring all images to it",
+                    "size",
                 )
             images[row] = image
         return images if dtype is None else images.astype(dtype)
@@ -61,12 +72,12 @@ class RecordImages:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Batches of consecutive steps.
+    """The batches of consecutive steps.
 
     Attributes:
-      stop: the step after the last.
-      images: uint8[steps * batch, h, w, c]; the batch of step s is number s modulo the steps that a
-        chunk may have.
+      stop: the step after the last one.
+      images: uint8[steps * batch, h, w, c]; the batch of step s is batch number s modulo the steps
+        of a chunk.
       labels: int32[steps * batch].
     """
 
@@ -76,17 +87,26 @@ class Chunk:
 
 
 def steps_a_chunk(image_bytes: int, batch: int, budget: int) -> int:
-    """Steps a chunk may have so that those in use and in preparation fit into a budget of bytes."""
+    """Return the steps per chunk for which all chunks, in use and ahead, fit into a budget.
+
+    Args:
+      image_bytes: bytes of one image.
+      batch: images per step.
+      budget: bytes for all chunks together.
+
+    Returns:
+      The number of steps, at least 1 even if that exceeds the budget.
+    """
     return max(1, budget // ((_AHEAD + 1) * batch * image_bytes))
 
 
 def ring_plan(steps: int, batch: int, chunk: int) -> np.ndarray:
-    """The plan of batches as positions in their chunk.
+    """Return the batch plan as positions within chunks.
 
     Args:
-      steps: of the plan.
-      batch: images a batch.
-      chunk: steps that a chunk may have.
+      steps: number of steps of the plan.
+      batch: images per step.
+      chunk: steps per chunk.
 
     Returns:
       int32[steps, batch].
@@ -103,22 +123,23 @@ def chunks(
     chunk: int,
     place: Any = lambda chunk: chunk,
 ) -> Iterator[Any]:
-    """The batches of a plan from step `first` on, read ahead by a thread.
+    """Read the batches of a plan ahead in a thread, from step `first` on.
 
     Args:
       images: uint8[n, h, w, c].
       labels: int32[n].
-      plan: int32[steps, batch] positions in them.
+      plan: int32[steps, batch], positions in `images` and `labels`.
       first: step to begin with.
-      chunk: steps that a chunk may have; chunks begin at its multiples, whatever `first` is.
-      place: (Chunk) -> what to yield for it; called in the thread.
+      chunk: steps per chunk; chunks begin at multiples of it, whatever `first` is.
+      place: (Chunk) -> value to yield in its place, e.g. the chunk on a device; called in the thread.
 
     Yields:
-      What `place` makes of each Chunk, in order.
+      The result of `place` for each chunk, in order.
     """
 
     def read(start):
-        steps = np.clip(np.arange(start, start + chunk), 0, len(plan) - 1)  # all of one shape
+        # The last chunk repeats the last step, so that all chunks have the same shape.
+        steps = np.clip(np.arange(start, start + chunk), 0, len(plan) - 1)
         rows = plan[steps].reshape(-1)
         stop = min(start + chunk, len(plan))
         return place(Chunk(stop, np.asarray(images[rows]), labels[rows]))
@@ -132,5 +153,5 @@ def chunks(
                 ahead += [thread.submit(read, s) for s in [next(starts, None)] if s is not None]
                 yield ready
         finally:
-            for one in ahead:
-                one.cancel()
+            for future in ahead:
+                future.cancel()

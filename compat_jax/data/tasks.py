@@ -6,12 +6,42 @@ carried from one task to the next, so a run that was stopped draws the same numb
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 
 from compat_jax.errors import UserError
+from compat_jax.fields import Rule, check_fields
 
 _MEMORY, _PLAN = 1, 2  # addresses of the two kinds of draws
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+    """How classes are split into tasks, and what is kept of tasks that have ended.
+
+    Attributes:
+      initial: classes of the first task.
+      increment: classes of every later task.
+      rehearsal: images kept of each class of earlier tasks, to train on again.
+
+    Source: the paper's protocol on CIFAR-100 with 7 tasks.
+    """
+
+    initial: Annotated[int, Rule("classes of the first task", low=1, high=10**9)] = 10
+    increment: Annotated[int, Rule("classes of every later task", low=0, high=10**9)] = 15
+    rehearsal: Annotated[int, Rule("images kept of each earlier class", low=0, high=10**9)] = 20
+
+    def __post_init__(self):
+        check_fields(self, "tasks.")
+
+    def sequence(self, num_classes: int) -> "TaskSequence":
+        """Split so many classes into tasks.
+
+        Raises:
+          UserError: fewer classes than the first task has.
+        """
+        return TaskSequence(num_classes, self.initial, self.increment)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,30 +64,74 @@ class TaskSequence:
         if not 1 <= self.initial <= self.num_classes:
             raise UserError(
                 f"tasks.initial must lie in 1..{self.num_classes} (the classes of the data), "
-                f"got {self.initial}"
+                f"got {self.initial}",
+                "tasks.initial",
             )
         if self.increment < 1 and self.initial < self.num_classes:
-            raise UserError(f"tasks.increment must be at least 1, got {self.increment}")
+            raise UserError(
+                f"tasks.increment must be at least 1 for {self.num_classes - self.initial} more "
+                f"classes, got {self.increment}",
+                "tasks.increment",
+            )
 
     def __len__(self) -> int:
         rest = self.num_classes - self.initial
         return 1 + -(-rest // self.increment) if rest else 1
 
     def num_seen(self, task: int) -> int:
-        """Classes seen up to and including a task; 0 for task -1."""
+        """Count the classes seen up to and including a task; 0 for task -1."""
         if task < 0:
             return 0
         return min(self.initial + task * self.increment, self.num_classes)
 
     def classes(self, task: int) -> range:
-        """The classes that are new in a task."""
+        """Return the classes that are new in a task."""
         return range(self.num_seen(task - 1), self.num_seen(task))
+
+    def plan_shape(
+        self, task: int, counts: np.ndarray, rehearsal: int, batch_size: int
+    ) -> tuple[int, int]:
+        """Return batches an epoch and images a batch of a task, without drawing the batches.
+
+        Args:
+          task: number of the task.
+          counts: int[num_classes], images of each class.
+          rehearsal: images kept of each earlier class.
+          batch_size: images a batch.
+        """
+        new = self.classes(task)
+        memory = np.minimum(counts[: new.start], rehearsal).sum()
+        return plan_shape(int(counts[new.start : new.stop].sum()), int(memory), batch_size)
+
+    def batch_plan(
+        self,
+        task: int,
+        labels: np.ndarray,
+        rehearsal: int,
+        *,
+        batch_size: int,
+        epochs: int,
+        seed: int,
+    ) -> np.ndarray:
+        """Draw the batches of a task, its epochs one after the other: int32[steps, batch].
+
+        Args:
+          task: number of the task.
+          labels: int[n] of the data.
+          rehearsal: images kept of each earlier class.
+          batch_size, epochs, seed: see `batch_plan`.
+        """
+        first, last = self.classes(task)[0], self.classes(task)[-1]
+        new = np.flatnonzero((labels >= first) & (labels <= last))
+        memory = memory_indices(labels, range(first), rehearsal, seed)
+        plan = batch_plan(new, memory, batch_size, epochs=epochs, seed=seed, task=task)
+        return plan.reshape(-1, plan.shape[-1])
 
 
 def memory_indices(
     labels: np.ndarray, classes: Sequence[int], per_class: int, seed: int
 ) -> np.ndarray:
-    """The rehearsal memory: images drawn at random from each class, without replacement.
+    """Draw the rehearsal memory: random images of each class, without replacement.
 
     Args:
       labels: int[n] of the task data.
@@ -81,7 +155,7 @@ def memory_indices(
 def batch_plan(
     new: np.ndarray, memory: np.ndarray, batch_size: int, epochs: int, seed: int, task: int
 ) -> np.ndarray:
-    """Which images every batch of a task holds.
+    """Draw the images of every batch of a task.
 
     Without memory (task 0, or rehearsal 0): shuffled epochs, the last short batch dropped; a batch
     larger than the data shrinks to it. With memory: the first half of each batch from the memory, the
@@ -102,11 +176,8 @@ def batch_plan(
 
     Source: `BalancedBatchSampler` and the loaders in `src/iamcl2r/main.py`.
     """
-    total = len(new) + len(memory)
-    batches = total // batch_size
-    size = batch_size if batches else total
-    batches = max(batches, 1)
-    plan = np.empty((epochs, batches, size if not len(memory) else 2 * (size // 2)), np.int32)
+    batches, size = plan_shape(len(new), len(memory), batch_size)
+    plan = np.empty((epochs, batches, size), np.int32)
     for epoch in range(epochs):
         rng = np.random.default_rng([seed, _PLAN, task, epoch])
         if not len(memory):
@@ -116,6 +187,20 @@ def batch_plan(
         plan[epoch, :, :half] = _draw(rng, memory, batches, half)
         plan[epoch, :, half:] = _draw(rng, new, batches, half)
     return plan
+
+
+def plan_shape(num_new: int, num_memory: int, batch_size: int) -> tuple[int, int]:
+    """Return batches an epoch and images a batch of `batch_plan`, without drawing it.
+
+    Args:
+      num_new: new images of the task, >= 1.
+      num_memory: images of the memory.
+      batch_size: images a batch.
+    """
+    total = num_new + num_memory
+    batches = total // batch_size
+    size = batch_size if batches else total
+    return max(batches, 1), 2 * (size // 2) if num_memory else size
 
 
 def _draw(rng, pool, batches, size):

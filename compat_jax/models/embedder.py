@@ -1,6 +1,8 @@
-"""Backbone, projection, head: what every method trains and every version of a chain holds."""
+"""The network of every method and every version: backbone, projection, head."""
 
-from typing import NamedTuple
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -8,14 +10,23 @@ import jax.numpy as jnp
 
 from compat_jax.models.layers import linear_init
 
+# Linen derives initial weights from the names of modules. Drawing them under the names that these two
+# layers had in the first release keeps the weights of every seed.
+_DRAWN_AS = {"projection": "fc1", "head": "fc2"}
+# LLVM takes ten times longer to optimise the random numbers of an initialisation than they save.
+_QUICK_ON_CPU = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+
 
 class Outputs(NamedTuple):
-    """What an embedder gives for a batch.
+    """Outputs of an embedder for one batch.
 
     Attributes:
-      features: float[batch, feature_size], what retrieval compares.
+      features: float[batch, feature_size], compared by retrieval.
       logits: float[batch, classes] of a learnable head; None for a fixed simplex, whose logits
-        `simplex.logits(features)` gives without any variable.
+        `simplex.logits(features)` computes without any variable.
     """
 
     features: jax.Array
@@ -23,32 +34,82 @@ class Outputs(NamedTuple):
 
 
 class Embedder(nn.Module):
-    """A backbone, an optional projection to the simplex space, an optional learnable head.
+    """A backbone, an optional projection into the simplex space, an optional learnable head.
 
     Attributes:
       backbone: module (images, train) -> float[batch, width].
-      projection: size of the bias-free projection (K-1 for a simplex of K classes); None leaves the
-        pooled backbone as the feature.
-      head: classes of a learnable bias-free head; None for the fixed simplex.
+      projection_size: columns of the bias-free projection (K-1 for a simplex of K prototypes); None
+        uses the pooled backbone as the feature.
+      head_size: classes of a learnable bias-free head; None for the fixed simplex.
       dtype: of the computation; parameters are float32.
+      layer_names: names of projection and head in the variables.
 
-    Source: `Incremental_ResNet` in `src/iamcl2r/models/__init__.py` (fc1, fc2).
+    Source: `Incremental_ResNet` in `src/iamcl2r/models/__init__.py`.
     """
 
     backbone: nn.Module
-    projection: int | None = None
-    head: int | None = None
-    dtype: jnp.dtype = jnp.float32
+    projection_size: int | None = None
+    head_size: int | None = None
+    dtype: Any = jnp.float32
+    layer_names: tuple[str, str] = ("projection", "head")
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
-        """float[batch, h, w, 3] normalised images -> Outputs."""
-        features = self.backbone(images, train)
-        if self.projection is not None:
-            features = self._linear(features, self.projection, "fc1")
-        logits = None if self.head is None else self._linear(features, self.head, "fc2")
+        """Embed float[batch, h, w, c] normalised images."""
+        features = self.backbone(images, **_mode(self.backbone, train))
+        projection, head = self.layer_names
+        if self.projection_size is not None:
+            features = self._linear(features, self.projection_size, projection)
+        logits = None if self.head_size is None else self._linear(features, self.head_size, head)
         return Outputs(features, logits)
 
     def _linear(self, x, size, name):
         layer = nn.Dense(size, use_bias=False, dtype=self.dtype, kernel_init=linear_init, name=name)
         return layer(x)
+
+
+def _mode(backbone, train):
+    """The keyword `train`, for backbones that take it."""
+    return {"train": train} if "train" in inspect.signature(backbone.__call__).parameters else {}
+
+
+def init_variables(
+    embedder: Embedder, key: jax.Array, image_shape: tuple[int, int, int]
+) -> dict[str, Any]:
+    """Draw fresh variables of an embedder.
+
+    Args:
+      embedder: the module.
+      key: random key.
+      image_shape: (height, width, channels).
+
+    Returns:
+      {"params": ..., "batch_stats": ...}; "batch_stats" is {} for a network without BatchNorm.
+    """
+    drawn = embedder.clone(layer_names=tuple(_DRAWN_AS.values()))
+
+    def init(key):
+        return drawn.init(key, jnp.zeros((1, *image_shape)), train=False)
+
+    config: Any = jax.config
+    device = config.jax_default_device or jax.devices()[0]
+    options = _QUICK_ON_CPU if device.platform == "cpu" else None
+    if not isinstance(key, jax.core.Tracer):  # a nested jit takes no options
+        init = jax.jit(init, compiler_options=options)
+    variables = init(key)
+    params = renamed_layers(variables["params"], {old: new for new, old in _DRAWN_AS.items()})
+    return {"params": params, "batch_stats": variables.get("batch_stats", {})}
+
+
+def renamed_layers(params: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Rename top-level layers of an embedder's parameters; other names stay."""
+    return {names.get(name, name): layer for name, layer in params.items()}
+
+
+def feature_size(embedder: Embedder, image_shape: tuple[int, int, int]) -> int:
+    """Return the number of columns of an embedder's features, without computing any."""
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    outputs, _ = jax.eval_shape(
+        lambda x: embedder.init_with_output(jax.random.key(0), x, train=False), image
+    )
+    return int(outputs.features.shape[-1])

@@ -1,4 +1,4 @@
-"""BatchNorm of a frozen network folded into the convolutions before it."""
+"""Fold the BatchNorms of a frozen network into the convolutions before them."""
 
 import functools
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ EPSILON = BatchNorm.epsilon
 def fold_batch_norm(
     network: nn.Module, variables: Mapping[str, Any], image_shape: tuple[int, int, int]
 ) -> dict[str, Any]:
-    """Variables of the same function in evaluation mode, with fewer normalisations.
+    """Return variables that compute the same in evaluation mode, with fewer normalisations.
 
-    A BatchNorm that normalises what a `Conv` gave is a factor and a shift a channel: the factor goes
-    into the kernel, the shift becomes the bias, and its other variables are left out, from which
-    `BatchNorm` sees that it has only a bias to add. What one of them shares with another layer, as
-    in networks that normalise before the convolution, is left as it is.
+    In evaluation mode, a BatchNorm of a `Conv`'s output is a factor and a shift per channel. The
+    factor is multiplied into the kernel, the shift becomes the bias, and the other variables of the
+    BatchNorm are left out, which is how `BatchNorm` knows that it only has a bias to add. A BatchNorm
+    of anything else, as in networks that normalise before the convolution, stays as it is.
 
     Args:
       network: an Embedder or a backbone.
-      variables: {"params", "batch_stats"} of it; arrays or tracers.
+      variables: {"params", "batch_stats"} of the network; arrays or tracers. Not changed.
       image_shape: (height, width, channels).
 
     Returns:
@@ -36,15 +36,16 @@ def fold_batch_norm(
         layer, own, running = _at(params, conv), _at(params, norm), _at(stats, norm)
         factor = own.pop("scale") / (running.pop("var") + EPSILON) ** 0.5
         own["bias"] = own["bias"] - running.pop("mean") * factor
-        for name in layer:  # the output channels come last in a kernel as in a bias
+        for name in layer:  # output channels are the last axis of both kernel and bias
             layer[name] = layer[name] * factor
     return {"params": params, "batch_stats": _without_empty(stats)}
 
 
 @functools.lru_cache(maxsize=64)
 def _pairs(network, image_shape):
-    """Paths of the convolutions whose output goes into a BatchNorm, and of that BatchNorm."""
-    outputs, pairs = {}, []
+    """Return the paths of each convolution whose output a BatchNorm normalises, and of that norm."""
+    outputs: dict[int, tuple[tuple[str, ...], Any]] = {}
+    pairs = []
 
     def watch(call, arguments, keywords, context):
         module, is_call = context.module, context.method_name == "__call__"
@@ -52,7 +53,7 @@ def _pairs(network, image_shape):
             pairs.append((outputs[id(arguments[0])][0], module.path))
         result = call(*arguments, **keywords)
         if is_call and isinstance(module, Conv):
-            outputs[id(result)] = module.path, result  # kept, so that no other gets its id
+            outputs[id(result)] = module.path, result  # held, so that its id is not reused
         return result
 
     def run(key, image):

@@ -1,4 +1,7 @@
-"""Layers of the backbones, with PyTorch's conventions where the two libraries differ."""
+"""Layers of the backbones. Where Flax and PyTorch differ, they follow PyTorch."""
+
+import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -10,7 +13,7 @@ from compat_jax.models.conv import conv
 
 # PyTorch's kaiming_normal_(mode="fan_out", nonlinearity="relu").
 kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-# PyTorch's default for nn.Linear and nn.Conv2d: uniform in +-1/sqrt(fan_in).
+# PyTorch's default of nn.Linear and nn.Conv2d: uniform in +-1/sqrt(fan_in).
 linear_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 
 
@@ -19,13 +22,13 @@ class Conv(nn.Module):
 
     Attributes:
       features: output channels.
-      size: kernel side.
-      stride: in both directions.
+      size: side of the kernel.
+      stride: step in both directions.
       padding: zeros on each side.
       groups: channel groups.
-      use_bias: whether a bias is added.
-      dtype: of the computation; parameters are float32.
-      kernel_init: initialiser of the kernel.
+      use_bias: add a bias.
+      dtype: dtype of the computation; parameters are float32.
+      kernel_init: initializer of the kernel.
     """
 
     features: int
@@ -34,16 +37,20 @@ class Conv(nn.Module):
     padding: int = 0
     groups: int = 1
     use_bias: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: jax.typing.DTypeLike = jnp.float32
     kernel_init: nn.initializers.Initializer = kaiming_fan_out
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """float[batch, h, w, in] -> float[batch, h', w', features]."""
+        """Map float[batch, h, w, in] to float[batch, h', w', features]."""
         shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         out = conv(
-            x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding, self.groups
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            stride=self.stride,
+            padding=self.padding,
+            groups=self.groups,
         )
         if self.use_bias:
             out += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
@@ -53,37 +60,38 @@ class Conv(nn.Module):
 class BatchNorm(nn.Module):
     """Batch normalisation as PyTorch computes it.
 
-    Normalises by the biased variance of the batch and keeps a running mean of the *unbiased* one,
-    where flax.linen.BatchNorm keeps the biased. Under `jit` with the batch sharded over devices the
-    statistics are those of the global batch. Variables have Flax's names: params scale, bias;
-    batch_stats mean, var.
+    It normalises by the biased variance of the batch and keeps a running mean of the *unbiased*
+    variance, where flax.linen.BatchNorm keeps the biased one. Under `jit`, with the batch sharded over
+    devices, the statistics are those of the global batch. Variables have Flax's names: scale and bias
+    in "params", mean and var in "batch_stats". Without a scale, only the bias is added: the rest has
+    been folded into the kernel before it, see `models.fold`.
 
     Attributes:
-      momentum: weight of the old running value (PyTorch's momentum is 1 minus this).
+      momentum: weight of the old running value (1 minus PyTorch's momentum).
       epsilon: added to the variance.
-      dtype: of the result; statistics are float32 or wider.
+      dtype: dtype of the result; statistics are float32 or wider.
     """
 
     momentum: float = 0.9
     epsilon: float = 1e-5
-    dtype: jnp.dtype = jnp.float32
+    dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """float[..., channels] -> the same shape."""
+        """Normalise float[..., channels]; the shape stays the same."""
         shape = (x.shape[-1],)
         bias = self.param("bias", nn.initializers.zeros, shape)
         if not self.is_initializing() and not self.has_variable("params", "scale"):
-            return x + bias.astype(x.dtype)  # the rest is in the kernel before: fold_batch_norm
+            return x + bias.astype(x.dtype)  # folded, see above
         scale = self.param("scale", nn.initializers.ones, shape)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape)
-        # float32 also for bfloat16 maps: what is left after taking the mean off has few bits else.
+        # In float32 also for bfloat16 maps: subtracting the mean would leave few significant bits.
         wide = x.astype(np.promote_types(x.dtype, np.float32))
         if train:
             axes = tuple(range(x.ndim - 1))
             mean = wide.mean(axes)
-            # E[x^2] - E[x]^2 reads the map once; clipped, since rounding can take it below zero.
+            # E[x^2] - E[x]^2 reads the map once; rounding can make it negative, hence the maximum.
             var = jnp.maximum((wide * wide).mean(axes) - mean * mean, 0.0)
             if not self.is_initializing():
                 count = x.size // x.shape[-1]
@@ -99,48 +107,54 @@ class BatchNorm(nn.Module):
 
 
 def max_pool(x: jax.Array, size: int, stride: int, padding: int) -> jax.Array:
-    """Maximum over windows, as a maximum of shifted slices (faster than reduce_window on CPU).
+    """Compute the maximum over windows as a maximum of shifted slices.
+
+    On CPU this is faster than reduce_window.
 
     Args:
       x: float[batch, h, w, c].
-      size: window side.
-      stride: in both directions.
-      padding: of -infinity on each side.
+      size: side of the window.
+      stride: step in both directions.
+      padding: pixels of -infinity on each side.
 
     Returns:
       float[batch, h', w', c].
     """
     pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-    # In float32 also where x is bfloat16: XLA:CPU takes ten times as long for the gradient else.
+    # In float32 also if x is bfloat16: XLA:CPU's gradient would take ten times as long.
     wide = x.astype(np.promote_types(x.dtype, np.float32))
     padded = jnp.pad(wide, pads, constant_values=-jnp.inf)
     batch, height, width, channels = padded.shape
     out_h, out_w = ((s - size) // stride + 1 for s in (height, width))
-    out = None
-    for i in range(size):
-        for j in range(size):
-            window = lax.slice(
-                padded,
-                (0, i, j, 0),
-                (batch, i + stride * (out_h - 1) + 1, j + stride * (out_w - 1) + 1, channels),
-                (1, stride, stride, 1),
-            )
-            out = window if out is None else jnp.maximum(out, window)
-    return out.astype(x.dtype)
+    windows = (
+        lax.slice(
+            padded,
+            (0, i, j, 0),
+            (batch, i + stride * (out_h - 1) + 1, j + stride * (out_w - 1) + 1, channels),
+            (1, stride, stride, 1),
+        )
+        for i in range(size)
+        for j in range(size)
+    )
+    return functools.reduce(jnp.maximum, windows).astype(x.dtype)
 
 
 def global_average_pool(x: jax.Array) -> jax.Array:
-    """float[batch, h, w, c] -> float[batch, c]."""
+    """Average over height and width: float[batch, h, w, c] to float[batch, c]."""
     return x.mean((1, 2))
 
 
-def squeeze_excite(x: jax.Array, reduce: nn.Module, expand: nn.Module) -> jax.Array:
-    """Each channel of a picture times a gate in (0, 1) that its channel averages decide.
+def squeeze_excite(
+    x: jax.Array,
+    reduce: Callable[[jax.Array], jax.Array],
+    expand: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Multiply each channel by a gate in (0, 1) computed from the averages of all channels.
 
     Args:
       x: float[batch, h, w, c].
       reduce: layer from float[batch, 1, 1, c] to fewer channels.
-      expand: layer from those back to c.
+      expand: layer from those channels back to c.
 
     Returns:
       float[batch, h, w, c].

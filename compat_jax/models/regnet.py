@@ -1,7 +1,7 @@
 """RegNetY-400MF: bottleneck blocks of grouped convolutions with squeeze-and-excitation.
 
 Module names follow the state dict of the reference, whose stages keep their blocks in a list called
-`blocks` (`layer1_blocks_0` stands for `layer1.blocks.0`).
+`blocks` (`layer1_blocks_0` for `layer1.blocks.0`).
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from compat_jax.models.layers import (
     BatchNorm,
@@ -20,17 +21,21 @@ from compat_jax.models.layers import (
 
 
 class SqueezeExcite(nn.Module):
-    """Channels gated by their own averages.
+    """Gate channels by their own averages.
+
+    Attributes:
+      bottleneck: channels between the two layers of the gate.
+      dtype: dtype of the computation; parameters are float32.
 
     Source: `SE` in `src/iamcl2r/models/regnet.py`.
     """
 
     bottleneck: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """float[batch, h, w, c] -> the same shape."""
+        """Gate float[batch, h, w, c]; the shape stays the same."""
 
         def gate(features, name):
             return Conv(
@@ -41,9 +46,14 @@ class SqueezeExcite(nn.Module):
 
 
 class Block(nn.Module):
-    """1x1, grouped 3x3, gate and 1x1, and a shortcut.
+    """Residual block of a 1x1, a grouped 3x3 and a 1x1 convolution, with gated channels.
 
-    The gate's bottleneck is a share of the block's *input* channels.
+    Attributes:
+      features: output channels, a multiple of `group_width`.
+      stride: stride of the 3x3 convolution and of the shortcut.
+      group_width: channels of each group of the 3x3 convolution.
+      se_ratio: the gate's bottleneck as a share of the block's *input* channels.
+      dtype: dtype of the computation; parameters are float32.
 
     Source: `Block` in `src/iamcl2r/models/regnet.py`, with its bottleneck ratio of 1.
     """
@@ -52,19 +62,19 @@ class Block(nn.Module):
     stride: int = 1
     group_width: int = 16
     se_ratio: float = 0.25
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """float[batch, h, w, c] -> float[batch, h/stride, w/stride, features]."""
+        """Map float[batch, h, w, c] to float[batch, h/stride, w/stride, features]."""
 
-        def conv(size, stride, groups, name):
+        def conv(size, name, stride=1, groups=1):
             return Conv(
                 self.features,
                 size,
-                stride,
-                size // 2,
-                groups,
+                stride=stride,
+                padding=size // 2,
+                groups=groups,
                 dtype=self.dtype,
                 kernel_init=linear_init,
                 name=name,
@@ -74,37 +84,37 @@ class Block(nn.Module):
             return BatchNorm(dtype=self.dtype, name=name)(y, train)
 
         groups = self.features // self.group_width
-        out = nn.relu(norm(conv(1, 1, 1, "conv1")(x), "bn1"))
-        out = nn.relu(norm(conv(3, self.stride, groups, "conv2")(out), "bn2"))
+        out = nn.relu(norm(conv(1, "conv1")(x), "bn1"))
+        out = nn.relu(norm(conv(3, "conv2", stride=self.stride, groups=groups)(out), "bn2"))
         bottleneck = round(x.shape[-1] * self.se_ratio)
         out = SqueezeExcite(bottleneck, self.dtype, name="se")(out)
-        out = norm(conv(1, 1, 1, "conv3")(out), "bn3")
+        out = norm(conv(1, "conv3")(out), "bn3")
         if self.stride != 1 or x.shape[-1] != self.features:
-            x = norm(conv(1, self.stride, 1, "shortcut_0")(x), "shortcut_1")
+            x = norm(conv(1, "shortcut_0", stride=self.stride)(x), "shortcut_1")
         return nn.relu(out + x)
 
 
 class RegNet(nn.Module):
-    """A RegNetY without its classifier: images to pooled features.
+    """RegNetY without its classifier, from images to pooled features.
 
     Attributes:
-      depths: blocks a stage.
-      widths: features a stage, multiples of `group_width`.
-      strides: of the first block of a stage.
-      group_width: channels a group of the 3x3 convolutions.
-      dtype: of the computation; parameters are float32.
+      depths: number of blocks of each stage.
+      widths: features of each stage, multiples of `group_width`.
+      strides: stride of the first block of each stage.
+      group_width: channels of each group of the 3x3 convolutions.
+      dtype: dtype of the computation; parameters are float32.
     """
 
     depths: Sequence[int]
     widths: Sequence[int]
     strides: Sequence[int] = (1, 1, 2, 2)
     group_width: int = 16
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """float[batch, h, w, 3] -> float[batch, widths[-1]]."""
-        stem = Conv(64, 3, 1, 1, dtype=self.dtype, kernel_init=linear_init, name="conv1")
+        """Map float[batch, h, w, 3] to float[batch, widths[-1]]."""
+        stem = Conv(64, 3, padding=1, dtype=self.dtype, kernel_init=linear_init, name="conv1")
         x = nn.relu(BatchNorm(dtype=self.dtype, name="bn1")(stem(x), train))
         stages = zip(self.depths, self.widths, self.strides, strict=True)
         for stage, (depth, width, first_stride) in enumerate(stages):
@@ -116,6 +126,6 @@ class RegNet(nn.Module):
         return global_average_pool(x)
 
 
-def regnet_y_400mf(dtype: jnp.dtype = jnp.float32) -> RegNet:
-    """The reference's RegNetY-400MF; 384 features."""
+def regnet_y_400mf(dtype: DTypeLike = jnp.float32) -> RegNet:
+    """Build the reference's RegNetY-400MF, of 384 features."""
     return RegNet((1, 2, 7, 12), (32, 64, 160, 384), dtype=dtype)

@@ -1,6 +1,6 @@
 """ResNet-32 for CIFAR, the backbone of CL2R.
 
-Module names follow CL2R's state dict (`stage_1_0` stands for `stage_1.0`).
+Module names follow CL2R's state dict (`stage_1_0` for `stage_1.0`).
 """
 
 from collections.abc import Sequence
@@ -8,29 +8,37 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from compat_jax.models.layers import BatchNorm, Conv, global_average_pool
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut without weights.
+    """Residual block of two 3x3 convolutions, with a shortcut without weights.
 
-    Where the map shrinks, the shortcut takes every second pixel and fills the new channels with
-    zeros ("option A" of He et al. 2016).
+    Where the map shrinks, the shortcut takes every second pixel and pads the new channels with zeros
+    ("option A" of He et al. 2016).
+
+    Attributes:
+      features: output channels.
+      stride: stride of the first convolution and of the shortcut.
+      dtype: dtype of the computation; parameters are float32.
 
     Source: `ResNetBasicblock` and `DownsampleA` in CL2R's `src/cl2r/model.py`.
     """
 
     features: int
     stride: int = 1
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """float[batch, h, w, c] -> float[batch, h/stride, w/stride, features]."""
-        out = Conv(self.features, 3, self.stride, 1, dtype=self.dtype, name="conv_a")(x)
+        """Map float[batch, h, w, c] to float[batch, h/stride, w/stride, features]."""
+        out = Conv(
+            self.features, 3, stride=self.stride, padding=1, dtype=self.dtype, name="conv_a"
+        )(x)
         out = nn.relu(BatchNorm(dtype=self.dtype, name="bn_a")(out, train))
-        out = Conv(self.features, 3, 1, 1, dtype=self.dtype, name="conv_b")(out)
+        out = Conv(self.features, 3, padding=1, dtype=self.dtype, name="conv_b")(out)
         out = BatchNorm(dtype=self.dtype, name="bn_b")(out, train)
         x = x[:, :: self.stride, :: self.stride]
         new_channels = self.features - x.shape[-1]
@@ -38,24 +46,24 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """A three-stage residual network without its classifier: images to pooled features.
+    """Three-stage residual network without its classifier, from images to pooled features.
 
-    The last map is averaged whole; CL2R averages 8x8 windows, which is the same at its 32 pixels.
+    The whole last map is averaged; CL2R averages 8x8 windows, which is the same at its 32 pixels.
 
     Attributes:
-      depth: blocks a stage; 5 make ResNet-32.
-      widths: features a stage.
-      dtype: of the computation; parameters are float32.
+      depth: number of blocks of each stage; 5 for ResNet-32.
+      widths: features of each stage.
+      dtype: dtype of the computation; parameters are float32.
     """
 
     depth: int = 5
     widths: Sequence[int] = (16, 32, 64)
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """float[batch, h, w, 3] -> float[batch, widths[-1]]."""
-        x = Conv(self.widths[0], 3, 1, 1, dtype=self.dtype, name="conv_1_3x3")(x)
+        """Map float[batch, h, w, 3] to float[batch, widths[-1]]."""
+        x = Conv(self.widths[0], 3, padding=1, dtype=self.dtype, name="conv_1_3x3")(x)
         x = nn.relu(BatchNorm(dtype=self.dtype, name="bn_1")(x, train))
         for stage, width in enumerate(self.widths):
             for index in range(self.depth):
@@ -65,6 +73,6 @@ class CifarResNet(nn.Module):
         return global_average_pool(x)
 
 
-def resnet32_cifar(dtype: jnp.dtype = jnp.float32) -> CifarResNet:
-    """CL2R's ResNet-32; 64 features."""
+def resnet32_cifar(dtype: DTypeLike = jnp.float32) -> CifarResNet:
+    """Build CL2R's ResNet-32, of 64 features."""
     return CifarResNet(dtype=dtype)

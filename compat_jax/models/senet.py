@@ -1,7 +1,7 @@
 """SENet-18: pre-activation residual blocks with squeeze-and-excitation.
 
 Module names follow the state dict of the reference, whose stages keep their blocks in a list called
-`blocks` (`layer1_blocks_0` stands for `layer1.blocks.0`).
+`blocks` (`layer1_blocks_0` for `layer1.blocks.0`).
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from compat_jax.models.layers import (
     BatchNorm,
@@ -20,25 +21,30 @@ from compat_jax.models.layers import (
 
 
 class PreActBlock(nn.Module):
-    """Norm, activation and 3x3 convolution, twice; channels gated; then the shortcut is added.
+    """Residual block of twice norm, activation and 3x3 convolution, with gated channels.
+
+    Attributes:
+      features: output channels.
+      stride: stride of the first convolution and of the shortcut.
+      dtype: dtype of the computation; parameters are float32.
 
     Source: `PreActBlock` in `src/iamcl2r/models/senet.py`.
     """
 
     features: int
     stride: int = 1
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """float[batch, h, w, c] -> float[batch, h/stride, w/stride, features]."""
+        """Map float[batch, h, w, c] to float[batch, h/stride, w/stride, features]."""
 
         def conv(size, stride, name):
             return Conv(
                 self.features,
                 size,
-                stride,
-                size // 2,
+                stride=stride,
+                padding=size // 2,
                 dtype=self.dtype,
                 kernel_init=linear_init,
                 name=name,
@@ -61,25 +67,25 @@ class PreActBlock(nn.Module):
 
 
 class SENet(nn.Module):
-    """A squeeze-and-excitation network without its classifier: images to pooled features.
+    """Squeeze-and-excitation network without its classifier, from images to pooled features.
 
-    The last map is averaged whole; the reference averages 4x4 windows, which is the same at its
-    32 pixels and fails or changes the feature size at others.
+    The whole last map is averaged; the reference averages 4x4 windows, which is the same at its 32
+    pixels, and at other sizes fails or changes the feature size.
 
     Attributes:
-      depths: blocks a stage.
-      widths: features a stage.
-      dtype: of the computation; parameters are float32.
+      depths: number of blocks of each stage.
+      widths: features of each stage.
+      dtype: dtype of the computation; parameters are float32.
     """
 
     depths: Sequence[int] = (2, 2, 2, 2)
     widths: Sequence[int] = (64, 128, 256, 512)
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """float[batch, h, w, 3] -> float[batch, widths[-1]]."""
-        stem = Conv(64, 3, 1, 1, dtype=self.dtype, kernel_init=linear_init, name="conv1")
+        """Map float[batch, h, w, 3] to float[batch, widths[-1]]."""
+        stem = Conv(64, 3, padding=1, dtype=self.dtype, kernel_init=linear_init, name="conv1")
         x = nn.relu(BatchNorm(dtype=self.dtype, name="bn1")(stem(x), train))
         for stage, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True)):
             for index in range(depth):
@@ -89,6 +95,6 @@ class SENet(nn.Module):
         return global_average_pool(x)
 
 
-def senet18(dtype: jnp.dtype = jnp.float32) -> SENet:
-    """The reference's SENet-18; 512 features."""
+def senet18(dtype: DTypeLike = jnp.float32) -> SENet:
+    """Build the reference's SENet-18, of 512 features."""
     return SENet(dtype=dtype)

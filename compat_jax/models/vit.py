@@ -1,7 +1,7 @@
-"""Vision transformers: pre-norm, class token, learned positions.
+"""Vision transformers with pre-norm, class token and learned positions.
 
-Module names follow timm's state dicts (`blocks_0` stands for `blocks.0`), so that its weights
-import by name.
+Module names follow timm's state dicts (`blocks_0` for `blocks.0`), so that its weights are imported
+by name.
 """
 
 import math
@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from compat_jax.errors import UserError
 from compat_jax.models.layers import Conv, linear_init
@@ -22,24 +23,29 @@ def _dense(features, dtype, name):
 
 
 def _norm(x, dtype, name):
-    # In float32, and by the two-pass variance, as PyTorch: the one-pass form loses digits.
+    # In float32 and with the two-pass variance, as in PyTorch: the one-pass form loses precision.
     norm = nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name=name)
     return norm(x.astype(jnp.float32)).astype(dtype)
 
 
 class PatchEmbed(nn.Module):
-    """Pictures to a sequence of patch embeddings, row by row.
+    """Embed the patches of pictures as a sequence, row by row.
+
+    Attributes:
+      features: width of a token.
+      patch: side of a patch in pixels.
+      dtype: dtype of the computation; parameters are float32.
 
     Source: `PatchEmbed` of timm.
     """
 
     features: int
     patch: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """float[batch, h, w, 3] -> float[batch, h * w / patch**2, features]."""
+        """Map float[batch, h, w, 3] to float[batch, h * w / patch**2, features]."""
         project = Conv(
             self.features,
             self.patch,
@@ -56,21 +62,25 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with one matrix for queries, keys and values.
 
+    Attributes:
+      heads: number of heads; divides the width of a token.
+      dtype: dtype of the computation; parameters are float32.
+
     Source: Vaswani et al. 2017; the fused layout is timm's.
     """
 
     heads: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """float[batch, tokens, width] -> the same shape."""
+        """Map float[batch, tokens, width] to the same shape."""
         batch, tokens, width = x.shape
         qkv = _dense(3 * width, self.dtype, "qkv")(x)
         query, key, value = jnp.moveaxis(
             qkv.reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0
         )
-        wide = np.promote_types(self.dtype, np.float32)
+        wide = np.promote_types(query.dtype, np.float32)
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=wide)
         weights = nn.softmax(scores / math.sqrt(width // self.heads)).astype(self.dtype)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
@@ -78,42 +88,52 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers around an exact (not tanh) GELU."""
+    """Two linear layers around an exact (not tanh) GELU.
+
+    Attributes:
+      hidden: width between the layers.
+      dtype: dtype of the computation; parameters are float32.
+    """
 
     hidden: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """float[batch, tokens, width] -> the same shape."""
+        """Map float[batch, tokens, width] to the same shape."""
         hidden = nn.gelu(_dense(self.hidden, self.dtype, "fc1")(x), approximate=False)
         return _dense(x.shape[-1], self.dtype, "fc2")(hidden)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and beside a shortcut."""
+    """Residual attention and residual MLP, each after a norm.
+
+    Attributes:
+      heads: number of attention heads.
+      dtype: dtype of the computation; parameters are float32.
+    """
 
     heads: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """float[batch, tokens, width] -> the same shape."""
+        """Map float[batch, tokens, width] to the same shape."""
         x = x + Attention(self.heads, self.dtype, name="attn")(_norm(x, self.dtype, "norm1"))
         mlp = Mlp(4 * x.shape[-1], self.dtype, name="mlp")
         return x + mlp(_norm(x, self.dtype, "norm2"))
 
 
 class VisionTransformer(nn.Module):
-    """A vision transformer without its classifier: images to the normalised class token.
+    """Vision transformer without its classifier, from images to the normalised class token.
 
     Attributes:
-      width: of a token.
-      depth: blocks.
-      heads: of attention; divides `width`.
+      width: width of a token, which is the number of features.
+      depth: number of blocks.
+      heads: number of attention heads; divides `width`.
       patch: side of a patch in pixels.
       image_size: side of a picture in pixels, a multiple of `patch`.
-      dtype: of the computation; parameters are float32.
+      dtype: dtype of the computation; parameters are float32.
 
     Source: Dosovitskiy et al. 2021, with timm's layer-norm epsilon of 1e-6.
     """
@@ -123,17 +143,18 @@ class VisionTransformer(nn.Module):
     heads: int
     patch: int = 16
     image_size: int = 224
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """float[batch, image_size, image_size, 3] -> float[batch, width]."""
-        del train  # No layer behaves differently in training.
+        """Map float[batch, image_size, image_size, 3] to float[batch, width]."""
+        del train  # no layer behaves differently in training
         batch, height, width, _ = images.shape
         if (height, width) != (self.image_size, self.image_size):
             raise UserError(
                 f"the ViT was made for pictures of {self.image_size}x{self.image_size} pixels, got "
-                f"{height}x{width}: set its image_size argument, and fitting weights, or resize"
+                f"{height}x{width}: resize them, or set its image_size (and use weights that fit)",
+                "image_size",
             )
         x = PatchEmbed(self.width, self.patch, self.dtype, name="patch_embed")(images)
         cls = self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, self.width))
@@ -145,24 +166,44 @@ class VisionTransformer(nn.Module):
         return _norm(x[:, 0], self.dtype, "norm")
 
 
-def _vit(width, heads, patch, image_size, dtype):
+def _vit(width, heads, *, patch, image_size, dtype):
     if patch < 1 or image_size < 1 or image_size % patch:
         raise UserError(
             f"a ViT cuts its pictures into whole patches: image_size={image_size} is no multiple "
-            f"of patch={patch}"
+            f"of patch={patch}",
+            "image_size",
         )
-    return VisionTransformer(width, 12, heads, patch, image_size, dtype)
+    shape = {"width": width, "depth": 12, "heads": heads, "patch": patch, "image_size": image_size}
+    return VisionTransformer(**shape, dtype=dtype)
 
 
 def vit_s16(
-    dtype: jnp.dtype = jnp.float32, patch: int = 16, image_size: int = 224
+    dtype: DTypeLike = jnp.float32, patch: int = 16, image_size: int = 224
 ) -> VisionTransformer:
-    """ViT-S/16, or S/`patch`; 384 features."""
-    return _vit(384, 6, patch, image_size, dtype)
+    """Build ViT-S/16, of 384 features.
+
+    Args:
+      dtype: dtype of the computation; parameters are float32.
+      patch: side of a patch in pixels, for ViT-S/`patch`.
+      image_size: side of a picture in pixels, a multiple of `patch`.
+
+    Raises:
+      UserError: `image_size` is no multiple of `patch`.
+    """
+    return _vit(384, 6, patch=patch, image_size=image_size, dtype=dtype)
 
 
 def vit_ti16(
-    dtype: jnp.dtype = jnp.float32, patch: int = 16, image_size: int = 224
+    dtype: DTypeLike = jnp.float32, patch: int = 16, image_size: int = 224
 ) -> VisionTransformer:
-    """ViT-Ti/16, or Ti/`patch`; 192 features."""
-    return _vit(192, 3, patch, image_size, dtype)
+    """Build ViT-Ti/16, of 192 features.
+
+    Args:
+      dtype: dtype of the computation; parameters are float32.
+      patch: side of a patch in pixels, for ViT-Ti/`patch`.
+      image_size: side of a picture in pixels, a multiple of `patch`.
+
+    Raises:
+      UserError: `image_size` is no multiple of `patch`.
+    """
+    return _vit(192, 3, patch=patch, image_size=image_size, dtype=dtype)

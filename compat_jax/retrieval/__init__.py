@@ -1,16 +1,20 @@
-"""Retrieval with any pair of versions: search, metrics of a ranking, verification."""
+"""Retrieval with any pair of versions: embedding, indexes, metrics, verification."""
 
-from compat_jax.retrieval.extract import extract
+from compat_jax.retrieval.embedding import embed
+from compat_jax.retrieval.exact import SearchOptions, search
+from compat_jax.retrieval.index import ExactIndex, Index, VectorIndex
+from compat_jax.retrieval.metric import Metric, Queries
 from compat_jax.retrieval.metrics import (
     MeanAveragePrecision,
+    average_precision_scores,
     class_templates,
     cumulative_matching_characteristic,
     identification,
     mean_average_precision,
+    neighbour_scores,
     recall_at_k,
-    template_accuracies,
+    template_scores,
 )
-from compat_jax.retrieval.search import search
 from compat_jax.retrieval.verification import (
     make_pairs,
     pair_distances,
@@ -19,17 +23,25 @@ from compat_jax.retrieval.verification import (
 )
 
 __all__ = [
+    "ExactIndex",
+    "Index",
     "MeanAveragePrecision",
+    "Metric",
+    "Queries",
+    "SearchOptions",
+    "VectorIndex",
+    "average_precision_scores",
     "class_templates",
     "cumulative_matching_characteristic",
-    "extract",
+    "embed",
     "identification",
     "make_pairs",
     "mean_average_precision",
+    "neighbour_scores",
     "pair_distances",
     "recall_at_k",
     "search",
     "tar_at_far",
-    "template_accuracies",
+    "template_scores",
     "verification_accuracy",
 ]

@@ -1,7 +1,9 @@
 """Retrieval metrics across versions: queries of one version against a gallery of another.
 
-Features are taken as they come; for cosine similarity, as in the reference, they must be
-L2-normalised. Versions of unequal feature size are refused.
+Features are used as they are; for cosine similarity, as in the reference, they must be
+L2-normalised. Versions of unequal feature size are refused, and so are labels of different kinds
+(numbers here, texts there). The functions that end in `_scores` return one value a query; the others
+return the mean.
 """
 
 from collections.abc import Sequence
@@ -15,14 +17,16 @@ from jax.sharding import Mesh
 
 from compat_jax import hosts
 from compat_jax.errors import UserError
-from compat_jax.retrieval.search import check_finite, check_sizes, search
+from compat_jax.retrieval.exact import check_finite, check_sizes
+from compat_jax.retrieval.index import ExactIndex
+from compat_jax.retrieval.labels import check_labels
 
 # Scores that `mean_average_precision` holds at a time.
 SCORES = 1 << 24
 
 
 class MeanAveragePrecision(NamedTuple):
-    """The mean over the queries that have a match, and how many were left out for want of one."""
+    """Mean over the queries that have a match, and the number of queries left out without one."""
 
     value: float
     num_queries: int
@@ -30,7 +34,7 @@ class MeanAveragePrecision(NamedTuple):
 
 
 def class_templates(gallery: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One feature a class: the mean of its images' features, L2-normalised.
+    """Average the features of each class and L2-normalise the result.
 
     Args:
       gallery: float[n, d].
@@ -40,11 +44,11 @@ def class_templates(gallery: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
       float32[c, d] templates and the c class numbers, ascending.
 
     Raises:
-      UserError: labels of another length than the features, or none.
+      UserError: labels and features of different lengths, or none.
 
     Source: `image2template_feature` in `src/iamcl2r/performance_metrics.py`.
     """
-    gallery, labels = _check_labels("gallery", gallery, labels)
+    gallery, labels = _checked("gallery", gallery, labels)
     classes, codes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     order = np.argsort(codes, kind="stable")
     starts = np.cumsum(sizes) - sizes
@@ -60,7 +64,7 @@ def identification(
     gallery: np.ndarray,
     gallery_labels: np.ndarray,
 ) -> float:
-    """Share of queries whose nearest class template, by inner product, is that of their class.
+    """Return the share of queries whose nearest class template, by inner product, is of their class.
 
     Args:
       query: float[q, d], L2-normalised (the length of a query does not matter here).
@@ -78,17 +82,18 @@ def identification(
       with the class that it names rather than its place among the templates, which is the same
       when classes are numbered 0, 1, ….
     """
+    check_labels(query_labels, gallery_labels)
     templates, classes = class_templates(gallery, gallery_labels)
-    return float(template_accuracies(query, query_labels, [templates], classes)[0])
+    return float(template_scores(query, query_labels, [templates], classes=classes).mean())
 
 
-def template_accuracies(
+def template_scores(
     query: np.ndarray,
     query_labels: np.ndarray,
     templates: Sequence[np.ndarray],
     classes: np.ndarray,
 ) -> np.ndarray:
-    """`identification` of the same queries in the galleries of several versions, by one matmul.
+    """Score the same queries in the galleries of several versions, by one matmul.
 
     Args:
       query: float[q, d], L2-normalised.
@@ -97,35 +102,119 @@ def template_accuracies(
       classes: int[c], the classes of the templates, the same in every version.
 
     Returns:
-      float64[versions], each in [0, 1]. Several processes (`jax.distributed`) share the queries.
+      float64[versions, q], 1 where the nearest template is that of the query's class, else 0. Several
+      processes (`jax.distributed`) share the queries.
 
     Raises:
       UserError: lengths or feature sizes that differ, an empty set, values that are not finite.
     """
-    query, query_labels = _check_labels("query", query, query_labels)
+    query, query_labels = _checked("query", query, query_labels)
+    check_labels(query_labels, classes)
     check_sizes(query, templates[0])
-    check_finite("query", query)
     # Filled up to a power of two: a chain that grows compiles few programs.
     filled = np.zeros((1 << (len(templates) - 1).bit_length(), *templates[0].shape), np.float32)
     filled[: len(templates)] = templates
     on_device = jax.device_put(filled.reshape(-1, filled.shape[-1]))
     size = min(len(query), max(1, SCORES // len(on_device)))
-    hits = np.zeros(len(templates))
+    hits = np.zeros((len(templates), len(query)))
     for start in range(size * jax.process_index(), len(query), size * jax.process_count()):
         rows, labels = query[start : start + size], query_labels[start : start + size]
         missing = size - len(rows)
         rows = np.pad(rows, ((0, missing), (0, 0))) if missing else rows
         nearest = np.asarray(_nearest_templates(rows, on_device, len(filled)))
         found = classes[nearest[: len(labels), : len(templates)]]
-        hits += (found == labels[:, None]).sum(axis=0)
-    return hosts.total(hits) / len(query)
+        hits[:, start : start + size] = (found == labels[:, None]).T
+    return hosts.sum_over_processes(hits.reshape(-1)).reshape(hits.shape)
+
+
+def template_scores_without_self(
+    query: np.ndarray,
+    query_labels: np.ndarray,
+    gallery: np.ndarray,
+    gallery_labels: np.ndarray,
+    own: np.ndarray,
+) -> np.ndarray:
+    """Score queries of which some are in the gallery; each leaves itself out of its class's template.
+
+    Args:
+      query: float[q, d], L2-normalised.
+      query_labels: int[q].
+      gallery: float[n, d], L2-normalised.
+      gallery_labels: int[n].
+      own: int[q], the gallery row of the same picture, -1 for none.
+
+    Returns:
+      float64[q], see `template_scores`.
+    """
+    query, query_labels = _checked("query", query, query_labels)
+    gallery, gallery_labels = _checked("gallery", gallery, gallery_labels)
+    check_labels(query_labels, gallery_labels)
+    check_sizes(query, gallery)
+    templates, classes = class_templates(gallery, gallery_labels)
+    codes = np.searchsorted(classes, gallery_labels)
+    sums = np.zeros(templates.shape)
+    np.add.at(sums, codes, gallery.astype(np.float64))
+    block, hits = max(1, SCORES // len(classes)), np.zeros(len(query))
+    for start in range(0, len(query), block):
+        rows = slice(start, start + block)
+        scores = query[rows].astype(np.float64) @ templates.T
+        inside = np.flatnonzero(own[rows] >= 0)
+        row = own[rows][inside]
+        rest = sums[codes[row]] - gallery[row]
+        norms = np.linalg.norm(rest, axis=1)
+        alone = np.bincount(codes, minlength=len(classes))[codes[row]] == 1
+        inner = np.einsum("nd,nd->n", query[rows][inside].astype(np.float64), rest)
+        scores[inside, codes[row]] = np.where(
+            alone, -np.inf, inner / np.where(norms == 0, 1, norms)
+        )
+        hits[rows] = classes[scores.argmax(axis=1)] == query_labels[rows]
+    return hits
 
 
 @partial(jax.jit, static_argnames="versions")
 def _nearest_templates(query, templates, versions):
-    """int32[q, versions]: the nearest of each version's templates."""
+    """Return the nearest of each version's templates, int32[q, versions]."""
     scores = jnp.dot(query, templates.T, precision="highest")
     return scores.reshape(len(query), versions, -1).argmax(axis=-1).astype(jnp.int32)
+
+
+def neighbour_scores(
+    query: np.ndarray,
+    query_labels: np.ndarray,
+    index: ExactIndex,
+    *,
+    gallery_labels: np.ndarray,
+    max_rank: int,
+    own: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return for each query whether an image of its class is among its first 1, 2, … neighbours.
+
+    Args:
+      query: float[q, d].
+      query_labels: int[q].
+      index: of the gallery, with ids 0..n-1.
+      gallery_labels: int[n].
+      max_rank: neighbours to look at, 1..n (1..n-1 with `own`).
+      own: int[q], the gallery row of the same picture, which is not its own neighbour; -1 for none.
+
+    Returns:
+      float64[q, max_rank] of 0 and 1, not falling along a row; NaN for queries without any match in
+      the gallery.
+
+    Raises:
+      UserError: labels of different kinds, no query with a match, or see `exact.search`.
+    """
+    query, query_labels = _checked("query", query, query_labels)
+    gallery_labels = np.asarray(gallery_labels)
+    check_labels(query_labels, gallery_labels)
+    has_match = _has_match(query_labels, gallery_labels, own)
+    neighbours = index.search(query, max_rank + (own is not None))[1]
+    if own is not None:
+        neighbours = _drop_self(neighbours, own)
+    hits = gallery_labels[neighbours] == query_labels[:, None]
+    found = np.logical_or.accumulate(hits, axis=1).astype(np.float64)
+    found[~has_match] = np.nan
+    return found
 
 
 def cumulative_matching_characteristic(
@@ -137,7 +226,7 @@ def cumulative_matching_characteristic(
     same_set: bool = False,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """CMC: share of queries with an image of their class among the first 1, 2, … neighbours.
+    """Return the CMC: the share of queries with an image of their class among the first 1, 2, … ranks.
 
     Queries without any match in the gallery are left out.
 
@@ -155,16 +244,21 @@ def cumulative_matching_characteristic(
       float64[max_rank], not falling, in [0, 1].
 
     Raises:
-      UserError: lengths that differ, no query with a match, or see `search`.
+      UserError: lengths that differ, labels of different kinds, no query with a match, or see
+        `exact.search`.
     """
-    query, query_labels = _check_labels("query", query, query_labels)
-    gallery, gallery_labels = _check_labels("gallery", gallery, gallery_labels)
-    has_match = _has_match(query_labels, gallery_labels, same_set)
-    neighbours = search(query, gallery, max_rank + same_set, mesh=mesh)[1]
-    if same_set:
-        neighbours = _drop_self(neighbours)
-    hits = gallery_labels[neighbours] == query_labels[:, None]
-    return np.logical_or.accumulate(hits, axis=1)[has_match].mean(axis=0)
+    gallery, gallery_labels = _checked("gallery", gallery, gallery_labels)
+    index = ExactIndex(mesh=mesh)
+    index.add(gallery)
+    found = neighbour_scores(
+        query,
+        query_labels,
+        index,
+        gallery_labels=gallery_labels,
+        max_rank=max_rank,
+        own=_same_rows(query_labels, gallery_labels) if same_set else None,
+    )
+    return found[~np.isnan(found[:, 0])].mean(axis=0)
 
 
 def recall_at_k(
@@ -176,7 +270,7 @@ def recall_at_k(
     same_set: bool = False,
     mesh: Mesh | None = None,
 ) -> dict[int, float]:
-    """Share of queries with an image of their class among the k nearest, as in metric learning.
+    """Return the share of queries with an image of their class among the k nearest.
 
     Args:
       query: float[q, d].
@@ -196,7 +290,13 @@ def recall_at_k(
     if not ks or min(ks) < 1:
         raise UserError(f"ks must be one or more numbers >= 1, got {tuple(ks)}")
     curve = cumulative_matching_characteristic(
-        query, query_labels, gallery, gallery_labels, max(ks), same_set, mesh
+        query,
+        query_labels,
+        gallery,
+        gallery_labels=gallery_labels,
+        max_rank=max(ks),
+        same_set=same_set,
+        mesh=mesh,
     )
     return {k: float(curve[k - 1]) for k in ks}
 
@@ -208,11 +308,7 @@ def mean_average_precision(
     gallery_labels: np.ndarray,
     same_set: bool = False,
 ) -> MeanAveragePrecision:
-    """mAP over the full ranking of the gallery.
-
-    The average precision of a query is the mean, over its matches, of the share of matches among
-    all images that score at least as high: independent of the order among ties, and what
-    scikit-learn's `average_precision_score` gives.
+    """Return the mAP over the full ranking of the gallery.
 
     Args:
       query: float[q, d].
@@ -226,24 +322,60 @@ def mean_average_precision(
       processes (`jax.distributed`) share the queries.
 
     Raises:
-      UserError: lengths or feature sizes that differ, or no query with a match.
+      UserError: lengths or feature sizes that differ, labels of different kinds, or no query with a
+        match.
     """
-    query, query_labels = _check_labels("query", query, query_labels)
-    gallery, gallery_labels = _check_labels("gallery", gallery, gallery_labels)
+    own = _same_rows(query_labels, gallery_labels) if same_set else None
+    precisions = average_precision_scores(
+        query, query_labels, gallery, gallery_labels=gallery_labels, own=own
+    )
+    chosen = precisions[~np.isnan(precisions)]
+    return MeanAveragePrecision(float(chosen.mean()), len(chosen), len(precisions) - len(chosen))
+
+
+def average_precision_scores(
+    query: np.ndarray,
+    query_labels: np.ndarray,
+    gallery: np.ndarray,
+    gallery_labels: np.ndarray,
+    own: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return the average precision of each query over the full ranking of the gallery.
+
+    It is the mean, over the query's matches, of the share of matches among all images that score at
+    least as high: independent of the order among ties, and equal to scikit-learn's
+    `average_precision_score`.
+
+    Args:
+      query: float[q, d].
+      query_labels: int[q].
+      gallery: float[n, d].
+      gallery_labels: int[n].
+      own: int[q], the gallery row of the same picture, which is left out; -1 for none.
+
+    Returns:
+      float64[q], NaN for queries without a match.
+
+    Raises:
+      UserError: see `mean_average_precision`.
+    """
+    query, query_labels = _checked("query", query, query_labels)
+    gallery, gallery_labels = _checked("gallery", gallery, gallery_labels)
+    check_labels(query_labels, gallery_labels)
     check_sizes(query, gallery)
-    has_match = _has_match(query_labels, gallery_labels, same_set)
-    chosen = np.flatnonzero(has_match)
-    own = chosen[jax.process_index() :: jax.process_count()]
+    has_match = _has_match(query_labels, gallery_labels, own)
+    mine = np.flatnonzero(has_match)[jax.process_index() :: jax.process_count()]
     precisions = np.zeros(len(query))
     on_device = jax.device_put(gallery)
-    for rows in np.array_split(own, max(1, -(-len(own) * len(gallery) // SCORES))):
+    for rows in np.array_split(mine, max(1, -(-len(mine) * len(gallery) // SCORES))):
         for row, scores in zip(rows, np.asarray(_scores(query[rows], on_device)), strict=True):
             match = gallery_labels == query_labels[row]
-            if same_set:
-                scores, match = np.delete(scores, row), np.delete(match, row)
+            if own is not None and own[row] >= 0:
+                scores, match = np.delete(scores, own[row]), np.delete(match, own[row])
             precisions[row] = _average_precision(scores, match)
-    value = float(hosts.total(precisions)[chosen].mean())
-    return MeanAveragePrecision(value, len(chosen), len(query) - len(chosen))
+    precisions = hosts.sum_over_processes(precisions)
+    precisions[~has_match] = np.nan
+    return precisions
 
 
 @jax.jit
@@ -259,28 +391,36 @@ def _average_precision(scores: np.ndarray, match: np.ndarray) -> float:
     return float(np.mean(matches_at_least / at_least))
 
 
-def _drop_self(neighbours: np.ndarray) -> np.ndarray:
-    """Leave each row's own number out, or its last neighbour where it is not there."""
-    is_self = neighbours == np.arange(len(neighbours))[:, None]
+def _drop_self(neighbours: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Leave each row's own number out, or its last neighbour where it is not among them."""
+    is_self = neighbours == own[:, None]
     is_self[~is_self.any(axis=1), -1] = True
     return neighbours[~is_self].reshape(len(neighbours), -1)
 
 
-def _has_match(query_labels: np.ndarray, gallery_labels: np.ndarray, same_set: bool) -> np.ndarray:
-    """bool[q]: has the gallery an image of the query's class (another one, for same_set)?"""
-    if same_set and not np.array_equal(query_labels, gallery_labels):
+def _same_rows(query_labels, gallery_labels) -> np.ndarray:
+    """Each query's own row, where query and gallery are the same images in the same order."""
+    if not np.array_equal(query_labels, gallery_labels):
         raise UserError(
             "same_set=True takes the same images as query and gallery, but their labels differ: "
             "give both in one order, or same_set=False"
         )
+    return np.arange(len(query_labels))
+
+
+def _has_match(query_labels, gallery_labels, own: np.ndarray | None) -> np.ndarray:
+    """Mark queries whose class has another image in the gallery than the query itself."""
     classes, sizes = np.unique(gallery_labels, return_counts=True)
-    has_match = np.isin(query_labels, classes[sizes > same_set])
-    if not has_match.any():
+    place = np.minimum(np.searchsorted(classes, query_labels), len(classes) - 1)
+    count = np.where(classes[place] == query_labels, sizes[place], 0)
+    if own is not None:
+        count = count - ((own >= 0) & (gallery_labels[np.maximum(own, 0)] == query_labels))
+    if not (count > 0).any():
         raise UserError("no query has an image of its class in the gallery: check the labels")
-    return has_match
+    return count > 0
 
 
-def _check_labels(name: str, features, labels) -> tuple[np.ndarray, np.ndarray]:
+def _checked(name: str, features, labels) -> tuple[np.ndarray, np.ndarray]:
     features, labels = np.asarray(features, np.float32), np.asarray(labels)
     if not len(features) or labels.shape != features.shape[:1]:
         raise UserError(

@@ -1,0 +1,248 @@
+"""Configurations: the one place where a `ConfigDict` becomes a `Run`, a `Session` and data.
+
+`schema()` lists every field with type, range, default and one sentence.
+"""
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from compat_jax import methods, models
+from compat_jax.data import Preprocess, Tasks
+from compat_jax.data.registry import source_fields, source_names
+from compat_jax.errors import UserError, unknown
+from compat_jax.fields import Field, Rule, checked, describe
+from compat_jax.models import Backbone
+from compat_jax.session import Session, never
+from compat_jax.training.optimizer import Sgd
+from compat_jax.training.run import Run
+
+# Fields that change how a run is carried out or watched, not what comes out.
+_FREE = ("save_every", "mesh", "device_budget_mb", "in_memory")
+# Arguments of the library whose field has another name.
+_RENAMED = {"class_counts": "pretrain_classes", "backbone": "backbone.name"}
+# Sections of a configuration, and what they become.
+_SECTIONS: Mapping[str, Any] = {"tasks": Tasks, "optim": Sgd, "data": Preprocess}
+ROLES = ("train", "query", "gallery")
+
+_OWN = (
+    Field(
+        "save_every", int, Rule("steps between saves; 0 saves after epochs", low=0, high=10**9), 0
+    ),
+    Field(
+        "device_budget_mb", int, Rule("MB of images on a device; 0 for all", low=0, high=10**9), 0
+    ),
+    Field("mesh", str, Rule("devices, e.g. data:-1,model:1"), "data:-1"),
+    Field("pretrained", str, Rule("chain of the models that come in at tasks.replace_at"), ""),
+    Field(
+        "tasks.replace_at",
+        tuple[int, ...],
+        Rule("tasks that start from a pre-trained model"),
+        (),
+    ),
+    Field(
+        "pretrain_classes",
+        tuple[int, ...],
+        Rule("classes that each pre-trained model learns"),
+        (100, 300, 600),
+    ),
+    Field(
+        "data.pretraining_may_share",
+        bool,
+        Rule("whether pre-training and retrieval may share classes"),
+        False,
+    ),
+)
+
+
+def schema() -> tuple[Field, ...]:
+    """List every field that a configuration may have, by its dotted name.
+
+    The fields of `loss` are those of the chosen method, those of `data.ROLE` those of its source.
+    """
+    return tuple(_schema())
+
+
+def _schema() -> Iterator[Field]:
+    method = Rule("training method", choices=tuple(sorted(methods.names())))
+    yield Field("method", str, method, "hoc")
+    yield from describe(Run)
+    yield Field("backbone.name", str, Rule(" | ".join(models.registered())), "resnet18")
+    for name in backbone_arguments():
+        yield Field(f"backbone.arguments.{name}", int | None, Rule("of the backbone", low=1), None)
+    for name in sorted(methods.names()):
+        for field in describe(inspect.unwrap(methods.factory(name))):
+            rule = dataclasses.replace(field.rule, help=f"{field.rule.help} ({name})")
+            yield dataclasses.replace(field, name=f"loss.{field.name}", rule=rule)
+    for section, owner in _SECTIONS.items():
+        for field in describe(owner):
+            yield dataclasses.replace(field, name=f"{section}.{field.name}")
+    for source in source_names():
+        for field in source_fields(source):
+            rule = dataclasses.replace(field.rule, help=f"{field.rule.help} (source {source})")
+            yield dataclasses.replace(field, name=f"data.ROLE.{field.name}", rule=rule)
+    yield from _OWN
+
+
+def backbone_arguments() -> tuple[str, ...]:
+    """Return the names of the arguments that any registered backbone takes."""
+    names = {key for name in models.registered() for key in models.parameters(name)}
+    return tuple(sorted(names))
+
+
+def own_field(config: ConfigDict, name: str) -> Any:
+    """Read a field that belongs to no object, checked; its default if it is missing.
+
+    Args:
+      config: the configuration.
+      name: dotted name in `schema`.
+
+    Raises:
+      UserError: of another type, or out of range.
+    """
+    field = next(f for f in _OWN if f.name == name)
+    section, _, key = name.rpartition(".")
+    place = _section(config, section) if section else config
+    where = f"{section}." * bool(section)
+    return checked(dataclasses.replace(field, name=key), place.get(key, field.default), where)
+
+
+def run_of(config: ConfigDict) -> Run:
+    """Make the run that a configuration describes; no data is read.
+
+    Args:
+      config: the configuration; fields that it lacks have their defaults.
+
+    Raises:
+      UserError: unknown names or values out of range, with `argument` the dotted name of the field.
+    """
+    given = {f.name: config[f.name] for f in describe(Run) if f.name in config}
+    backbone, data = _section(config, "backbone"), _section(config, "data")
+    method, name = config.get("method", "hoc"), backbone.get("name", "resnet18")
+    for field, value in (("method", method), ("backbone.name", name)):
+        if not isinstance(value, str):
+            raise UserError(f"{field} must be a text, got {value!r:.80}", field)
+    arguments = _plain_values(_section(backbone, "arguments"))
+    preprocess = {f.name: data[f.name] for f in describe(Preprocess) if f.name in data}
+    tasks = _plain_values(_section(config, "tasks"))
+    tasks.pop("replace_at", None)
+    return located(
+        lambda: Run(
+            method=methods.get(method, _plain_values(_section(config, "loss"))),
+            backbone=Backbone(name, arguments),
+            optimizer=_made(Sgd, "optimizer", _plain_values(_section(config, "optim"))),
+            preprocess=Preprocess(**preprocess),
+            tasks=_made(Tasks, "tasks", tasks),
+            **given,
+        )
+    )
+
+
+def session_of(
+    config: ConfigDict, should_stop: Callable[[], bool] = never, progress=False
+) -> Session:
+    """Make the session that a configuration describes.
+
+    Args:
+      config: the configuration.
+      should_stop, progress: see `Session`.
+
+    Raises:
+      UserError: values out of range.
+    """
+    return Session(
+        mesh=own_field(config, "mesh"),
+        save_every=own_field(config, "save_every"),
+        device_budget=own_field(config, "device_budget_mb") << 20,
+        should_stop=should_stop,
+        progress=progress,
+    )
+
+
+def source_of(config: ConfigDict, role: str) -> dict[str, Any]:
+    """Return the data section of a role ("train", "query", "gallery").
+
+    Raises:
+      UserError: the configuration has none.
+    """
+    data = _section(config, "data")
+    if role not in data:
+        raise UserError(f"the configuration has no data.{role}", f"data.{role}")
+    return _plain_values(_section(data, role))
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+    """Return a configuration as JSON values, without the fields that do not change the result."""
+    return _without_free(json.loads(config.to_json_best_effort()))
+
+
+def located(make: Callable[[], Any], role: str | None = None) -> Any:
+    """Call a function; an error about an argument gets the name of the configuration's field.
+
+    Args:
+      make: function without arguments.
+      role: of the data that it reads; None for other work.
+
+    Raises:
+      UserError: whatever `make` raises, with `argument` a dotted field name.
+    """
+    try:
+        return make()
+    except UserError as error:
+        error.argument = field_of(error.argument, role)
+        raise
+
+
+def field_of(argument: str | None, role: str | None = None) -> str | None:
+    """Return the configuration's field for an argument of the library; None for none."""
+    if argument is None:
+        return None
+    section, _, name = argument.rpartition(".")
+    if role is not None:
+        return f"data.{role}.{name}"
+    if section == "optimizer":
+        return f"optim.{name}"
+    if section in methods.names():
+        return f"loss.{name}"
+    if argument in {f.name for f in describe(Preprocess)} | {"pretraining_may_share"}:
+        return f"data.{argument}"
+    if argument == "size":
+        return "data.train.size"
+    if argument in _RENAMED:
+        return _RENAMED[argument]
+    known = {f.name for f in schema()} | {"workdir", "mesh"}
+    return argument if argument in known or section == "tasks" else None
+
+
+def _section(config, name) -> ConfigDict:
+    """A section of a configuration; an empty one if it is missing."""
+    section = config.get(name, ConfigDict())
+    if not isinstance(section, ConfigDict):
+        raise UserError(f"{name} must be a section of fields, got {section!r:.80}", name)
+    return section
+
+
+def _made(kind: Any, where: str, arguments: dict[str, Any]) -> Any:
+    valid = [f.name for f in describe(kind)]
+    for name in arguments:
+        if name not in valid:
+            raise unknown(f"field of {where}", name, valid, f"{where}.{name}")
+    return kind(**arguments)
+
+
+def _plain_values(section):
+    return {
+        k: tuple(v) if isinstance(v, list | tuple) else v
+        for k, v in section.to_dict().items()
+        if v is not None
+    }
+
+
+def _without_free(content):
+    if not isinstance(content, dict):
+        return content
+    return {k: _without_free(v) for k, v in content.items() if k not in _FREE}

@@ -1,0 +1,58 @@
+"""Who may share classes: compatibility is measured on classes that nobody was trained on."""
+
+from collections.abc import Mapping
+
+from compat_jax.data.dataset import Dataset
+from compat_jax.errors import UserError
+
+
+def check_roles(
+    tasks: Dataset,
+    retrieval: Mapping[str, Dataset],
+    pretrained_classes: Mapping[str, tuple[str, ...]],
+) -> None:
+    """Refuse classes in two roles, and query and gallery that do not go together.
+
+    Args:
+      tasks: data of the task sequence.
+      retrieval: "query" and "gallery".
+      pretrained_classes: class names that each pre-trained model saw; {} where pre-training and
+        retrieval may share classes.
+
+    Raises:
+      UserError: naming the shared classes, or the pictures of another size.
+    """
+    for role, dataset in retrieval.items():
+        if dataset.images.shape[1:] != tasks.images.shape[1:]:
+            raise UserError(
+                f"{role} has images of {dataset.images.shape[1:]}, training of "
+                f"{tasks.images.shape[1:]}: give all the same size",
+                "size",
+            )
+        _refuse_shared(("tasks", tasks.class_names), (role, dataset.class_names), None)
+        for name, classes in pretrained_classes.items():
+            shared = (role, dataset.class_names)
+            _refuse_shared((name, classes), shared, "pretraining_may_share")
+    check_same_classes(*retrieval.values())
+
+
+def check_same_classes(query: Dataset, gallery: Dataset) -> None:
+    """Refuse a query and a gallery of different classes.
+
+    Raises:
+      UserError: the class names differ.
+    """
+    if query.class_names != gallery.class_names:
+        raise UserError("query and gallery have different classes: give both the same ones")
+
+
+def _refuse_shared(one, other, unless):
+    (role_a, names_a), (role_b, names_b) = one, other
+    shared = sorted(set(names_a) & set(names_b))
+    if shared:
+        remedy = f" or set {unless}=True" if unless else ""
+        raise UserError(
+            f"{role_a} and {role_b} share {len(shared)} classes ({', '.join(shared[:5])}): "
+            f"choose other classes for one of them{remedy}",
+            unless,
+        )

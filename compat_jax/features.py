@@ -1,0 +1,112 @@
+"""Features of images by a network: the program, and the loop over batches."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from compat_jax import hosts
+from compat_jax import mesh as meshes
+from compat_jax.data.augment import Preprocess
+from compat_jax.losses import normalize
+from compat_jax.meter import track
+from compat_jax.models import Embedder
+
+
+@dataclasses.dataclass(frozen=True)
+class Extractor:
+    """Embeds images in evaluation mode; extractors of one architecture share their programs.
+
+    Attributes:
+      embedder: the network, its projection padded to the model axis (`mesh.pad_projection`).
+      preprocess: normalisation.
+      mesh: devices.
+      normalized: whether features are L2-normalised.
+    """
+
+    embedder: nn.Module
+    preprocess: Preprocess
+    mesh: Mesh
+    normalized: bool = True
+
+    def program(self, structure: Any) -> Any:
+        """Return the jitted function that embeds a batch.
+
+        Args:
+          structure: `jax.tree.structure` of the variables.
+
+        Returns:
+          (variables, uint8[batch, h, w, c]) -> float32[batch, feature_size]; the batch is split over
+          the data axis and, with a projection, the columns over the model axis.
+        """
+        return _program(self, structure)
+
+    def __call__(
+        self, variables: Any, images: Any, batch_size: int = 256, progress: str | None = None
+    ) -> np.ndarray:
+        """Embed images.
+
+        Args:
+          variables: on the mesh.
+          images: uint8[n, h, w, c], n >= 1, an array or a view that is read batch by batch.
+          batch_size: images a batch; the last one is padded, so that one compilation serves all.
+          progress: label of a progress bar; None for none.
+
+        Returns:
+          float32[n, columns], with the columns that padding added.
+        """
+        batch_size = meshes.round_up(self.mesh, min(batch_size, len(images)))
+        apply = self.program(jax.tree.structure(variables))
+        batches = range(0, len(images), batch_size)
+        pending: list[jax.Array] = []
+        for start in track(batches, progress, "batches"):
+            batch = np.asarray(images[start : start + batch_size])
+            missing = batch_size - len(batch)
+            if missing:
+                batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
+            pending.append(apply(variables, meshes.shard_batch(batch, self.mesh)))
+        return np.concatenate([hosts.gather(x) for x in pending])[: len(images)]
+
+
+@functools.lru_cache(maxsize=64)
+def _program(extractor: Extractor, structure: Any):
+    mesh, embedder = extractor.mesh, extractor.embedder
+    variables = jax.tree.unflatten(structure, range(structure.num_leaves))
+    rows = meshes.along_data(mesh)
+
+    def features(variables, images):
+        images = jax.lax.with_sharding_constraint(images, meshes.over_all(mesh, len(images)))
+        outputs = embedder.apply(variables, extractor.preprocess.normalize(images), train=False)
+        found = outputs.features  # type: ignore[union-attr]
+        return normalize(found) if extractor.normalized else found.astype(np.float32)
+
+    has_projection = isinstance(embedder, Embedder) and embedder.projection_size is not None
+    return jax.jit(
+        features,
+        in_shardings=(meshes.shardings(mesh, variables), rows),
+        out_shardings=meshes.along_features(mesh) if has_projection else rows,
+    )
+
+
+def mean_features(
+    extractor: Extractor, variables: Any, images: Any, *, labels: np.ndarray
+) -> np.ndarray:
+    """Average the features of each class.
+
+    Args:
+      extractor: of the network.
+      variables: on the mesh.
+      images: uint8[n, h, w, c].
+      labels: int[n], values 0..max, each at least once.
+
+    Returns:
+      float32[max + 1, columns].
+    """
+    found = extractor(variables, images).astype(np.float64)
+    sums = np.zeros((int(labels.max()) + 1, found.shape[1]))
+    np.add.at(sums, labels, found)
+    return (sums / np.bincount(labels)[:, None]).astype(np.float32)

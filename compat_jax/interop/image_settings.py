@@ -1,0 +1,163 @@
+"""Size and normalisation of the images that a weight file was trained on, where the file has them."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from compat_jax.errors import UserError
+from compat_jax.interop.torch_load import StandIn
+
+# Where timm keeps them, newest name first.
+CONFIGS = ("pretrained_cfg", "default_cfg")
+_SIZES = ("input_size", "img_size", "image_size")
+_CROPS = ("CenterCrop", "RandomCrop", "RandomResizedCrop", "Resize")
+_MAX_OBJECTS = 10_000
+MAX_SIDE = 8192
+USUAL = (
+    "for weights of ImageNet mostly mean 0.485,0.456,0.406, std 0.229,0.224,0.225 and size 224; for "
+    "CIFAR-100 mean 0.5071,0.4867,0.4408, std 0.2675,0.2565,0.2761 and size 32"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSettings:
+    """What is known about a model's images; None where nothing is.
+
+    Attributes:
+      size: side in pixels.
+      mean: of each channel.
+      std: of each channel.
+    """
+
+    size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def over(self, other: "ImageSettings") -> "ImageSettings":
+        """Return these settings, those of `other` where these say nothing."""
+        mine = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return dataclasses.replace(other, **mine)
+
+    def differences(self, other: "ImageSettings") -> list[str]:
+        """Name what both say, and say otherwise: "mean 0.5,0.5,0.5 instead of 0.485,0.456,0.406"."""
+        found = []
+        for name, mine in dataclasses.asdict(self).items():
+            theirs = getattr(other, name)
+            if mine is not None and theirs is not None and mine != theirs:
+                found.append(f"{name} {_text(mine)} instead of {_text(theirs)}")
+        return found
+
+    def require(self) -> "ImageSettings":
+        """Return these settings if they are complete.
+
+        Raises:
+          UserError: naming what is missing, with the usual values, or a size out of range.
+        """
+        missing = [name for name, value in dataclasses.asdict(self).items() if value is None]
+        if missing:
+            raise UserError(
+                f"the file does not say what images it was trained on: give {' and '.join(missing)}, "
+                f"{USUAL}",
+                missing[0],
+            )
+        if type(self.size) is not int or not 1 <= self.size <= MAX_SIDE:
+            raise UserError(
+                f"size must be a whole number from 1 to {MAX_SIDE}, got {self.size!r:.80}", "size"
+            )
+        return self
+
+    def metadata(self) -> dict[str, str]:
+        """Return them as metadata of a safetensors file, as `of_metadata` reads them."""
+        assert self.size and self.mean and self.std
+        config: dict[str, Any] = {"input_size": [len(self.mean), self.size, self.size]}
+        config |= {"mean": list(self.mean), "std": list(self.std)}
+        return {"format": "pt", CONFIGS[0]: json.dumps(config)}
+
+
+def of_metadata(metadata: Mapping[str, Any]) -> ImageSettings:
+    """Return the image settings among metadata of a safetensors file, or of timm's config.json.
+
+    Args:
+      metadata: with a `pretrained_cfg`, as a mapping or as JSON.
+    """
+    for key in CONFIGS:
+        value = metadata.get(key)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (RecursionError, ValueError):
+                value = None
+        if isinstance(value, Mapping):
+            return _of_fields(value)
+    return ImageSettings()
+
+
+def of_checkpoint(content: Any) -> ImageSettings:
+    """Return the image settings that lie beside the weights in a checkpoint.
+
+    They are timm's `pretrained_cfg`; the fields of its settings object (`mean`, `std`, `img_size`); or
+    the arguments of torchvision's transforms, if all of them agree, as in the reference's checkpoints.
+
+    Args:
+      content: of the file, see `torch_load.load`.
+    """
+    mapping = content if isinstance(content, dict) else {}
+    direct = of_metadata(mapping)
+    means, stds, sizes = [], [], []
+    for name, fields in _objects(mapping):
+        if name == "Normalize":
+            means.append(_numbers(fields.get("mean")))
+            stds.append(_numbers(fields.get("std")))
+        elif name in _CROPS:
+            sizes.append(_side(fields.get("size")))
+        elif name in ("Namespace", "SimpleNamespace"):
+            direct = direct.over(_of_fields(fields))
+    return direct.over(ImageSettings(_single(sizes), _single(means), _single(stds)))
+
+
+def _of_fields(fields):
+    size = next((s for s in (_side(fields.get(name)) for name in _SIZES) if s), None)
+    return ImageSettings(size, _numbers(fields.get("mean")), _numbers(fields.get("std")))
+
+
+def _objects(content: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Class name and attributes of the objects in a checkpoint, each once."""
+    waiting, seen = [content], set[int]()
+    while waiting and len(seen) < _MAX_OBJECTS:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, StandIn):
+            yield value.kind.rpartition(".")[2], value.attributes
+            waiting.append(value.state)
+        elif isinstance(value, dict):
+            waiting += list(value.values())
+        elif isinstance(value, list | tuple):
+            waiting += list(value)
+
+
+def _numbers(value):
+    """Three numbers, or one, as a tuple; None for anything else."""
+    if not isinstance(value, list | tuple) or len(value) not in (1, 3):
+        return None
+    fit = all(isinstance(x, int | float) and not isinstance(x, bool) for x in value)
+    return tuple(float(x) for x in value) if fit else None
+
+
+def _side(value):
+    """The side of square images from a number, (height, width) or (channels, height, width)."""
+    if isinstance(value, list | tuple) and 1 <= len(value) <= 3:
+        value = value[-1] if len(set(value[-2:])) == 1 else None
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return value if whole and 0 < value <= MAX_SIDE else None
+
+
+def _single(values):
+    """The value, if all are the same."""
+    return values[0] if values and all(value == values[0] for value in values) else None
+
+
+def _text(value):
+    return ",".join(f"{x:g}" for x in value) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,92 @@
+"""Progress of long work: a bar on a terminal, a plain line every few seconds elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+SECONDS = 10.0  # between plain lines
+
+T = TypeVar("T")
+
+
+class Meter:
+    """Counts units of work on stderr; a context manager.
+
+    Args:
+      label: what is counted; None shows nothing.
+      total: units in all.
+      units: name of the units.
+      keep: leave the bar on the terminal at the end.
+    """
+
+    def __init__(self, label: str | None, total: int, *, units: str = "steps", keep: bool = True):
+        self.label, self.total, self.units = label, total, units
+        self.done, self.note = 0, ""
+        self._first, self._began, self._spoke = 0, time.monotonic(), time.monotonic()
+        self._bar: Any = None
+        if label is not None and sys.stderr.isatty():
+            self._bar = tqdm(total=total, desc=label, unit=f" {units}", leave=keep)
+
+    def __enter__(self) -> "Meter":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif time.monotonic() - self._began >= SECONDS:
+            self._speak()
+
+    def skip(self, count: int) -> None:
+        """Count units that were done before."""
+        self._first += count
+        self.update(count)
+
+    def update(self, count: int = 1) -> None:
+        """Count units done."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif time.monotonic() - self._spoke >= SECONDS:
+            self._speak()
+
+    def say(self, note: str) -> None:
+        """Set the text behind the numbers."""
+        self.note = note
+        if self._bar is not None:
+            self._bar.set_postfix_str(note)
+
+    def _speak(self) -> None:
+        self._spoke = time.monotonic()
+        if self.label is None:
+            return
+        seconds, fresh = self._spoke - self._began, self.done - self._first
+        left = (self.total - self.done) * seconds / fresh if fresh else 0.0
+        parts = [f"{self.label}: {self.done} of {self.total} {self.units}", self.note]
+        if fresh and self.done < self.total:
+            parts.append(f"about {_duration(left)} left")
+        print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
+
+
+def track(items: Sequence[T], label: str | None, units: str) -> Iterator[T]:
+    """Yield items and count them.
+
+    Args:
+      items: to go through.
+      label: see `Meter`.
+      units: name of the items.
+    """
+    with Meter(label, len(items), units=units, keep=False) as meter:
+        for item in items:
+            yield item
+            meter.update()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

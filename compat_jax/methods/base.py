@@ -1,0 +1,137 @@
+"""A training method: pure functions around a loss, with what is frozen apart from what is carried.
+
+    frozen  = method.freeze(start)                    once, when a task begins
+    carried = method.init(variables)                  once, when a task begins
+    at every step:
+      taught  = method.teach(forward, frozen, carried)       no gradient
+      loss    = method.loss(inputs)                          float32[batch]; its mean is minimised
+      carried = method.update(carried, variables, inputs)    after the optimiser
+
+`frozen` is replicated over the devices, never donated and never saved: it is made again from the chain.
+`carried` is donated, saved and resumed like the optimiser's state.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from compat_jax.methods.heads import FixedSimplex, GrowingClassifier, Head
+from compat_jax.models import Outputs
+
+Forward = Callable[[Mapping[str, Any]], Outputs]
+
+
+class LossInputs(NamedTuple):
+    """Everything that a loss may look at for one batch.
+
+    Attributes:
+      outputs: of the model in training. Features of a fixed simplex may have more than K-1 columns,
+        zeros behind, where devices share them.
+      taught: result of `Method.teach`.
+      frozen: result of `Method.freeze`.
+      classes: int32[batch] class numbers, in the order in which classes appear in the sequence.
+      targets: int32[batch], what the head compares with: prototype rows or class numbers.
+      num_seen: int32[] classes seen so far, those of the present task included.
+      head: the head.
+    """
+
+    outputs: Outputs
+    taught: Any
+    frozen: Any
+    classes: jax.Array
+    targets: jax.Array
+    num_seen: jax.Array
+    head: Head
+
+    def cross_entropy(self) -> jax.Array:
+        """Return the head's cross-entropy, float32[batch]."""
+        return self.head.cross_entropy(self.outputs, self.targets, self.num_seen)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskStart:
+    """Facts known when a task begins.
+
+    Attributes:
+      variables: of the previous model, as this task starts from them: a learnable head has columns
+        for all classes, random ones where a class was not seen.
+      num_old: classes seen before this task.
+      num_seen: classes seen with this task.
+      mean_features: () -> float32[num_classes, feature_size], the mean feature that the previous
+        model gives the training images of each class seen so far, not normalised; zeros for classes
+        to come. Computed when called.
+    """
+
+    variables: Mapping[str, Any]
+    num_old: int
+    num_seen: int
+    mean_features: Callable[[], np.ndarray]
+
+
+def nothing(*_: Any) -> dict[str, Any]:
+    """Return an empty state: the default of `freeze`, `teach`, `init`."""
+    return {}
+
+
+def unchanged(carried: Any, variables: Mapping[str, Any], inputs: LossInputs) -> Any:
+    """Return the carried state as it is: the default of `update`."""
+    del variables, inputs
+    return carried
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
+    """A method of training compatible (or, for comparison, incompatible) representations.
+
+    Attributes:
+      name: by which a configuration and a record refer to it.
+      loss: (LossInputs) -> float32[batch].
+      fixed_simplex: True for the fixed d-Simplex (features in R^(K-1)), False for a classifier that
+        grows with the classes (features = the pooled backbone).
+      freeze: (TaskStart) -> frozen state, a dict of arrays.
+      teach: (forward, frozen, carried) -> targets computed without gradient, where
+        `forward(variables)` returns another model's Outputs for the images of the batch.
+      init: (variables) -> carried state at the start of a task, a dict of arrays.
+      update: (carried, variables, inputs) -> carried state after a step; `variables` are those after
+        the optimiser.
+      arguments: the numbers that are its own, as JSON values, for the record.
+      title: for tables and pictures.
+      source: where the method comes from.
+    """
+
+    name: str
+    loss: Callable[[LossInputs], jax.Array]
+    fixed_simplex: bool = True
+    freeze: Callable[[TaskStart], Any] = nothing
+    teach: Callable[[Forward, Any, Any], Any] = nothing
+    init: Callable[[Mapping[str, Any]], Any] = nothing
+    update: Callable[[Any, Mapping[str, Any], LossInputs], Any] = unchanged
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    title: str = ""
+    source: str = ""
+
+    def head(self, num_prototypes: int, label_order: Any, num_classes: int) -> Head:
+        """Return the head that the method trains.
+
+        Args:
+          num_prototypes: K of a fixed simplex.
+          label_order: of a fixed simplex.
+          num_classes: of a growing classifier.
+        """
+        if self.fixed_simplex:
+            return FixedSimplex(num_prototypes, label_order)
+        return GrowingClassifier(num_classes)
+
+
+def previous_variables(start: TaskStart) -> dict[str, Any]:
+    """Freeze the previous model."""
+    return {"previous": start.variables}
+
+
+def previous_features(forward: Forward, frozen: Any, carried: Any) -> jax.Array:
+    """Embed the batch with the frozen previous model."""
+    del carried
+    return forward(frozen["previous"]).features

@@ -1,0 +1,161 @@
+"""Metrics of a pair of versions, by name, with a score for every query."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from compat_jax.errors import UserError, unknown
+from compat_jax.retrieval.index import ExactIndex
+from compat_jax.retrieval.metrics import (
+    average_precision_scores,
+    class_templates,
+    neighbour_scores,
+    template_scores,
+    template_scores_without_self,
+)
+
+Prepared = tuple[np.ndarray, ...]
+
+
+class Queries(NamedTuple):
+    """Queries of one version.
+
+    Attributes:
+      features: float32[q, d], L2-normalised.
+      labels: int[q].
+      own: int[q], the gallery row of the same picture, -1 for none; None if no query is in the
+        gallery.
+      mesh: devices.
+    """
+
+    features: np.ndarray
+    labels: np.ndarray
+    own: np.ndarray | None = None
+    mesh: Mesh | None = None
+
+
+def everything(features: np.ndarray, labels: np.ndarray) -> Prepared:
+    """Keep all features and labels of a gallery."""
+    return features, labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A retrieval metric.
+
+    Attributes:
+      name: by which programs and caches refer to it; metrics of equal names must be equal.
+      unit: of its values, for pictures, e.g. "% of queries identified"; values are shares in 0..1,
+        shown times 100.
+      score: (queries, prepared galleries) -> float[galleries, queries], one score a query; NaN leaves
+        a query out. The metric of a pair is the mean.
+      prepare: (features float32[n, d], labels int[n]) -> arrays to keep of a gallery instead of all
+        features; the first has d columns. Used where no query is in the gallery, else `everything`.
+    """
+
+    name: str
+    unit: str
+    score: Callable[[Queries, Sequence[Prepared]], np.ndarray]
+    prepare: Callable[[np.ndarray, np.ndarray], Prepared] = everything
+
+
+def _identification(queries: Queries, galleries: Sequence[Prepared]) -> np.ndarray:
+    if queries.own is not None:
+        return np.stack(
+            [
+                template_scores_without_self(
+                    queries.features,
+                    queries.labels,
+                    features,
+                    gallery_labels=labels,
+                    own=queries.own,
+                )
+                for features, labels in galleries
+            ]
+        )
+    # Few templates: not worth spreading over devices; the queries are shared by the hosts.
+    templates, classes = zip(*galleries, strict=True)
+    return template_scores(queries.features, queries.labels, templates, classes=classes[0])
+
+
+def _average_precision(queries: Queries, galleries: Sequence[Prepared]) -> np.ndarray:
+    return np.stack(
+        [
+            average_precision_scores(
+                queries.features,
+                queries.labels,
+                features,
+                gallery_labels=labels,
+                own=queries.own,
+            )
+            for features, labels in galleries
+        ]
+    )
+
+
+def recall(k: int) -> Metric:
+    """Make the metric recall@k: whether an image of the query's class is among the k nearest."""
+
+    def score(queries: Queries, galleries: Sequence[Prepared]) -> np.ndarray:
+        rows = []
+        for features, labels in galleries:
+            index = ExactIndex(queries.mesh)
+            index.add(features)
+            found = neighbour_scores(
+                queries.features,
+                queries.labels,
+                index,
+                gallery_labels=labels,
+                max_rank=k,
+                own=queries.own,
+            )
+            rows.append(found[:, -1])
+        return np.stack(rows)
+
+    return Metric(f"recall@{k}", f"% of queries with a match in the first {k}", score)
+
+
+_METRICS: dict[str, Metric] = {}
+
+
+def register(metric: Metric) -> Metric:
+    """Make a metric known by its name.
+
+    Raises:
+      UserError: another metric has this name.
+    """
+    if _METRICS.setdefault(metric.name, metric) is not metric:
+        raise UserError(f"there is another metric called {metric.name!r}: choose another name")
+    return metric
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all registered metrics, sorted."""
+    return tuple(sorted(_METRICS))
+
+
+def get(metric: Metric | str) -> Metric:
+    """Return the metric of a name; "recall@K" for any K.
+
+    Raises:
+      UserError: unknown name, with the valid ones.
+    """
+    if isinstance(metric, Metric):
+        return metric
+    if metric in _METRICS:
+        return _METRICS[metric]
+    if match := re.fullmatch(r"recall@([1-9][0-9]{0,5})", metric):
+        return recall(int(match[1]))
+    raise unknown("metric", metric, _METRICS, "metric")
+
+
+identification = register(
+    Metric("identification", "% of queries identified", _identification, prepare=class_templates)
+)
+mean_average_precision = register(Metric("map", "mean average precision, %", _average_precision))
+for _k in (1, 5, 10):
+    register(recall(_k))

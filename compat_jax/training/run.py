@@ -1,0 +1,190 @@
+"""A run: everything that decides what training computes."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from compat_jax import mesh as meshes
+from compat_jax import methods, simplex
+from compat_jax.data.augment import Preprocess
+from compat_jax.data.tasks import Tasks, TaskSequence
+from compat_jax.errors import UserError
+from compat_jax.fields import Rule, check_fields
+from compat_jax.methods import Method
+from compat_jax.models import DTYPES, Backbone, GivenBackbone, as_backbone
+from compat_jax.training.optimizer import Optimizer, Sgd
+from compat_jax.training.step import Trainer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Settings that decide what a run computes; the defaults are the paper's.
+
+    Attributes:
+      method: name of a method, or a `Method`.
+      backbone: of a model that starts from nothing: a registered name, an import path
+        "package.module:Name", a Linen module (images, train) -> float[batch, width], or a
+        `models.Backbone` with arguments.
+      tasks: how classes are split into tasks.
+      epochs: of each task.
+      batch_size: images a batch, over all devices.
+      optimizer: `Sgd`, or an optax transformation, which each task starts anew.
+      preprocess: normalisation and augmentation.
+      num_prototypes: K, classes that the simplex has room for; every class to come needs one.
+      label_order: which prototype a class is written to, see `simplex.prototype_rows`.
+      seed: of everything random.
+      dtype: of the computation, "float32" or "bfloat16"; parameters are float32.
+
+    Raises:
+      UserError: unknown name, or a number out of range.
+    """
+
+    method: Method | str = "hoc"
+    backbone: GivenBackbone = "resnet18"
+    tasks: Tasks = dataclasses.field(default_factory=Tasks)
+    epochs: Annotated[int, Rule("epochs of each task", low=1, high=10**6)] = 70
+    batch_size: Annotated[int, Rule("images a batch, over all devices", low=1, high=10**6)] = 128
+    optimizer: Optimizer = dataclasses.field(default_factory=Sgd)
+    preprocess: Preprocess = dataclasses.field(default_factory=Preprocess)
+    num_prototypes: Annotated[
+        int, Rule("K, classes that the simplex has room for", low=2, high=10**8)
+    ] = 1024
+    label_order: Annotated[
+        str, Rule("prototype that a class is written to", choices=simplex.LABEL_ORDERS)
+    ] = "descending"
+    seed: Annotated[int, Rule("of everything random", low=0, high=2**32 - 1)] = 0
+    dtype: Annotated[str, Rule("of the computation", choices=tuple(DTYPES))] = "float32"
+
+    def __post_init__(self):
+        check_fields(self)
+        for name, (kinds, words) in _PARTS.items():
+            if not isinstance(getattr(self, name), kinds):
+                raise UserError(f"{name} must be {words}, got {getattr(self, name)!r:.80}", name)
+        if isinstance(self.method, str):
+            object.__setattr__(self, "method", methods.get(self.method))
+        object.__setattr__(self, "backbone", as_backbone(self.backbone))
+        self.given_backbone.build(self.dtype)
+
+    @property
+    def given_method(self) -> Method:
+        """Return the method as an object."""
+        assert isinstance(self.method, Method)
+        return self.method
+
+    @property
+    def given_backbone(self) -> Backbone:
+        """Return the backbone as an object."""
+        assert isinstance(self.backbone, Backbone)
+        return self.backbone
+
+    def describe(self) -> dict[str, Any]:
+        """Return all settings as JSON values, for a workdir and for records."""
+        method, backbone = self.given_method, self.given_backbone
+        optimizer: Any = "an optax transformation, given as an object"
+        if isinstance(self.optimizer, Sgd):
+            optimizer = dataclasses.asdict(self.optimizer)
+        return {
+            "method": {"name": method.name, **method.arguments},
+            "backbone": {"name": backbone.name, **backbone.arguments},
+            "tasks": dataclasses.asdict(self.tasks),
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "optimizer": optimizer,
+            "preprocess": {
+                **dataclasses.asdict(self.preprocess),
+                "mean": list(self.preprocess.mean),
+                "std": list(self.preprocess.std),
+            },
+            "num_prototypes": self.num_prototypes,
+            "label_order": self.label_order,
+            "seed": self.seed,
+            "dtype": self.dtype,
+        }
+
+    def check(self, sequence: TaskSequence, labels: np.ndarray, mesh: Mesh) -> None:
+        """Refuse what cannot work on this data and these devices, before any work.
+
+        Args:
+          sequence: the tasks.
+          labels: int[n] of the data.
+          mesh: devices.
+
+        Raises:
+          UserError: K too small, or a batch that does not divide over the devices.
+        """
+        if self.given_method.fixed_simplex and self.num_prototypes < sequence.num_classes:
+            raise UserError(
+                f"num_prototypes {self.num_prototypes} is too small for "
+                f"{sequence.num_classes} classes: use at least as many, better several times "
+                "more, since every class to come needs one",
+                "num_prototypes",
+            )
+        meshes.check_batch(mesh, self.batch_size)
+        counts = np.bincount(labels, minlength=sequence.num_classes)
+        for task in range(len(sequence)):
+            _, size = sequence.plan_shape(
+                task, counts, self.tasks.rehearsal, batch_size=self.batch_size
+            )
+            devices = mesh.shape["data"]
+            if size % devices or not size:
+                raise UserError(
+                    f"task {task} has batches of {size} images, which {devices} devices cannot "
+                    "share: use another batch_size, more images or fewer devices (mesh)",
+                    "batch_size",
+                )
+
+
+_PARTS: Mapping[str, tuple[Any, str]] = {
+    "method": ((str, Method), "a name or a Method"),
+    "tasks": (Tasks, "Tasks"),
+    "optimizer": ((Sgd, optax.GradientTransformation), "Sgd or an optax transformation"),
+    "preprocess": (Preprocess, "Preprocess"),
+}
+
+
+def make_trainer(
+    run: Run, num_classes: int, mesh: Mesh, backbone: Backbone | None = None
+) -> Trainer:
+    """Make the trainer of a run; runs whose step is the same program share one.
+
+    Args:
+      run: the run.
+      num_classes: of the whole sequence.
+      mesh: devices.
+      backbone: of the model that training starts from; None for the run's own.
+    """
+    backbone = backbone or run.given_backbone
+    # The seed, the tasks and the epochs are arguments of the program, not part of it.
+    same_program = dataclasses.replace(
+        run, backbone=backbone, seed=0, tasks=Tasks(), epochs=1, batch_size=1
+    )
+    return _trainer(same_program, num_classes, mesh)
+
+
+@functools.lru_cache(maxsize=16)
+def _trainer(run, num_classes, mesh):
+    head = run.method.head(run.num_prototypes, run.label_order, num_classes)
+    return Trainer(
+        embedder=head.embedder(run.backbone.build(run.dtype), DTYPES[run.dtype]),
+        head=head,
+        method=run.method,
+        optimizer=run.optimizer,
+        preprocess=run.preprocess,
+        mesh=mesh,
+    )
+
+
+def init_key(run: Run) -> jax.Array:
+    """Return the random key of the run's fresh weights."""
+    return jax.random.fold_in(jax.random.key(run.seed), 1)
+
+
+def head_key(run: Run, task: int) -> jax.Array:
+    """Return the random key of the head's fresh columns at a task."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(run.seed), 2), task)

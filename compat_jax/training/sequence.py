@@ -1,0 +1,148 @@
+"""Train a sequence of tasks: fine-tune, store the version, replace the model where one is due."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from compat_jax.chain import Chain, Version
+from compat_jax.data.dataset import Dataset
+from compat_jax.data.tasks import TaskSequence
+from compat_jax.errors import Stopped, UserError
+from compat_jax.meter import Meter
+from compat_jax.session import Session
+from compat_jax.training.fit import Fit
+from compat_jax.training.run import Run
+from compat_jax.training.task import longest_plan, sequence_task
+from compat_jax.training.workdir import Workdir, recorded_settings
+
+
+def train(
+    run: Run,
+    data: Dataset,
+    workdir: str | os.PathLike[str],
+    *,
+    replacements: Mapping[int, Version] | None = None,
+    session: Session | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Chain:
+    """Train the tasks of a run; every task ends as a version of `workdir/chain`.
+
+    Versions that the chain already has are not trained again, and an interrupted task resumes from its
+    last saved state: call again after a kill, and the result is bit-identical.
+
+    Args:
+      run: what to compute.
+      data: all classes of the sequence, labelled in the order in which they come.
+      workdir: folder of the run, local or gs://; it belongs to this run alone.
+      replacements: {task: pre-trained version that the task starts from instead of the version
+        before}, e.g. of a chain that `pretrain` made.
+      session: where and how to train: devices, saves, progress bars.
+      config: JSON values for every record; the run's own settings by default.
+
+    Returns:
+      The chain, one version a task.
+
+    Raises:
+      Stopped: after saving, when the session asked to stop.
+      Diverged: a loss or weights that are not finite; nothing of that task is published.
+      UserError: settings, data or replacements that cannot work, or a workdir of another run.
+
+    Source: `main` in `src/iamcl2r/main.py`.
+    """
+    session, replacements = session or Session(), dict(replacements or {})
+    sequence = run.tasks.sequence(data.num_classes)
+    run.check(sequence, data.labels, session.devices())
+    check_replacements(run, sequence, replacements, data.images.shape[1:])
+    folder, config = Workdir(workdir, run.given_backbone), recorded_settings(run, config)
+    models = {str(t): v.sha256 for t, v in replacements.items()}
+    folder.claim({**run.describe(), "data": data.fingerprint(), "models": models})
+    done = folder.chain.numbers()
+    missing = [task for task in range(len(sequence)) if task not in done]
+    if not missing:
+        return folder.chain
+    fit, (longest, _) = Fit(data, session, folder), longest_plan(run, sequence, data.labels)
+    bar = session.bar(run.given_method.name)
+    steps = _steps(run, sequence, data)
+    with Meter(bar, sum(steps)) as meter:
+        meter.skip(sum(steps) - sum(steps[task] for task in missing))
+        for index in missing:
+            if session.should_stop():
+                raise Stopped
+            start = replacements.get(index) or (folder.chain.open(index - 1) if index else None)
+            replaced = index in replacements
+            task = sequence_task(run, sequence, index, data.labels, start=start, replaced=replaced)
+            trainer, variables = fit(task, meter, longest)
+            variables = trainer.head.trim(variables, task.num_seen)
+            folder.chain.add(variables, task.record(trainer, data, config), index)
+            folder.checkpointer.clear()
+    return folder.chain
+
+
+def check_replacements(
+    run: Run,
+    sequence: TaskSequence,
+    replacements: Mapping[int, Version],
+    image_shape: tuple[int, ...],
+) -> None:
+    """Refuse replacement models that do not fit the run.
+
+    Args:
+      run: the run.
+      sequence: its tasks.
+      replacements: pre-trained model by task.
+      image_shape: of the task data.
+
+    Raises:
+      UserError: task out of range, another K, another kind of head, another image shape, or another
+        normalisation.
+    """
+    method = run.given_method
+    for task, version in replacements.items():
+        record = version.record
+        if not isinstance(task, int) or not 0 <= task < len(sequence):
+            raise UserError(
+                f"replacement at task {task}, but the sequence has tasks 0..{len(sequence) - 1}",
+                "tasks.replace_at",
+            )
+        fixed = record.head.is_fixed
+        if fixed != method.fixed_simplex:
+            kinds = {True: "a fixed simplex", False: "a learnable head"}
+            raise UserError(
+                f"the model for task {task} was pre-trained with {kinds[fixed]}, but method "
+                f"{method.name!r} has {kinds[not fixed]}: pre-train one with method {method.name!r}",
+                "pretrained",
+            )
+        if fixed and record.num_prototypes != run.num_prototypes:
+            raise UserError(
+                f"the model for task {task} has num_prototypes={record.num_prototypes}, the run "
+                f"{run.num_prototypes}: all versions share one simplex",
+                "num_prototypes",
+            )
+        if record.image_shape != tuple(image_shape):
+            raise UserError(
+                f"the model for task {task} takes images of {record.image_shape}, the tasks have "
+                f"{tuple(image_shape)}: give both the same size",
+                "size",
+            )
+        mean, std = run.preprocess.mean, run.preprocess.std
+        if not _close(record.mean, mean) or not _close(record.std, std):
+            raise UserError(
+                f"the model for task {task} was trained with mean {record.mean} and std {record.std}, "
+                f"the run has mean {mean} and std {std}: give both the same",
+                "pretrained",
+            )
+
+
+def _close(a, b):
+    return len(a) == len(b) and np.allclose(a, b, rtol=0, atol=1e-6)
+
+
+def _steps(run, sequence, data):
+    counts = data.counts()
+    shapes = [
+        sequence.plan_shape(task, counts, run.tasks.rehearsal, batch_size=run.batch_size)
+        for task in range(len(sequence))
+    ]
+    return [run.epochs * batches for batches, _ in shapes]

@@ -1,0 +1,311 @@
+"""One training step, and many of them as one dispatch."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import Mesh
+
+from compat_jax import mesh as meshes
+from compat_jax.data.augment import Preprocess
+from compat_jax.methods import Head, LossInputs, Method, TaskStart
+from compat_jax.models import Embedder, init_variables
+from compat_jax.training.optimizer import Optimizer, make_optimizer
+from compat_jax.training.state import TaskInfo, TrainState, create_state
+
+
+class Metrics(NamedTuple):
+    """Of a step or the mean over several: float32[] each.
+
+    Attributes:
+      loss: mean over the batch.
+      accuracy: share of the batch whose class has the largest score.
+      finite: 1 where the loss is finite, 0 where it is not.
+    """
+
+    loss: jax.Array
+    accuracy: jax.Array
+    finite: jax.Array
+
+
+class DeviceData(NamedTuple):
+    """Images that fit on the devices: uint8[n, h, w, c], and their classes, int32[n]."""
+
+    images: jax.Array
+    labels: jax.Array
+
+
+class Feed(NamedTuple):
+    """Input of many steps.
+
+    Attributes:
+      data: images and labels on the devices.
+      plan: int32[steps, batch] positions in them of every batch of the task.
+    """
+
+    data: DeviceData
+    plan: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """The static part of training; its methods are pure functions of arrays.
+
+    Attributes:
+      embedder: the network, as the chain holds it.
+      head: its head.
+      method: loss and state.
+      optimizer: `Sgd` or an optax transformation.
+      preprocess: normalisation and augmentation.
+      mesh: devices.
+    """
+
+    embedder: Embedder
+    head: Head
+    method: Method
+    optimizer: Optimizer
+    preprocess: Preprocess
+    mesh: Mesh
+
+    def init(self, key: jax.Array, image_shape: tuple[int, int, int]) -> Any:
+        """Draw fresh variables and shard them; they are the same on every mesh."""
+        with jax.default_device(meshes.host_device()):  # which may hold a whole projection
+            variables = init_variables(self.embedder, key, image_shape)
+        return self.shard(variables)
+
+    def shard(self, tree: Any) -> Any:
+        """Shard variables or a state over the mesh, zero-padding projections for the model axis."""
+        return meshes.shard(tree, self.mesh, self.network.projection_size)
+
+    def stored(self, variables: Any) -> Any:
+        """Return variables as the chain holds them, without the columns that `shard` added."""
+        return meshes.unpad_projection(variables, self.embedder.projection_size)
+
+    def create_state(self, variables: Any, task: TaskInfo) -> TrainState:
+        """Make a state at step 0 of a task on the mesh; `variables` are copied, never donated."""
+        variables = self.shard(variables)
+        copies = jax.tree.map(jnp.copy, variables)
+        carried = jax.tree.map(jnp.copy, self.shard(self.method.init(variables)))
+        return self.shard(create_state(copies, make_optimizer(self.optimizer), carried, task=task))
+
+    @functools.cached_property
+    def network(self) -> Embedder:
+        """The embedder with the projection padded to a multiple of the model axis."""
+        return meshes.pad_projection(self.embedder, self.mesh)
+
+    def train_step(
+        self, state: TrainState, batch: dict[str, jax.Array], frozen: Any
+    ) -> tuple[TrainState, Metrics]:
+        """Do one step: `new_state, metrics = train_step(state, batch, frozen)`.
+
+        Args:
+          state: of training.
+          batch: {"image": uint8[batch, h, w, c], "label": int32[batch] class numbers}.
+          frozen: the method's frozen state, see `Method.freeze`.
+
+        Returns:
+          The new state and the metrics of this batch. The key of the augmentation is folded from
+          (seed, task, epoch, step).
+
+        Source: `train_one_epoch` in `src/iamcl2r/train.py`.
+        """
+        images = self.preprocess.normalize(self.preprocess.augment(step_key(state), batch["image"]))
+        return self.update(state, (images, batch["label"]), frozen)
+
+    def update(
+        self, state: TrainState, batch: tuple[jax.Array, jax.Array], frozen: Any
+    ) -> tuple[TrainState, Metrics]:
+        """Do `train_step` after augmentation.
+
+        Args:
+          state: of training.
+          batch: images float32[batch, h, w, c], normalised, and int32[batch] class numbers.
+          frozen: the method's frozen state.
+        """
+        images, classes = batch
+        task, targets = state.task, self.head.targets(batch[1])
+
+        def forward(variables):
+            return self._split(self.network.apply(variables, images, train=False))
+
+        taught = lax.stop_gradient(self.method.teach(forward, frozen, state.carried))
+
+        def loss_fn(params):
+            outputs, updated = self.network.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+            )
+            outputs = self._split(outputs)
+            inputs = LossInputs(
+                outputs,
+                taught,
+                frozen,
+                classes=classes,
+                targets=targets,
+                num_seen=task.num_seen,
+                head=self.head,
+            )
+            return self.method.loss(inputs).mean(), (inputs, updated)
+
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (inputs, updated)), grads = grad_fn(state.params)
+        updates, opt_state = make_optimizer(self.optimizer).update(
+            grads,
+            state.opt_state,
+            state.params,
+            epoch=state.step // task.steps_per_epoch,
+            epochs=task.epochs,
+        )
+        params = optax.apply_updates(state.params, updates)
+        batch_stats = updated.get("batch_stats", state.batch_stats)
+        variables = {"params": params, "batch_stats": batch_stats}
+        new_state = state.replace(
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            carried=self.method.update(state.carried, variables, inputs),
+        )
+        right = self.head.predict(inputs.outputs, task.num_seen) == targets
+        accuracy = right.mean(dtype=jnp.float32)
+        return new_state, Metrics(loss, accuracy, jnp.isfinite(loss).astype(jnp.float32))
+
+    def _split(self, outputs):
+        """Split the feature columns of a projection over the model axis."""
+        if self.embedder.projection_size is None:
+            return outputs
+        columns = meshes.along_features(self.mesh)
+        return outputs._replace(features=lax.with_sharding_constraint(outputs.features, columns))
+
+    def run_steps(
+        self,
+        state: TrainState,
+        frozen: Any,
+        feed: Feed,
+        *,
+        stop: int,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> tuple[TrainState, Metrics]:
+        """Do the steps from `state.step` to `stop`, at least one; the state is donated.
+
+        Args:
+          state: of training, on the mesh.
+          frozen: see `train_step`.
+          feed: images on the devices, and the batches in them.
+          stop: the step before which to stop, <= len(feed.plan).
+          should_stop: asked after each step where a step is a dispatch of its own (CPU); True ends
+            the call.
+
+        Returns:
+          The new state and the mean of the metrics over the steps done.
+        """
+        start = int(state.step)
+        program = self._program(state, frozen)
+        if not self.dispatches_each_step:
+            last = jax.device_put(np.int32(stop), meshes.replicated(self.mesh))
+            return program(state, frozen, *feed, last)
+        total = None
+        for _ in range(start, stop):
+            state, metrics = program(state, frozen, *feed)
+            total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
+            if should_stop():
+                break
+        steps = jax.device_put(np.float32(int(state.step) - start), meshes.replicated(self.mesh))
+        return state, jax.tree.map(lambda x: x / steps, total)
+
+    def shapes(self, image_shape: tuple[int, int, int]) -> tuple[TrainState, Any]:
+        """Return the shapes of a state and of the frozen state, for `lower`.
+
+        The frozen state is that of a method that keeps the previous model, or nothing.
+        """
+
+        def make(key):
+            variables = init_variables(self.network, key, image_shape)
+            carried, optimizer = self.method.init(variables), make_optimizer(self.optimizer)
+            state = create_state(variables, optimizer, carried, task=TaskInfo.create(0, 0))
+            size = self.network.projection_size or 1
+            means = np.zeros((1, size), np.float32)
+            frozen = self.method.freeze(TaskStart(variables, 0, 1, mean_features=lambda: means))
+            return state, frozen
+
+        return jax.eval_shape(make, jax.random.key(0))
+
+    def lower(self, state: TrainState, frozen: Any, feed: Feed) -> jax.stages.Lowered:
+        """Lower the program of `run_steps`, also for devices that can only be compiled for.
+
+        Args:
+          state, frozen, feed: see `run_steps`; arrays or their shapes (`shapes`).
+        """
+        stop = () if self.dispatches_each_step else (np.int32(feed.plan.shape[0]),)
+        return self._program(state, frozen).lower(state, frozen, *feed, *stop)
+
+    @property
+    def dispatches_each_step(self) -> bool:
+        """Return whether `run_steps` dispatches one program a step instead of one for all steps."""
+        # XLA:CPU runs a convolution inside a loop body 2 to 15 times slower than outside one
+        # (jax issue 12868), which costs far more than a dispatch a step.
+        return self.mesh.devices.flat[0].platform == "cpu"
+
+    def _planned_step(self, state, frozen, data, plan):
+        index = lax.dynamic_index_in_dim(plan, state.step, keepdims=False)
+        batch = {"image": data.images[index], "label": data.labels[index]}
+        # The backbone's work is shared by all devices, those of the model axis included.
+        split = meshes.over_all(self.mesh, len(index))
+        batch["image"] = lax.with_sharding_constraint(batch["image"], split)
+        batch["label"] = lax.with_sharding_constraint(batch["label"], meshes.along_data(self.mesh))
+        return self.train_step(state, batch, frozen)
+
+    def _loop(self, state, frozen, data, plan, stop):
+        first = state.step
+
+        def body(_, carry):
+            state, total = carry
+            state, metrics = self._planned_step(state, frozen, data, plan)
+            return state, jax.tree.map(jnp.add, total, metrics)
+
+        # A loop with a traced bound, not a scan: tasks with other numbers of steps, or a stop in
+        # mid epoch to save, run the same executable.
+        zero = Metrics(*[jnp.float32(0)] * 3)
+        state, total = lax.fori_loop(first, stop, body, (state, zero))
+        steps = jnp.maximum(stop - first, 1).astype(jnp.float32)
+        return state, jax.tree.map(lambda x: x / steps, total)
+
+    @functools.cached_property
+    def _programs(self):
+        return {}
+
+    def _program(self, state, frozen):
+        """Return the jitted steps for states of this structure, one or many a dispatch."""
+        structure = jax.tree.structure((state, frozen)), self.dispatches_each_step
+        if structure not in self._programs:
+            self._programs[structure] = self._jitted(*meshes.shardings(self.mesh, (state, frozen)))
+        return self._programs[structure]
+
+    def _jitted(self, state, frozen):
+        everywhere = meshes.replicated(self.mesh)
+        inputs: tuple[Any, ...] = (state, frozen, everywhere, meshes.along_data(self.mesh, 1))
+        function: Callable[..., Any] = self._planned_step
+        if not self.dispatches_each_step:
+            function, inputs = self._loop, (*inputs, everywhere)
+        return jax.jit(
+            function,
+            donate_argnums=0,
+            in_shardings=inputs,
+            out_shardings=(state, everywhere),
+        )
+
+
+def step_key(state: TrainState) -> jax.Array:
+    """Fold the random key of a step from (seed, task, epoch, step)."""
+    key = jax.random.key(state.task.seed)
+    for part in (state.task.index, state.step // state.task.steps_per_epoch, state.step):
+        key = jax.random.fold_in(key, part)
+    return key

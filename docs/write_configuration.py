@@ -1,0 +1,42 @@
+"""Write docs/configuration.md from the schema: `python docs/write_configuration.py`."""
+
+import inspect
+from pathlib import Path
+
+from compat_jax.config import schema
+from compat_jax.fields import Field
+
+PAGE = Path(__file__).with_name("configuration.md")
+HEAD = """# Every field of a configuration
+
+`--config.FIELD=VALUE` overrides a field; the last of several values counts, and `None` unsets a field
+that may be unset. `ROLE` is `train`, `query` or `gallery`; its fields are those of its `source`. `loss`
+has the numbers of the chosen method. Values are checked before any data are read. (This page is written
+by `docs/write_configuration.py`.)
+
+| field | meaning | valid | default |
+|---|---|---|---|
+"""
+
+
+def page() -> str:
+    """Return the text of the page."""
+    return HEAD + "".join(f"{row(field)}\n" for field in schema())
+
+
+def row(field: Field) -> str:
+    """Return a field's line of the table."""
+    valid = field.rule.range().replace("|", "\\|") or _kind(field.kind)
+    default = "" if field.default in (None, inspect.Parameter.empty) else f"`{field.default}`"
+    return (
+        f"| `{field.name}` | {field.rule.help.replace('|', chr(92) + '|')} | {valid} | {default} |"
+    )
+
+
+def _kind(kind):
+    words = {bool: "true or false", str: "text", int: "whole number", float: "number"}
+    return words.get(kind, "list of numbers" if "tuple" in str(kind) else "text")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

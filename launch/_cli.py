@@ -1,0 +1,326 @@
+"""Shared by all programs: flags, one-line errors, exit codes, the compilation cache, orderly stops."""
+
+import inspect
+import os
+import re
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from compat_jax.errors import Stopped, UserError, unknown
+from compat_jax.files import absolute
+
+if TYPE_CHECKING:  # imports JAX, which programs do after they have parsed their flags
+    from compat_jax.session import Session
+
+RESUME = 75  # EX_TEMPFAIL: run the same command again and it resumes
+
+
+def run(main: Callable[[Sequence[str]], None], doc: str) -> None:
+    """Parse the flags and run `main`; a UserError becomes one line and exit code 2.
+
+    Args:
+      main: takes what is left of argv.
+      doc: shown by --help.
+    """
+    sys.modules["__main__"].__doc__ = doc
+    for stream in (sys.stdout, sys.stderr):  # "CL²R" on a terminal that is not UTF-8
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+    except BrokenPipeError:  # the reader of a pipe, such as head, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except SystemExit as end:
+        if "compat_jax.hosts" in sys.modules and isinstance(end.code, int | None):
+            sys.modules["compat_jax.hosts"].shut_down(end.code or 0)
+        raise
+
+
+def _parse(argv):
+    wants_help = any(a in ("--help", "-h", "--helpfull", "--helpshort", "-help") for a in argv)
+    if wants_help and "config" in flags.FLAGS:
+        print(sys.modules["__main__"].__doc__)
+        print(_fields())
+        sys.exit(0)
+    try:
+        rest = flags.FLAGS(argv)
+        _unset(flags.FLAGS)
+        return rest
+    except SystemExit as end:
+        if wants_help:  # absl has printed it, and calls that a failure
+            sys.exit(0)
+        _fail(UserError(f"the configuration file ended the program (exit {end.code})"))
+    except Exception as error:  # a configuration file is code of the user's and may raise anything
+        _fail(error)
+
+
+def _fields():
+    """The flags of the program and the fields of its configuration, for --help."""
+    from compat_jax.config import schema
+
+    by_module = flags.FLAGS.flags_by_module_dict()
+    own = [f for name in (sys.argv[0], __name__) for f in by_module.get(name, [])]
+    lines = ["Flags:"]
+    for flag in own:
+        default = "" if flag.value is None or flag.name == "config" else f" (default {flag.value})"
+        lines.append(f"  --{flag.name}: {flag.help}{default}")
+    lines.append("\nFields, --config.FIELD=VALUE (ROLE is train, query or gallery):")
+    for field in schema():
+        notes = ", ".join(filter(None, (field.rule.range(), _default(field.default))))
+        lines.append(f"  {field.name}: {field.rule.help}" + (f" ({notes})" if notes else ""))
+    return "\n".join(lines)
+
+
+def _default(value):
+    return "" if value is None or value is inspect.Parameter.empty else f"default {value}"
+
+
+def _guarded(main, argv):
+    try:
+        if len(argv) > 1:
+            raise UserError(f"unknown argument {argv[1]!r}: flags begin with --, see --help")
+        logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every file at INFO
+        # Orbax also logs the traceback of each of its threads before it raises the error.
+        logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+        _check_config_file()
+        main(argv)
+    except (UserError, OSError) as error:
+        _fail(error)
+    except Stopped:
+        print("stopped and saved; run the same command to resume", file=sys.stderr)
+        sys.exit(RESUME)
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command to resume from the last save", file=sys.stderr)
+        sys.exit(RESUME)
+
+
+def _fail(error):
+    print(f"error: {_one_line(error)}{_flag_of(error)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _flag_of(error):
+    """The flag of the argument that an error names, where the message does not say it."""
+    argument = getattr(error, "argument", None)
+    if not argument:
+        return ""
+    own = argument in flags.FLAGS
+    flag = f"--{argument}" if own else f"--config.{argument}"
+    if flag in str(error) or not (own or "config" in flags.FLAGS):
+        return ""
+    return f" (flag {flag})"
+
+
+def _one_line(error):
+    while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps its errors
+        error = error.args[0]
+    # What a configuration raised arrives as the text of its traceback.
+    text = str(error).rpartition("compat_jax.errors.UserError: ")[2]
+    if "has no attribute 'get_config'" in text:
+        text = "the configuration file has no get_config(): configs/ has some to start from"
+    elif isinstance(error, KeyError | AttributeError):
+        text = f"unknown field of the configuration: {error.args[0]}"
+    elif not isinstance(error, UserError | OSError | flags.Error | TypeError | ValueError):
+        text = f"the configuration file failed ({type(error).__name__}: {error})"
+    return " ".join(text.split())
+
+
+def define_config(default: str | None = None) -> None:
+    """Define --config=FILE.py:arguments, overridden by --config.FIELD=VALUE.
+
+    The last of several values of a field counts, and `None` unsets it.
+    """
+    sys.argv[:] = _last_values(sys.argv)
+    try:  # reads the file and the overrides at once
+        config_flags.DEFINE_config_file("config", default, "FILE.py:key=value,... of the run")
+    except Exception as error:  # see `_parse`
+        _fail(error)
+
+
+_UNSET: list[str] = []  # fields given as None
+
+
+def _last_values(argv):
+    """Arguments without repeated or unset fields: ml_collections would join the values of a tuple."""
+    last = {}
+    for place, argument in enumerate(argv):
+        if match := re.match(r"--?config\.([^=]+)=", argument):
+            last[match[1]] = place
+    kept = []
+    for place, argument in enumerate(argv):
+        match = re.match(r"--?config\.([^=]+)=(.*)", argument, re.DOTALL)
+        if match and last[match[1]] != place:
+            continue
+        if match and match[2] == "None":
+            _UNSET.append(match[1])
+            continue
+        kept.append(argument)
+    return kept
+
+
+def _unset(args):
+    for name in _UNSET:
+        section, _, field = name.rpartition(".")
+        place = args.config
+        for part in filter(None, section.split(".")):
+            place = place[part]
+        if field not in place:
+            raise KeyError(name)
+        with place.ignore_type():
+            place[field] = None
+
+
+def _check_config_file():
+    if "config" not in flags.FLAGS:
+        return
+    try:
+        path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+    except flags.Error:  # neither given nor a default
+        return
+    if not Path(path).is_file():
+        raise UserError(f"no configuration file {path!r}: configs/ has some to start from")
+    config = flags.FLAGS["config"].value
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config() of {path} must return a ConfigDict, got {config!r:.80}")
+
+
+def require(name: str, example: str) -> str:
+    """Return the value of a flag that must be given.
+
+    Raises:
+      UserError: it is missing.
+    """
+    value = flags.FLAGS[name].value
+    if not value:
+        raise UserError(f"--{name} is missing: for example --{name}={example}")
+    return value
+
+
+def check_choice(kind: str, value: str, choices: Sequence[str]) -> str:
+    """Return the value if it is one of the choices.
+
+    Raises:
+      UserError: it is not.
+    """
+    if value not in choices:
+        raise unknown(kind, value, choices)
+    return value
+
+
+def cache_folder() -> Path:
+    """Return the folder of drawn data and compiled programs: $COMPAT_JAX_CACHE or ~/.cache."""
+    return Path(absolute(os.environ.get("COMPAT_JAX_CACHE") or "~/.cache/compat_jax"))
+
+
+def define_hosts() -> None:
+    """Define --multihost and the flags that it needs elsewhere than on TPU VMs."""
+    flags.DEFINE_bool("multihost", False, "join the other hosts; each runs the same command")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; TPU VMs need none")
+    flags.DEFINE_integer("num_processes", None, "how many processes join; TPU VMs need none", 1)
+    flags.DEFINE_integer("process_id", None, "number of this process; TPU VMs need none", 0)
+
+
+def start_jax() -> None:
+    """Join the other hosts, turn on the compilation cache; call before the first computation."""
+    import jax
+
+    args = flags.FLAGS
+    if "multihost" in args:
+        given = (args.coordinator, args.num_processes, args.process_id)
+        if args.multihost or given != (None, None, None):
+            from compat_jax import hosts
+
+            hosts.initialize(*given)
+    if jax.config.jax_compilation_cache_dir is None:
+        try:
+            folder = cache_folder() / "xla"
+        except UserError as error:  # no home folder: works without a cache
+            logging.warning("compiled programs are not kept (%s): set COMPAT_JAX_CACHE", error)
+            return
+        sweep_compiled(folder)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def sweep_compiled(folder: Path) -> None:
+    """Delete compiled programs that a killed process left half written.
+
+    JAX would warn of each at every start and compile it anew. Entries are checked once: a stamp's time
+    says up to when.
+
+    Args:
+      folder: JAX's compilation cache; it need not exist.
+    """
+    stamp, began = folder / ".checked", time.time()
+    since = stamp.stat().st_mtime if stamp.exists() else 0.0
+    try:
+        for entry in folder.glob("*-cache"):
+            if entry.stat().st_mtime >= since and not _is_whole(entry.read_bytes()):
+                entry.unlink(missing_ok=True)
+        if folder.is_dir():
+            stamp.touch()
+            os.utime(
+                stamp, (began - 10, began - 10)
+            )  # what others write meanwhile is checked again
+    except OSError:
+        pass  # a cache that cannot be written to is JAX's to report
+
+
+def _is_whole(content):
+    if content[:1] != b"\x78":  # not zlib: JAX was built with another compression
+        return bool(content)
+    try:
+        zlib.decompress(content)
+    except zlib.error:
+        return False
+    return True
+
+
+def say(text: object) -> None:
+    """Print, on the first host only."""
+    from compat_jax import hosts
+
+    if hosts.is_first():
+        print(text)
+
+
+class StopSignal:
+    """Becomes true at SIGTERM, which Cloud sends before it takes a machine away, or at Ctrl-C.
+
+    The run then saves its state and ends. A second Ctrl-C ends the program at once.
+    """
+
+    def __init__(self):
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, _):
+        if number == signal.SIGINT:
+            if self.received:
+                # At once: an exception may be raised inside a callback of JAX, which drops it.
+                os.write(2, b"\nstopped; run the same command to resume from the last save\n")
+                os._exit(RESUME)
+            os.write(2, b"\nstopping: saves first; Ctrl-C again ends at once\n")
+        self.received = True
+
+    def __call__(self) -> bool:
+        """Return whether a signal came, to any of the hosts: they stop at the same step."""
+        from compat_jax import hosts
+
+        return hosts.any_process(self.received)
+
+
+def session(config: ConfigDict, stop: StopSignal) -> "Session":
+    """Make the session of a configuration, with bars as --progress says."""
+    from compat_jax import config as configs
+
+    return configs.session_of(config, stop, flags.FLAGS.progress)

@@ -1,0 +1,102 @@
+"""The settings of all measures, and the sides that run in other processes."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from launch.benchmarks.timing import Result, Timing
+from launch.benchmarks.work import Sizes
+from launch.reference.clone_speed import Unavailable, Worker
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """The settings of all measures.
+
+    Attributes:
+      sizes: sizes of the workloads.
+      sizes_name: their name, for programs that a measure starts.
+      dtypes: dtypes to compute in.
+      clone: folder of a clone of the reference, or None.
+      variants: variants of PyTorch to measure.
+      worker: the process that runs the reference and FAISS.
+    """
+
+    sizes: Sizes
+    sizes_name: str
+    dtypes: Sequence[str]
+    clone: str | None
+    variants: Sequence[str]
+    worker: Worker
+
+
+def reference_sides(
+    context: Context, measure: str, **settings: Any
+) -> tuple[dict[str, Callable[[], float]], list[Result]]:
+    """Prepare the reference in all its variants.
+
+    Args:
+      context: the settings of all measures.
+      measure: "step" or "features".
+      **settings: arguments of that work.
+
+    Returns:
+      {name: function that does a repetition and returns its seconds}, empty without a clone; and a
+      line for each variant that cannot run here.
+    """
+    sides, refused = {}, []
+    if context.clone is None:
+        return sides, refused
+    for variant in context.variants:
+        name = f"torch {variant}"
+        try:
+            sides[name] = context.worker.prepare(
+                f"{measure} {variant}", measure, variant=variant, **settings
+            )
+        except Unavailable as error:
+            refused.append(Result.not_run(measure, name, error))
+    return sides, refused
+
+
+def program(context: Context, part: str, **environment: str) -> str:
+    """Run `launch.benchmark --part=...` in a separate process and return its output.
+
+    Args:
+      context: the settings of all measures.
+      part: value of --part.
+      **environment: further environment variables.
+
+    Raises:
+      Unavailable: it fails, e.g. because only one process may use the accelerator.
+    """
+    command = [sys.executable, "-m", "launch.benchmark", f"--part={part}"]
+    done = subprocess.run(
+        [*command, f"--sizes={context.sizes_name}"],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # this process holds most of a GPU's memory
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise Unavailable((done.stderr.strip().splitlines() or ["no message"])[-1][:200])
+    return done.stdout
+
+
+def best_reference(timings: Mapping[str, Timing]) -> Timing | None:
+    """Return the timing of the fastest variant of PyTorch; None if there is none."""
+    theirs = [timing for name, timing in timings.items() if name.startswith("torch")]
+    return min(theirs, key=lambda timing: timing.median, default=None)
+
+
+def on_accelerator() -> bool:
+    """Return whether JAX computes on a GPU or TPU."""
+    return jax.default_backend() != "cpu"

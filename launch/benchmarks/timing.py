@@ -1,0 +1,151 @@
+"""Time repetitions, alternating between the sides; median and spread."""
+
+import dataclasses
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_MATMUL_SIZE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """One line of the table.
+
+    Attributes:
+      measure: a name in MEASURES.
+      what: the side or the part that was measured.
+      value: median of the repetitions; NaN if the measure could not run.
+      unit: unit of the value.
+      spread: half the interquartile range as a share of the median; None for a count.
+      repeats: number of repetitions.
+      flops: required operations divided by the time; None if there are none to count.
+      ratio: the number that the goal limits.
+      goal: the goal in words; None if the line is only reported.
+      met: True if the goal is met; None if there is none.
+      note: remark on how to read the line.
+    """
+
+    measure: str
+    what: str
+    value: float
+    unit: str = ""
+    spread: float | None = None
+    repeats: int = 1
+    flops: float | None = None
+    ratio: float | None = None
+    goal: str | None = None
+    met: bool | None = None
+    note: str = ""
+
+    @classmethod
+    def of(cls, measure: str, what: str, timing: "Timing", **fields: Any) -> "Result":
+        """Make a line of a timing, whose median is the value unless `fields` has another."""
+        measured = {"value": timing.median, "unit": "s"}
+        repeated = {"spread": timing.spread, "repeats": len(timing.seconds)}
+        return cls(measure=measure, what=what, **{**measured, **repeated, **fields})
+
+    @classmethod
+    def not_run(cls, measure: str, what: str, reason: object) -> "Result":
+        """Make the line of a measure that could not run."""
+        return cls(measure=measure, what=what, value=math.nan, note=f"not run: {reason}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of each repetition."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median, in seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the interquartile range, as a share of the median."""
+        if len(self.seconds) < 2:
+            return 0.0
+        first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (third - first) / 2 / self.median
+
+
+def seconds_of(work: Callable[[], Any]) -> Callable[[], float]:
+    """Return a function that does `work`, waits for its result and returns the seconds."""
+
+    def timed():
+        began = time.perf_counter()
+        jax.block_until_ready(work())
+        return time.perf_counter() - began
+
+    return timed
+
+
+def alternate(
+    sides: Mapping[str, Callable[[], float]], repeats: int, warm_up: int = 2
+) -> dict[str, Timing]:
+    """Time several sides alternately, A B A B, so that drift of the machine affects all equally.
+
+    Args:
+      sides: functions that do one repetition and return its seconds, by name.
+      repeats: timed repetitions of each side.
+      warm_up: repetitions before those.
+
+    Returns:
+      {name: Timing}.
+    """
+    seconds = {name: [] for name in sides}
+    for turn in range(warm_up + repeats):
+        for name, side in sides.items():
+            taken = side()
+            if turn >= warm_up:
+                seconds[name].append(taken)
+    return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
+
+
+def matmul_flops(dtype: str, repeats: int = 7) -> float:
+    """Measure the operations a second of a large square matmul, as a bound of the device."""
+    size = _MATMUL_SIZE[jax.default_backend()]
+    factor = jnp.full((size, size), 1.0 / size, dtype)
+    times = jax.jit(jnp.matmul)
+    timing = alternate({"matmul": seconds_of(lambda: times(factor, factor))}, repeats)
+    return 2 * size**3 / timing["matmul"].median
+
+
+def machine() -> dict[str, Any]:
+    """Describe the hardware and the versions, for the head of the table."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "faiss-cpu")
+    device = jax.devices()[0]
+    return {
+        "device": f"{len(jax.devices())} x {device.device_kind} ({device.platform})",
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+    }
+
+
+def _processor():
+    try:
+        with open("/proc/cpuinfo") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.partition(": ")[2] for x in lines if x.startswith("model name")), "unknown")
+
+
+def _version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

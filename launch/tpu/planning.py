@@ -1,0 +1,174 @@
+"""Compile the programs of a configuration for a TPU topology, and print their memory and cost."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from compat_jax import Session, experiment, slice_cost
+from compat_jax import config as configs
+from compat_jax import mesh as meshes
+from compat_jax.errors import UserError
+from compat_jax.retrieval.exact import lower as lower_search
+from compat_jax.training import make_trainer
+from compat_jax.training.task import lower_step
+
+
+def sizes_of_data(
+    config: ConfigDict, images: int | None, classes: int | None
+) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Return the labels and the image shape of the training data.
+
+    Args:
+      config: the configuration.
+      images: number of images, or None to read the data.
+      classes: number of classes, all of the same size, or None to read the data.
+
+    Returns:
+      int[n] labels and (height, width, channels).
+
+    Raises:
+      UserError: only some of images, classes and the size of the images are given.
+    """
+    if images is None and classes is None:
+        data = experiment.load_role(config, "train", Session())
+        return data.labels, data.images.shape[1:]
+    size = config.data.train.size
+    if images is None or classes is None or size is None:
+        raise UserError("--images, --classes and --config.data.train.size go together: give all")
+    return np.arange(images) * classes // images, (size, size, 3)
+
+
+def programs(
+    config: ConfigDict,
+    mesh: Mesh,
+    *,
+    labels: np.ndarray,
+    image_shape: tuple[int, int, int],
+    gallery: int,
+    k: int,
+    batch_size: int,
+) -> dict[str, jax.stages.Lowered]:
+    """Lower the programs that a run of the configuration compiles.
+
+    Args:
+      config: the configuration.
+      mesh: devices; may belong to a compile-only topology.
+      labels: labels of the training data, int[n].
+      image_shape: (height, width, channels).
+      gallery: rows of the gallery in a search.
+      k: neighbours of the search.
+      batch_size: images in a batch of the feature extraction.
+
+    Returns:
+      {name: lowered program}.
+
+    Raises:
+      UserError: training would refuse the configuration.
+    """
+    run, num_classes = configs.run_of(config), int(labels.max()) + 1
+    configs.located(lambda: run.check(run.tasks.sequence(num_classes), labels, mesh))
+    embedder = make_trainer(run, num_classes, mesh).embedder
+    features = slice_cost.lower_features(
+        embedder, run.preprocess, mesh, batch_size=batch_size, image_shape=image_shape
+    )
+    size = embedder.projection_size or features.out_info.shape[1]
+    return {
+        "training step": lower_step(run, labels, image_shape, mesh=mesh),
+        "features": features,
+        "search": lower_search(gallery, size, k, mesh=mesh),
+    }
+
+
+def remedies(
+    config: ConfigDict, costs: Sequence[slice_cost.Cost], *, hbm: float, images: float
+) -> list[str]:
+    """Return advice for the programs that do not fit.
+
+    Args:
+      config: the configuration.
+      costs: costs of all programs.
+      hbm: memory of a device, in bytes.
+      images: size of the training images, of which every device holds a copy, in bytes.
+    """
+    advice = []
+    many_prototypes = config.method != "er" and config.num_prototypes > 10_000
+    for cost in costs:
+        if slice_cost.fits(cost, hbm):
+            continue
+        if cost.name == "search":
+            rows = 2.0 ** max(0, math.floor(math.log2(hbm / 32 / config.num_prototypes)))
+            rows = f"{rows:.0f}" if many_prototypes else "..."
+            advice.append(f"search: a smaller block, SearchOptions(gallery_block={rows})")
+            continue
+        smaller = "--batch_size"
+        if cost.name == "training step":
+            smaller = f"--config.batch_size={max(config.batch_size // 2, 1)}"
+            if images > 0.3 * hbm:
+                smaller = (
+                    f"--config.data.train.per_class or .size, for fewer or smaller images: they "
+                    f"take {images / 2**30:.1f} GiB of every device"
+                )
+        advice.append(f"{cost.name}: a smaller {smaller}; or more chips, or larger ones")
+        if config.dtype == "float32":
+            advice.append(f"{cost.name}: --config.dtype=bfloat16 halves the activations")
+        if many_prototypes:
+            advice.append(
+                f"{cost.name}: a larger model axis splits the {config.num_prototypes} prototypes, "
+                f"now --config.mesh={config.mesh}, for example --config.mesh=data:-1,model:8"
+            )
+    return advice
+
+
+def plan(
+    config: ConfigDict,
+    topology: str,
+    *,
+    images: int | None = None,
+    classes: int | None = None,
+    gallery: int = 1_000_000,
+    k: int = 10,
+    batch_size: int = 256,
+) -> bool:
+    """Compile for a topology, print the table and the advice; return whether everything fits.
+
+    Args:
+      config: the configuration.
+      topology: name of the slice, e.g. "v5e:4x4".
+      images: see `sizes_of_data`.
+      classes: see `sizes_of_data`.
+      gallery: see `programs`.
+      k: see `programs`.
+      batch_size: see `programs`.
+    """
+    devices = slice_cost.topology_devices(topology)
+    mesh = meshes.make_mesh(config.mesh, devices)
+    labels, shape = sizes_of_data(config, images, classes)
+    kind, hosts = devices[0].device_kind, len({d.process_index for d in devices})
+    hbm = slice_cost.HBM_GIB[kind] * 2**30
+    axes = ",".join(f"{axis}:{size}" for axis, size in mesh.shape.items())
+    print(
+        f"{topology}: {len(devices)} devices ({kind}, {slice_cost.HBM_GIB[kind]} GiB usable), "
+        f"{hosts} host{'s' * (hosts > 1)}; mesh {axes}\n"
+        f"{config.method}, {config.backbone.name}, {len(labels)} images of "
+        f"{'x'.join(map(str, shape))}, K={config.num_prototypes}, batch {config.batch_size}, "
+        f"{config.dtype}\n",
+        flush=True,
+    )
+    sizes = {"gallery": gallery, "k": k, "batch_size": batch_size}
+    lowered = programs(config, mesh, labels=labels, image_shape=shape, **sizes)
+    costs = [slice_cost.measure(name, program) for name, program in lowered.items()]
+    print(slice_cost.table(costs, hbm))
+    print("\nFLOP and collectives are those of one step on one device; compiled, not run.")
+    too_large = [cost.name for cost in costs if not slice_cost.fits(cost, hbm)]
+    if not too_large:
+        print("Everything fits.")
+    else:
+        print(f"Does not fit: {', '.join(too_large)}. Change one of these:")
+    size = float(len(labels)) * math.prod(shape)
+    for line in remedies(config, costs, hbm=hbm, images=size):
+        print(f"- {line}")
+    return not too_large

@@ -1,0 +1,92 @@
+"""Ctrl-C saves and ends in good order; a second one ends at once. Broken compiled programs are swept."""
+
+import os
+import signal
+import time
+import zlib
+
+import numpy as np
+import tiny
+
+from launch import _cli
+
+LONG = tiny.flags(
+    tiny.TRAIN,
+    epochs=100_000,
+    save_every=100_000,
+    **{"data__train__per_class": 8, "mesh": "data:1"},
+)
+ARGUMENTS = ("--config=configs/glyphs.py:replace=false,method=sce", "--noprogress", *LONG)
+
+
+def started(folder):
+    """A run in the middle of its first task."""
+    process = tiny.start("train", *ARGUMENTS, f"--workdir={folder}", flat=True)
+    process.args_said = []
+    deadline = time.monotonic() + 120
+    while not (folder / "log.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "it does not begin"
+        time.sleep(0.1)
+    return process
+
+
+def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path):
+    process = started(tmp_path / "run")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, (out, err)
+    lines = err.strip().splitlines()
+    assert lines[-2:] == [
+        "stopping: saves first; Ctrl-C again ends at once",
+        "stopped and saved; run the same command to resume",
+    ]
+    (saved,) = (tmp_path / "run" / "progress").glob("task0-step*.json")
+    step = int(saved.stem.rpartition("step")[2])
+    assert step > 1
+    resumed = tiny.start("train", *ARGUMENTS, f"--workdir={tmp_path / 'run'}", flat=True)
+    size = (tmp_path / "run" / "log.jsonl").stat().st_size
+    deadline = time.monotonic() + 120
+    while (tmp_path / "run" / "log.jsonl").stat().st_size <= size:
+        assert resumed.poll() is None and time.monotonic() < deadline, resumed.communicate()
+        time.sleep(0.1)
+    resumed.kill()
+    resumed.communicate()
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    process = started(tmp_path / "run")
+    process.send_signal(signal.SIGSTOP)  # both are there before it can act on the first
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    process.communicate(timeout=60)
+    assert process.returncode == 75 and time.monotonic() - began < 30
+
+
+def test_compiled_programs_that_were_cut_off_are_swept(tmp_path):
+    rng = np.random.default_rng(0)
+    whole = zlib.compress(rng.bytes(5000))
+    for number, content in enumerate((whole, whole[:-1], whole[:100], b"", whole[:-5] + b"xxxxx")):
+        (tmp_path / f"program{number}-cache").write_bytes(content)
+    (tmp_path / "other").write_bytes(b"")
+    _cli.sweep_compiled(tmp_path)
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == [".checked", "other", "program0-cache"]
+    (tmp_path / "program5-cache").write_bytes(whole[:50])  # a later kill
+    _cli.sweep_compiled(tmp_path)
+    assert not (tmp_path / "program5-cache").exists()
+    _cli.sweep_compiled(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_entries_checked_before_are_not_read_again(tmp_path):
+    (tmp_path / "program0-cache").write_bytes(b"x" * 10)
+    _cli.sweep_compiled(tmp_path)
+    old = time.time() - 3600
+    cut = tmp_path / "program1-cache"
+    cut.write_bytes(zlib.compress(b"a" * 99)[:-1])
+    os.utime(cut, (old, old))  # as if it had been there at the last check
+    _cli.sweep_compiled(tmp_path)
+    assert cut.exists()
