@@ -3,6 +3,7 @@
 `schema()` lists every field with type, range, default and one sentence.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -130,8 +131,8 @@ def run_of(config: ConfigDict) -> Run:
     preprocess = {f.name: data[f.name] for f in describe(Preprocess) if f.name in data}
     tasks = _plain_values(_section(config, "tasks"))
     tasks.pop("replace_at", None)
-    return located(
-        lambda: Run(
+    with located():
+        return Run(
             method=methods.get(method, _plain_values(_section(config, "loss"))),
             backbone=Backbone(name, arguments),
             optimizer=_made(Sgd, "optimizer", _plain_values(_section(config, "optim"))),
@@ -139,7 +140,6 @@ def run_of(config: ConfigDict) -> Run:
             tasks=_made(Tasks, "tasks", tasks),
             **given,
         )
-    )
 
 
 def session_of(
@@ -180,18 +180,18 @@ def plain(config: ConfigDict) -> dict[str, Any]:
     return _without_free(json.loads(config.to_json_best_effort()))
 
 
-def located(make: Callable[[], Any], role: str | None = None) -> Any:
-    """Call a function; an error about an argument gets the name of the configuration's field.
+@contextlib.contextmanager
+def located(role: str | None = None) -> Iterator[None]:
+    """Give errors about an argument the name of the configuration's field, within a block.
 
     Args:
-      make: function without arguments.
-      role: of the data that it reads; None for other work.
+      role: of the data that the block reads; None for other work.
 
     Raises:
-      UserError: whatever `make` raises, with `argument` a dotted field name.
+      UserError: whatever the block raises, with `argument` a dotted field name.
     """
     try:
-        return make()
+        yield
     except UserError as error:
         error.argument = field_of(error.argument, role)
         raise

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from ml_collections import ConfigDict
 
@@ -44,26 +44,12 @@ def train(config: ConfigDict, workdir: Path, session: Session) -> Chain:
         pretrained = {
             f"pre-trained model {v.number}": v.record.class_names for v in replacements.values()
         }
-    retrieval = {"query": query, "gallery": gallery}
-    return configs.located(
-        lambda: _checked_train(
-            (run, data),
-            workdir,
-            config,
-            replacements=replacements,
-            session=session,
-            check=lambda: check_roles(data, retrieval, pretrained),
+    with configs.located():
+        check_roles(data, {"query": query, "gallery": gallery}, pretrained)
+        settings = configs.plain(config)
+        return train_run(
+            run, data, workdir, replacements=replacements, session=session, config=settings
         )
-    )
-
-
-def _checked_train(what, workdir, config, *, replacements, session, check):
-    check()
-    run, data = what
-    settings = configs.plain(config)
-    return train_run(
-        run, data, workdir, replacements=replacements, session=session, config=settings
-    )
 
 
 def pretrain(config: ConfigDict, workdir: Path, session: Session) -> Chain:
@@ -78,15 +64,15 @@ def pretrain(config: ConfigDict, workdir: Path, session: Session) -> Chain:
       Stopped, Diverged, UserError: see `train.pretrain`.
     """
     counts = configs.own_field(config, "pretrain_classes")
-    configs.located(lambda: check_counts(counts))
+    with configs.located():
+        check_counts(counts)
     run = configs.run_of(config)
     _check_early(run, session, workdir)
     data, settings = load_role(config, "train", session), configs.plain(config)
-    return configs.located(
-        lambda: pretrain_run(
+    with configs.located():
+        return pretrain_run(
             run, data, workdir, class_counts=counts, session=session, config=settings
         )
-    )
 
 
 def evaluate(
@@ -139,8 +125,8 @@ def load_role(config: ConfigDict, role: str, session: Session) -> Dataset:
     """
     spec = configs.source_of(config, role)
     show = session.bar(role) is not None
-    data: Any = configs.located(lambda: load(spec, show), role)
-    return data
+    with configs.located(role):
+        return load(spec, show)
 
 
 def load_replacements(config: ConfigDict) -> dict[int, Version]:
@@ -183,5 +169,6 @@ def _own_backbone(config):
 
 def _check_early(run: Run, session: Session, workdir: Path) -> None:
     """Refuse before reading data what can be known before."""
-    Workdir(workdir)
-    check_batch(session.devices(), run.batch_size)
+    with configs.located():
+        Workdir(workdir).check_writable()
+        check_batch(session.devices(), run.batch_size)

@@ -238,12 +238,9 @@ def test_an_error_of_a_configuration_names_its_field(config, argument, message):
     ],
 )
 def test_an_argument_of_the_library_is_found_as_a_field(argument, role, field):
-    def refuse():
-        raise UserError("no", argument)
-
     assert configs.field_of(argument, role) == field
-    with pytest.raises(UserError, match="no") as caught:
-        configs.located(refuse, role)
+    with pytest.raises(UserError, match="no") as caught, configs.located(role):
+        raise UserError("no", argument)
     assert caught.value.argument == field
 
 

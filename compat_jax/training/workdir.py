@@ -10,7 +10,7 @@ from etils import epath
 from compat_jax import hosts
 from compat_jax.chain import Chain
 from compat_jax.errors import UserError
-from compat_jax.files import append, storage, write_bytes, write_json
+from compat_jax.files import append, in_bucket, storage, write_bytes, write_json
 from compat_jax.models import GivenBackbone
 from compat_jax.training.checkpoint import Checkpointer
 from compat_jax.training.run import Run
@@ -29,6 +29,22 @@ class Workdir:
         self.chain = Chain(self.path / "chain", backbone)
         self.checkpointer = Checkpointer(self.path / "progress")
         self.log = Log(self.path / "log.jsonl")
+
+    def check_writable(self) -> None:
+        """Refuse a local folder that cannot be made or written to, without making it.
+
+        Raises:
+          UserError: something that is no folder is in the way, or permission is missing.
+        """
+        if in_bucket(self.path):
+            return
+        folder = self.path
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        if not folder.is_dir():
+            raise UserError(f"cannot write to {self.path}: {folder} is no folder", "workdir")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"cannot write to {self.path}: no permission in {folder}", "workdir")
 
     def claim(self, identity: Mapping[str, Any]) -> None:
         """Write the run's identity into the folder, or check it against what is there.
