@@ -17,6 +17,7 @@ from compat_jax.data import Preprocess, Tasks
 from compat_jax.data.registry import source_fields, source_names
 from compat_jax.errors import UserError, unknown
 from compat_jax.fields import Field, Rule, checked, describe
+from compat_jax.files import absolute
 from compat_jax.models import Backbone
 from compat_jax.session import Session, never
 from compat_jax.training.optimizer import Sgd
@@ -72,9 +73,16 @@ def _schema() -> Iterator[Field]:
     method = Rule("training method", choices=tuple(sorted(methods.names())))
     yield Field("method", str, method, "hoc")
     yield from describe(Run)
-    yield Field("backbone.name", str, Rule(" | ".join(models.registered())), "resnet18")
+    yield Field(
+        "backbone.name",
+        str,
+        Rule(f"network: {', '.join(models.registered())}, or package.module:Name"),
+        "resnet18",
+    )
     for name in backbone_arguments():
-        yield Field(f"backbone.arguments.{name}", int | None, Rule("of the backbone", low=1), None)
+        yield Field(
+            f"backbone.arguments.{name}", int | None, Rule("argument of the backbone", low=1), None
+        )
     for name in sorted(methods.names()):
         for field in describe(inspect.unwrap(methods.factory(name))):
             rule = dataclasses.replace(field.rule, help=f"{field.rule.help} ({name})")
@@ -82,6 +90,7 @@ def _schema() -> Iterator[Field]:
     for section, owner in _SECTIONS.items():
         for field in describe(owner):
             yield dataclasses.replace(field, name=f"{section}.{field.name}")
+    yield Field("data.ROLE.source", str, Rule("kind of data", choices=source_names()), None)
     for source in source_names():
         for field in source_fields(source):
             rule = dataclasses.replace(field.rule, help=f"{field.rule.help} (source {source})")
@@ -121,6 +130,7 @@ def run_of(config: ConfigDict) -> Run:
     Raises:
       UserError: unknown names or values out of range, with `argument` the dotted name of the field.
     """
+    check_names(config)
     given = {f.name: config[f.name] for f in describe(Run) if f.name in config}
     backbone, data = _section(config, "backbone"), _section(config, "data")
     method, name = config.get("method", "hoc"), backbone.get("name", "resnet18")
@@ -131,9 +141,11 @@ def run_of(config: ConfigDict) -> Run:
     preprocess = {f.name: data[f.name] for f in describe(Preprocess) if f.name in data}
     tasks = _plain_values(_section(config, "tasks"))
     tasks.pop("replace_at", None)
+    numbers = _plain_values(_section(config, "loss"))
+    _check_numbers(method, numbers)
     with located():
         return Run(
-            method=methods.get(method, _plain_values(_section(config, "loss"))),
+            method=methods.get(method, numbers),
             backbone=Backbone(name, arguments),
             optimizer=_made(Sgd, "optimizer", _plain_values(_section(config, "optim"))),
             preprocess=Preprocess(**preprocess),
@@ -142,8 +154,36 @@ def run_of(config: ConfigDict) -> Run:
         )
 
 
+def _check_numbers(method, numbers):
+    """Refuse numbers of another method, which a configuration made for that one has."""
+    for number in numbers:
+        owners = [m for m in methods.names() if number in methods.get(m).arguments]
+        if owners and method not in owners and method in methods.names():
+            raise UserError(
+                f"method {method!r} has no number {number!r}, which is {owners[0]}'s: choose the method "
+                f"where the configuration is made, FILE.py:method={method}",
+                f"loss.{number}",
+            )
+
+
+def check_names(config: ConfigDict) -> None:
+    """Refuse fields that no configuration has, for example misspelt ones.
+
+    Raises:
+      UserError: naming the nearest field.
+    """
+    known = [f.name for f in schema()]
+    top = {name.partition(".")[0] for name in known}
+    data = {name.split(".")[1] for name in known if name.startswith("data.")} - {"ROLE"} | {*ROLES}
+    for section, valid in (("", top), ("data", data)):
+        for name in _section(config, section) if section else config:
+            if name not in valid:
+                where = f"{section}.{name}" if section else name
+                raise unknown("field of the configuration", where, valid, argument=where)
+
+
 def session_of(
-    config: ConfigDict, should_stop: Callable[[], bool] = never, progress=False
+    config: ConfigDict, should_stop: Callable[[], bool] = never, progress: bool = True
 ) -> Session:
     """Make the session that a configuration describes.
 
@@ -176,8 +216,17 @@ def source_of(config: ConfigDict, role: str) -> dict[str, Any]:
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:
-    """Return a configuration as JSON values, without the fields that do not change the result."""
-    return _without_free(json.loads(config.to_json_best_effort()))
+    """Return a configuration as JSON values, for the record of a version.
+
+    Fields that do not change the result are left out, and folders of data become absolute.
+    """
+    found = _without_free(json.loads(config.to_json_best_effort()))
+    for section in found.get("data", {}).values():
+        if isinstance(section, dict):
+            for name in ("path", "data_dir"):
+                if section.get(name):
+                    section[name] = str(absolute(section[name]))
+    return found
 
 
 @contextlib.contextmanager

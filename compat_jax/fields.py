@@ -151,6 +151,19 @@ def _fields(owner) -> Iterator[Field]:
             yield Field(name, kind, rule, default)
 
 
+def check_types(**values: tuple[Any, type]) -> None:
+    """Refuse arguments of another type: name=(value, type).
+
+    Raises:
+      UserError: naming the argument and both types.
+    """
+    for name, (value, kind) in values.items():
+        if not isinstance(value, kind):
+            raise UserError(
+                f"{name} must be a {kind.__name__}, got {type(value).__name__} {value!r:.60}", name
+            )
+
+
 def _groups(owner) -> Iterator[tuple[str, Any]]:
     for name, hint in typing.get_type_hints(owner, include_extras=True).items():
         kind, *notes = typing.get_args(hint) or (None,)

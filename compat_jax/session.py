@@ -44,7 +44,7 @@ class Session:
         int, Rule("bytes of images on a device; 0 for no limit", low=0, high=2**60)
     ] = 0
     should_stop: Callable[[], bool] = never
-    progress: Annotated[bool, Rule("whether to show progress bars")] = False
+    progress: Annotated[bool, Rule("whether to show progress bars")] = True
     batch_size: Annotated[int, Rule("images a batch of extraction", low=1, high=10**6)] = 256
     cache: str | os.PathLike | None = None
 

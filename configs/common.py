@@ -1,5 +1,6 @@
 """What the configurations share: typed arguments, and the sections of a configuration."""
 
+import inspect
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -7,6 +8,7 @@ from ml_collections.config_dict import placeholder
 
 from compat_jax import methods
 from compat_jax.config import backbone_arguments
+from compat_jax.data.registry import source_fields
 from compat_jax.errors import UserError, unknown
 
 
@@ -43,19 +45,39 @@ def _typed(key, value, kind):
         raise UserError(f"{key} must be {kind.__name__}, got {value!r}") from error
 
 
+def source(source_name: str, /, **given: Any) -> dict[str, Any]:
+    """Return a data section with every field of a source, so that a flag can set each of them.
+
+    Args:
+      source_name: name of the source.
+      **given: fields that are set; the others have their defaults.
+
+    Raises:
+      UserError: unknown source or field.
+    """
+    fields = {field.name: field for field in source_fields(source_name)}
+    for name in given:
+        if name not in fields:
+            raise unknown(f"field of data source {source_name!r}", name, fields)
+    section: dict[str, Any] = {"source": source_name}
+    for name, field in fields.items():
+        value = given.get(name, field.default)
+        unset = value is None or value is inspect.Parameter.empty
+        section[name] = placeholder(_kind(field.kind)) if unset else value
+    return section
+
+
+def _kind(kind):
+    """The Python type of a field that may be unset."""
+    for found in (tuple, bool, int, float):
+        if found.__name__ in str(kind):
+            return found
+    return str
+
+
 def tfds_source(name: str, split: str, **fields: Any) -> dict[str, Any]:
-    """A data section that reads TFDS; what is left unset can still be set by a flag."""
-    return {
-        "source": "tfds",
-        "name": name,
-        "split": split,
-        "size": 32,
-        "data_dir": placeholder(str),
-        "in_memory": True,
-        "classes": placeholder(tuple),
-        "per_class": placeholder(int),
-        **fields,
-    }
+    """Return a data section that reads TFDS, 32 pixels a side."""
+    return source("tfds", name=name, split=split, **{"size": 32, **fields})
 
 
 def base_config(method: str) -> ConfigDict:

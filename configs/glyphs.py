@@ -11,7 +11,7 @@ Arguments: method=hoc|sce|fd|er, replace=true|false, seed=0.
 
 from ml_collections import ConfigDict
 
-from configs.common import base_config, parse_arguments
+from configs.common import base_config, parse_arguments, source
 
 SIZE = 24
 PRETRAIN_CLASSES = (150, 300, 600)
@@ -21,15 +21,9 @@ RETRIEVAL_CLASSES = (2000, 2060)
 
 def photographs(classes, per_class, seed):
     """Glyphs in the look of tasks and retrieval."""
-    return {
-        "source": "glyphs",
-        "classes": classes,
-        "per_class": per_class,
-        "look": "photo",
-        "seed": seed,
-        "size": SIZE,
-        "strength": 1.0,
-    }
+    return source(
+        "glyphs", classes=classes, per_class=per_class, look="photo", seed=seed, size=SIZE
+    )
 
 
 def small_network(config: ConfigDict) -> None:

@@ -14,11 +14,10 @@ data=glyphs|imagenet32|folder, seed=0.
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from compat_jax.errors import unknown
 from configs import glyphs
-from configs.common import base_config, parse_arguments, tfds_source
+from configs.common import base_config, parse_arguments, source, tfds_source
 
 METHODS = ("hoc", "sce", "fd", "er")
 DATA = ("glyphs", "imagenet32", "folder")
@@ -39,24 +38,22 @@ def get_config(arguments: str | None = None) -> ConfigDict:
         glyphs.small_network(config)
         config.epochs = 6
         config.pretrain_classes = glyphs.PRETRAIN_CLASSES
-        train = {
-            "source": "glyphs",
-            "classes": (0, max(glyphs.PRETRAIN_CLASSES)),
-            "per_class": 20,
-            "look": "print",
-            "seed": 1,
-            "size": glyphs.SIZE,
-            "photo_share": 0.1,
-            "strength": 1.0,
-        }
+        train = source(
+            "glyphs",
+            classes=(0, max(glyphs.PRETRAIN_CLASSES)),
+            per_class=20,
+            look="print",
+            seed=1,
+            size=glyphs.SIZE,
+            photo_share=0.1,
+        )
         config.data = ConfigDict({"train": train, **glyphs.input_fields()})
         return config
     config.epochs = 70
     config.pretrain_classes = (100, 300, 600)
     train = tfds_source("imagenet_resized/32x32", "train")
     if args.data == "folder":
-        unset = {"classes": placeholder(tuple), "per_class": placeholder(int)}
-        train = {"source": "folder", "path": "", "size": 32, **unset}
+        train = source("folder", size=32)
     config.data = ConfigDict(
         {
             "train": train,

@@ -110,7 +110,7 @@ def _fail(error):
 def _flag_of(error):
     """The flag of the argument that an error names, where the message does not say it."""
     argument = getattr(error, "argument", None)
-    if not argument:
+    if not argument or ("config" in flags.FLAGS and not _has_config() and "." in argument):
         return ""
     own = argument in flags.FLAGS
     flag = f"--{argument}" if own else f"--config.{argument}"
@@ -139,10 +139,23 @@ def define_config(default: str | None = None) -> None:
     The last of several values of a field counts, and `None` unsets it.
     """
     sys.argv[:] = _last_values(sys.argv)
+    _end_quietly_on_interrupt()
     try:  # reads the file and the overrides at once
         config_flags.DEFINE_config_file("config", default, "FILE.py:key=value,... of the run")
     except Exception as error:  # see `_parse`
         _fail(error)
+
+
+def _end_quietly_on_interrupt():
+    """End at Ctrl-C without a traceback while a program starts; `StopSignal` takes over later."""
+    if getattr(sys.modules["__main__"], "__spec__", None) is None:
+        return  # not run as `python -m launch.PROGRAM`
+
+    def end(*_):
+        os.write(2, b"\nstopped before it began\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, end)
 
 
 _UNSET: list[str] = []  # fields given as None
@@ -178,12 +191,21 @@ def _unset(args):
             place[field] = None
 
 
-def _check_config_file():
-    if "config" not in flags.FLAGS:
-        return
+def _config_file():
+    """The file of --config; "" if it was neither given nor has a default."""
     try:
-        path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
-    except flags.Error:  # neither given nor a default
+        return config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+    except flags.Error:
+        return ""
+
+
+def _has_config():
+    return bool(_config_file())
+
+
+def _check_config_file():
+    path = _config_file() if "config" in flags.FLAGS else ""
+    if not path:
         return
     if not Path(path).is_file():
         raise UserError(f"no configuration file {path!r}: configs/ has some to start from")

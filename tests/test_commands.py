@@ -171,8 +171,16 @@ def models(path, count=1, **changes):
         ),
         ({"data__query__size": 12}, r"8, 8, 3", None),
         ({"data__query__classes": (7, 10)}, "query and gallery have different classes", None),
-        ({"method": "er"}, r"er\.lam: there is no such argument", "loss.lam"),
-        ({"method": "fd"}, r"unknown argument of fd 'lam'\. Valid: weight\.", "loss.lam"),
+        (
+            {"method": "er"},
+            r"method 'er' has no number 'lam', which is hoc's",
+            "loss.lam",
+        ),
+        (
+            {"method": "fd"},
+            r"method 'fd' has no number 'lam', which is hoc's",
+            "loss.lam",
+        ),
         ({"save_every": -1}, "save_every must be at least 0", "save_every"),
         ({"device_budget_mb": -1}, "device_budget_mb must be at least 0", "device_budget_mb"),
         ({"pretrained": 3}, "pretrained must be a text, got 3", "pretrained"),

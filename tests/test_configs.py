@@ -198,7 +198,11 @@ def test_fields_that_are_left_out_have_their_defaults():
         ),
         ({"tasks": {"intial": 1}}, "tasks.intial", r"unknown .* 'intial'\. Did you mean 'initial'"),
         ({"loss": {"lamb": 1}}, "loss.lamb", r"unknown .* 'lamb'\. Did you mean 'lam'\?"),
-        ({"loss": {"weight": 1}}, "loss.weight", r"unknown .* 'weight'"),
+        (
+            {"loss": {"weight": 1}},
+            "loss.weight",
+            "method 'hoc' has no number 'weight', which is fd's",
+        ),
         ({"loss": {"lam": 1.5}}, "loss.lam", r"lam must be at least 0 and at most 1, got 1\.5"),
         ({"method": "fd", "loss": {"weight": -1}}, "loss.weight", "weight must be at least 0"),
         ({"method": 3}, "method", "method must be a text, got 3"),
@@ -262,7 +266,7 @@ def parsed(*argv):
 @pytest.mark.parametrize(("file", "arguments"), cases())
 def test_every_field_can_be_overridden(file, arguments):
     config = load(file, arguments)
-    unset = {"data_dir": "/data", "classes": (3, 7), "per_class": 5}
+    unset = {"data_dir": "/data", "path": "/photos", "classes": (3, 7), "per_class": 5}
     unset |= {"width": 16, "patch": 4, "image_size": 32}
     fields = dict(config.items(preserve_field_references=False))
     leaves, rest = {}, [("", fields)]

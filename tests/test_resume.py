@@ -367,7 +367,7 @@ def test_a_folder_of_another_run_is_refused_with_the_differing_fields(tmp_path):
     for difference in (
         "epochs was 2, now 3",
         "optimizer.lr was 0.01, now 0.5",
-        f"data was {data}, now ",
+        f"data.sha256 was {data['sha256']}, now ",
     ):
         assert difference in message
     assert message.endswith("or use another workdir") and "seed" not in message

@@ -2,8 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import tiny
@@ -90,3 +93,38 @@ def test_entries_checked_before_are_not_read_again(tmp_path):
     os.utime(cut, (old, old))  # as if it had been there at the last check
     _cli.sweep_compiled(tmp_path)
     assert cut.exists()
+
+
+SCRIPT = """
+import sys
+import tiny
+import compat_jax as cj
+try:
+    cj.train(tiny.run(epochs=100_000), tiny.dataset(), sys.argv[1], session=tiny.session())
+except KeyboardInterrupt as interrupt:
+    print("interrupted:", interrupt)
+    raise SystemExit(7)
+"""
+
+
+def test_ctrl_c_in_a_script_saves_and_interrupts(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    folder = tmp_path / "run"
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "log.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 7 and "interrupted: saved: call again to resume" in out, (out, err)
+    assert list((folder / "progress").glob("task0-step*.json"))

@@ -13,6 +13,7 @@ created last, once, and names the folder `variables-TOKEN` that its writer fille
 
 import json
 import math
+import numbers
 import os
 import re
 import socket
@@ -80,8 +81,10 @@ class Chain:
         return len(self.numbers())
 
     def __getitem__(self, number: int) -> Version:
+        if not isinstance(number, numbers.Integral):
+            raise TypeError(f"a chain is indexed by a whole number, got {number!r}")
         try:
-            return self.open(number)
+            return self.open(int(number))
         except NoSuchVersion as error:
             raise IndexError(str(error)) from error
 

@@ -34,9 +34,10 @@ class Dataset:
 
     def __post_init__(self):
         if self.images.dtype != np.uint8:
+            scale = "" if np.issubdtype(self.images.dtype, np.integer) else "multiply by 255 and "
             raise UserError(
                 f"images must be uint8 in 0..255, got {self.images.dtype}: "
-                "multiply by 255 and convert with .astype('uint8')"
+                f"{scale}convert with .astype('uint8')"
             )
         if self.images.ndim != 4:
             raise UserError(

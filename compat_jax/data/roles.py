@@ -43,7 +43,9 @@ def check_same_classes(query: Dataset, gallery: Dataset) -> None:
       UserError: the class names differ.
     """
     if query.class_names != gallery.class_names:
-        raise UserError("query and gallery have different classes: give both the same ones")
+        odd = sorted(set(query.class_names) ^ set(gallery.class_names))
+        which = f" ({', '.join(odd[:5])}{', ...' if len(odd) > 5 else ''})" if odd else ", in order"
+        raise UserError(f"query and gallery have different classes{which}: give both the same ones")
 
 
 def _refuse_shared(one, other, unless):

@@ -13,7 +13,7 @@ from compat_jax.data.pictures import BadPictures, class_folders, decode, resized
 from compat_jax.data.registry import class_range, register
 from compat_jax.data.streaming import RecordImages
 from compat_jax.errors import UserError, unknown
-from compat_jax.fields import Group, Rule
+from compat_jax.fields import Group, Rule, checked, describe
 from compat_jax.files import absolute
 from compat_jax.meter import track
 
@@ -50,6 +50,7 @@ def from_tfds(
     """
     import tensorflow_datasets as tfds  # slow to import, and only this source needs it
 
+    size = _side(size)
     builder = _builder(tfds, name, split, data_dir)
     decoders = {"image": tfds.decode.SkipDecoding()}
     try:
@@ -132,7 +133,7 @@ def from_folder(
     Raises:
       UserError: see `pictures.class_folders`; files that are no pictures, all of them at once.
     """
-    root = absolute(path)
+    root, size = absolute(path), _side(size)
     classes = class_folders(root)
     labels = [c for c, (_, files) in enumerate(classes) for _ in files]
     files = [file for _, files in classes for file in files]
@@ -144,6 +145,11 @@ def from_folder(
         raise BadPictures(problems)
     names = tuple(name for name, _ in classes)
     return _stacked(images, np.asarray(labels, np.int32), names, str(path))
+
+
+def _side(size):
+    """The side of pictures, checked also where no configuration has been."""
+    return checked(next(f for f in describe(from_folder) if f.name == "size"), size)
 
 
 def _collect(content, where, size, images, problems):

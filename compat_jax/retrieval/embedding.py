@@ -27,7 +27,8 @@ def embed(
 
     Args:
       version: an opened entry of a chain.
-      images: uint8[n, height, width, channels] of the size that the version was trained on.
+      images: uint8[n, height, width, channels] of the size that the version was trained on, or a
+        `Dataset` of such.
       mesh: devices to spread each batch over; one device by default.
       batch_size: images a batch; the last one is padded, so that one compilation serves all.
       dtype: of the network's computation.
@@ -41,7 +42,7 @@ def embed(
 
     Source: `extract_features` in `src/iamcl2r/models/__init__.py`.
     """
-    record = version.record
+    record, images = version.record, getattr(images, "images", images)
     shape, kind = getattr(images, "shape", ()), getattr(images, "dtype", type(images).__name__)
     if kind != np.uint8 or len(shape) != 4 or shape[1:] != record.image_shape:
         raise UserError(

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -75,6 +75,22 @@ class Fit:
         progress = _Progress(task, self.workdir, meter, parts=parts)
         state = self._steps(trainer, frozen, state, progress=progress, longest=longest)
         return trainer, trainer.stored(state.variables)
+
+    def publish(
+        self, task: Task, data: Dataset, config: Mapping[str, Any], *, meter: Meter, longest: int
+    ) -> None:
+        """Train a task and add it to the chain.
+
+        Args:
+          task: the task.
+          data: that the record describes.
+          config: settings for the record.
+          meter, longest: see `__call__`.
+        """
+        trainer, variables = self(task, meter, longest)
+        variables = trainer.head.trim(variables, task.num_seen)
+        self.workdir.chain.add(variables, task.record(trainer, data, config), task.index)
+        self.workdir.checkpointer.clear()
 
     def _steps(self, trainer, frozen, state, *, progress, longest) -> TrainState:
         task, total, epoch = progress.task, progress.task.steps, progress.task.steps_per_epoch

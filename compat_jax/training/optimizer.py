@@ -32,18 +32,18 @@ class Sgd:
 
     lr: Annotated[float, Rule("learning rate of a task's first epoch", above=0)] = 0.001
     min_lr: Annotated[float, Rule("learning rate where the cosine ends", low=0)] = 0.00001
-    momentum: Annotated[float, Rule("momentum", low=0, below=1)] = 0.9
+    momentum: Annotated[float, Rule("share of the last step that is kept", low=0, below=1)] = 0.9
     weight_decay: Annotated[float, Rule("decay of the weights", low=0)] = 5e-4
     decay: Annotated[
         str, Rule("decay kernels only, as the package, or everything", choices=DECAYS)
     ] = "package"
-    schedule: Annotated[str, Rule("of the learning rate", choices=SCHEDULES)] = "cosine"
+    schedule: Annotated[str, Rule("course of the learning rate", choices=SCHEDULES)] = "cosine"
 
     def __post_init__(self):
         check_fields(self, "optimizer.")
         if self.min_lr > self.lr:
             raise UserError(
-                f"optimizer.min_lr must lie in [0, optimizer.lr={self.lr}], got {self.min_lr}",
+                f"optimizer.min_lr must lie in [0, optimizer.lr={self.lr}], got {self.min_lr}: set both",
                 "optimizer.min_lr",
             )
 

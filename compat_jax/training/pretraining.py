@@ -8,13 +8,14 @@ from compat_jax.chain import Chain
 from compat_jax.data.dataset import Dataset
 from compat_jax.data.tasks import Tasks
 from compat_jax.errors import Stopped, UserError
-from compat_jax.fields import Field, Rule, checked
+from compat_jax.fields import Field, Rule, check_types, checked
+from compat_jax.interrupts import saved_on_interrupt
 from compat_jax.meter import Meter
 from compat_jax.session import Session
 from compat_jax.training.fit import Fit
 from compat_jax.training.run import Run
 from compat_jax.training.task import pretraining_task
-from compat_jax.training.workdir import Workdir, recorded_settings
+from compat_jax.training.workdir import Workdir, data_identity, recorded_settings
 
 
 def pretrain(
@@ -52,6 +53,7 @@ def pretrain(
     how they were trained.
     """
     session, counts = session or Session(), check_counts(class_counts)
+    check_types(run=(run, Run), data=(data, Dataset))
     largest = max(counts)
     if largest > data.num_classes:
         raise UserError(
@@ -62,24 +64,24 @@ def pretrain(
         labels = data.labels[data.labels < count]
         run.check(Tasks(initial=count).sequence(count), labels, session.devices())
     folder, config = Workdir(workdir, run.given_backbone), recorded_settings(run, config)
-    identity = {**run.describe(), "pretrain_classes": list(counts), "data": data.fingerprint()}
+    identity = {**run.describe(), "pretrain_classes": list(counts), "data": data_identity(data)}
     folder.claim(identity)
     data = data.select(range(largest))
     missing = [n for n in range(len(counts)) if n not in folder.chain.numbers()]
-    fit = Fit(data, session, folder) if missing else None
-    for number in missing:
-        if session.should_stop():
-            raise Stopped
-        task = pretraining_task(run, number, data.labels, counts[number])
-        bar = session.bar(f"{run.given_method.name}: pre-training on {counts[number]} classes")
-        with Meter(bar, task.steps) as meter:
-            longest = run.epochs * (len(data) // task.plan.shape[1])
-            trainer, variables = fit(task, meter, max(longest, task.steps))  # type: ignore[misc]
-        whole = counts[number] == data.num_classes
-        part = data if whole else data.select(range(counts[number]))
-        variables = trainer.head.trim(variables, task.num_seen)
-        folder.chain.add(variables, task.record(trainer, part, config), number)
-        folder.checkpointer.clear()
+    if not missing:
+        return folder.chain
+    with saved_on_interrupt(session) as session:
+        fit = Fit(data, session, folder)
+        for number in missing:
+            if session.should_stop():
+                raise Stopped
+            task = pretraining_task(run, number, data.labels, counts[number])
+            whole = counts[number] == data.num_classes
+            part = data if whole else data.select(range(counts[number]))
+            longest = max(run.epochs * (len(data) // task.plan.shape[1]), task.steps)
+            bar = session.bar(f"{run.given_method.name}: pre-training on {counts[number]} classes")
+            with Meter(bar, task.steps) as meter:
+                fit.publish(task, part, config, meter=meter, longest=longest)
     return folder.chain
 
 

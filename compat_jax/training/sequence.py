@@ -10,12 +10,14 @@ from compat_jax.chain import Chain, Version
 from compat_jax.data.dataset import Dataset
 from compat_jax.data.tasks import TaskSequence
 from compat_jax.errors import Stopped, UserError
+from compat_jax.fields import check_types
+from compat_jax.interrupts import saved_on_interrupt
 from compat_jax.meter import Meter
 from compat_jax.session import Session
 from compat_jax.training.fit import Fit
 from compat_jax.training.run import Run
 from compat_jax.training.task import longest_plan, sequence_task
-from compat_jax.training.workdir import Workdir, recorded_settings
+from compat_jax.training.workdir import Workdir, data_identity, recorded_settings
 
 
 def train(
@@ -52,20 +54,20 @@ def train(
     Source: `main` in `src/iamcl2r/main.py`.
     """
     session, replacements = session or Session(), dict(replacements or {})
+    check_types(run=(run, Run), data=(data, Dataset))
     sequence = run.tasks.sequence(data.num_classes)
     run.check(sequence, data.labels, session.devices())
     check_replacements(run, sequence, replacements, data.images.shape[1:])
     folder, config = Workdir(workdir, run.given_backbone), recorded_settings(run, config)
     models = {str(t): v.sha256 for t, v in replacements.items()}
-    folder.claim({**run.describe(), "data": data.fingerprint(), "models": models})
+    folder.claim({**run.describe(), "data": data_identity(data), "models": models})
     done = folder.chain.numbers()
     missing = [task for task in range(len(sequence)) if task not in done]
     if not missing:
         return folder.chain
-    fit, (longest, _) = Fit(data, session, folder), longest_plan(run, sequence, data.labels)
-    bar = session.bar(run.given_method.name)
-    steps = _steps(run, sequence, data)
-    with Meter(bar, sum(steps)) as meter:
+    bar, steps = session.bar(run.given_method.name), _steps(run, sequence, data)
+    with saved_on_interrupt(session) as session, Meter(bar, sum(steps)) as meter:
+        fit, (longest, _) = Fit(data, session, folder), longest_plan(run, sequence, data.labels)
         meter.skip(sum(steps) - sum(steps[task] for task in missing))
         for index in missing:
             if session.should_stop():
@@ -73,10 +75,7 @@ def train(
             start = replacements.get(index) or (folder.chain.open(index - 1) if index else None)
             replaced = index in replacements
             task = sequence_task(run, sequence, index, data.labels, start=start, replaced=replaced)
-            trainer, variables = fit(task, meter, longest)
-            variables = trainer.head.trim(variables, task.num_seen)
-            folder.chain.add(variables, task.record(trainer, data, config), index)
-            folder.checkpointer.clear()
+            fit.publish(task, data, config, meter=meter, longest=longest)
     return folder.chain
 
 
@@ -100,6 +99,7 @@ def check_replacements(
     """
     method = run.given_method
     for task, version in replacements.items():
+        check_types(**{f"replacements[{task}]": (version, Version)})
         record = version.record
         if not isinstance(task, int) or not 0 <= task < len(sequence):
             raise UserError(

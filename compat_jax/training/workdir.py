@@ -9,6 +9,7 @@ from etils import epath
 
 from compat_jax import hosts
 from compat_jax.chain import Chain
+from compat_jax.data.dataset import Dataset
 from compat_jax.errors import UserError
 from compat_jax.files import append, in_bucket, storage, write_bytes, write_json
 from compat_jax.models import GivenBackbone
@@ -92,6 +93,11 @@ class Workdir:
             raise UserError(
                 f"cannot write to {self.path}: {error.strerror or error}", "workdir"
             ) from error
+
+
+def data_identity(data: Dataset) -> dict[str, Any]:
+    """Return the JSON values by which a run knows its data again."""
+    return {"images": len(data), "classes": data.num_classes, "sha256": data.fingerprint()}
 
 
 class Log:
