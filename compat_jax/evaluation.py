@@ -35,7 +35,7 @@ class Evaluation:
       incomparable: pairs whose features have different sizes; they count as 0.
       unit: of the matrix, for pictures.
       method: name of the method that trained the chain.
-      scores: {(t, k): float[queries]}, one score a query for every comparable pair; NaN where a query
+      scores: {(t, k): float[queries]}, one score per query for every comparable pair; NaN where a query
         was left out.
       notes: sentences about how the numbers were made.
     """

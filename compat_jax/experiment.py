@@ -26,7 +26,7 @@ Path: TypeAlias = str | os.PathLike[str]
 
 
 def train(config: ConfigDict, workdir: Path, session: Session) -> Chain:
-    """Train the task sequence of a configuration; one version a task.
+    """Train the task sequence of a configuration; one version per task.
 
     Args:
       config: the configuration.

@@ -53,7 +53,7 @@ class Extractor:
         Args:
           variables: on the mesh.
           images: uint8[n, h, w, c], n >= 1, an array or a view that is read batch by batch.
-          batch_size: images a batch; the last one is padded, so that one compilation serves all.
+          batch_size: images per batch; the last one is padded, so that one compilation serves all.
           progress: label of a progress bar; None for none.
 
         Returns:

@@ -38,7 +38,7 @@ def sentence(results: Mapping[str, Evaluation]) -> str:
       results: evaluation by method.
 
     Returns:
-      A line a method, see `Evaluation.sentence`.
+      A line per method, see `Evaluation.sentence`.
     """
     return "\n".join(filter(None, (r.sentence(name) for name, r in results.items())))
 
@@ -137,7 +137,7 @@ def _heat_map(axis, name, result, annotate):
 
 
 def accuracy_curves(results: Mapping[str, Evaluation]) -> "Figure":
-    """Draw the average accuracy of the versions so far, a curve a method; squares mark replacements."""
+    """Draw the average accuracy of the versions so far, a curve per method; squares are replacements."""
     figure = _figure((6.4, 4.2))
     axis = figure.subplots()
     for colour, (name, result) in zip(_COLOURS * 9, results.items(), strict=False):

@@ -31,7 +31,7 @@ class Session:
       should_stop: asked between dispatches; when it returns True, the state is saved and `Stopped`
         is raised.
       progress: whether to show progress bars; on the first host only.
-      batch_size: images a batch when features are extracted.
+      batch_size: images per batch when features are extracted.
       cache: folder for features and scores that an evaluation has computed; an interrupted evaluation
         resumes from there. None for none.
     """
@@ -45,7 +45,7 @@ class Session:
     ] = 0
     should_stop: Callable[[], bool] = never
     progress: Annotated[bool, Rule("whether to show progress bars")] = True
-    batch_size: Annotated[int, Rule("images a batch of extraction", low=1, high=10**6)] = 256
+    batch_size: Annotated[int, Rule("images per batch of extraction", low=1, high=10**6)] = 256
     cache: str | os.PathLike | None = None
 
     def __post_init__(self):

@@ -17,7 +17,7 @@ flags.DEFINE_list(
     "metric", ["identification"], "identification, recall@K or map; several by commas"
 )
 flags.DEFINE_string("out", None, "folder for matrix.json and pictures; beside the chain by default")
-flags.DEFINE_integer("batch_size", 256, "images a batch", lower_bound=1)
+flags.DEFINE_integer("batch_size", 256, "images per batch", lower_bound=1)
 flags.DEFINE_string("dtype", "float32", "of the networks' computation: float32 or bfloat16")
 flags.DEFINE_string("mesh", "data:-1", "devices")
 flags.DEFINE_string("backbone", None, "import path of your own backbone, package.module:Name")

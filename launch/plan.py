@@ -28,7 +28,7 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("gallery", 1_000_000, "gallery rows of the search", lower_bound=1)
 flags.DEFINE_integer("k", 10, "neighbours of the search", lower_bound=1)
-flags.DEFINE_integer("batch_size", 256, "images a batch of the feature extraction", lower_bound=1)
+flags.DEFINE_integer("batch_size", 256, "images per batch of the feature extraction", lower_bound=1)
 
 
 def prepare_environment() -> None:

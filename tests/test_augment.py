@@ -106,8 +106,8 @@ def test_draws_follow_from_the_key():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (((0.5,), (0.2, 0.2)), "one number a channel"),
-        (((), ()), "one number a channel"),
+        (((0.5,), (0.2, 0.2)), "one number per channel"),
+        (((), ()), "one number per channel"),
         (((0.5, 0.5), (0.2, 0.0)), r"std must lie in 0\.\.1, above 0: got \(0\.2, 0\.0\)"),
         (((0.5,), (1.1,)), r"std must lie in 0\.\.1, above 0: got \(1\.1,\)"),
         (((127.0,), (0.2,)), r"mean must lie in 0\.\.1, where 1 is white: got \(127\.0,\)"),

@@ -40,7 +40,7 @@ def relative_error(found, expected):
 
 
 # Tolerances are a few times the distance of the reference's float32 from its own float64, which is
-# 1e-5 for ResNet-18 in training mode, and for ResNet-50 1.2e-3: four images a batch, 1x1 maps.
+# 1e-5 for ResNet-18 in training mode, and for ResNet-50 1.2e-3: four images per batch, 1x1 maps.
 @pytest.mark.parametrize(
     ("name", "in_training", "after_training"),
     [

@@ -131,7 +131,7 @@ def models(path, count=1, **changes):
         ),
         ({"data__crop_padding": -1}, "crop_padding must be at least 0", "data.crop_padding"),
         ({"data__std": (0.1, 0.1, 0.0)}, r"std must lie in 0\.\.1, above 0: got", "data.std"),
-        ({"data__std": (0.1, 0.1)}, "mean and std need one number a channel", "data.mean"),
+        ({"data__std": (0.1, 0.1)}, "mean and std need one number per channel", "data.mean"),
         (
             {"tasks__initial": 7},
             r"tasks.initial must lie in 1\.\.6 \(the classes of the data\)",

@@ -270,7 +270,7 @@ def test_what_is_no_picture_is_refused():
 
 def test_more_than_sixteen_bits_are_refused():
     for image in (np.full((6, 6), 0.5, np.float32), np.full((6, 6), 99, np.int32)):
-        refused(encoded(image, "TIFF"), "has more than 16 bits a channel: convert it to 8")
+        refused(encoded(image, "TIFF"), "has more than 16 bits per channel: convert it to 8")
 
 
 def test_a_file_that_vanished_is_named(tmp_path):

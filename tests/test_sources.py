@@ -155,7 +155,7 @@ def test_resizing_averages(tmp_path):
         (lambda p: (p / "ant").mkdir(), "class folder .*ant is empty: add pictures or remove it"),
         (
             lambda p: Image.fromarray(np.full((6, 6), 0.5, np.float32)).save(p / "dog" / "f.tiff"),
-            "f.tiff has more than 16 bits a channel: convert it to 8",
+            "f.tiff has more than 16 bits per channel: convert it to 8",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The chain of model versions: a record a version, and the folder that holds them."""
+"""The chain of model versions: a record per version, and the folder that holds them."""
 
 from compat_jax.chain.record import Record, Version, variables_sha256
 from compat_jax.chain.store import Chain, CorruptEntry, NoSuchVersion

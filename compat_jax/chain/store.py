@@ -1,6 +1,6 @@
 """The chain of model versions on disk.
 
-A chain is a folder with one entry a version, `0000`, `0001`, …; an entry holds `record.json` and, in
+A chain is a folder with one entry per version, `0000`, `0001`, …; an entry holds `record.json` and, in
 `variables/`, an Orbax checkpoint. The record describes the version in full, so that opening needs
 only the path, also when architectures differ along the chain. It lists size and SHA-256 of every file
 and the SHA-256 of the variables: a truncated or altered entry is named and refused before Orbax reads
@@ -295,7 +295,7 @@ class Chain:
     def _taken(self, number):
         return UserError(
             f"version {number} of {self.path} was added by another program; nothing was "
-            "overwritten: run one program a chain, or start again to go on from that version"
+            "overwritten: run one program per chain, or start again to go on from that version"
         )
 
     def _check_fits(self, record, first):

@@ -35,7 +35,7 @@ class Preprocess:
         check_fields(self)
         if len(self.mean) != len(self.std) or not self.mean:
             raise UserError(
-                f"mean and std need one number a channel: got {self.mean} and {self.std}", "mean"
+                f"mean and std need one number per channel: got {self.mean} and {self.std}", "mean"
             )
         if not all(0 <= m <= 1 for m in self.mean):
             raise UserError(f"mean must lie in 0..1, where 1 is white: got {self.mean}", "mean")
@@ -51,7 +51,7 @@ class Preprocess:
         if images.shape[-1] != len(self.mean):
             raise UserError(
                 f"mean and std have {len(self.mean)} numbers, the images have "
-                f"{images.shape[-1]} channels: give one number a channel",
+                f"{images.shape[-1]} channels: give one number per channel",
                 "mean",
             )
         mean, std = (jnp.asarray(x, jnp.float32) for x in (self.mean, self.std))

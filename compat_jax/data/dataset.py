@@ -22,7 +22,7 @@ class Dataset:
       images: uint8[n, height, width, channels], values 0..255; an array, or a view of files such as
         `streaming.RecordImages`.
       labels: int32[n], values 0..num_classes-1.
-      class_names: one name a class.
+      class_names: one name per class.
 
     Raises:
       UserError: float images, labels out of range, lengths that differ, a class without an image.

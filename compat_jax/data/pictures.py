@@ -105,7 +105,7 @@ def _rgb(image):
         grey = np.where(wide == image.info.get("transparency", -1), np.uint8(255), grey)
         image = _upright(Image.fromarray(grey), image)
     elif image.mode[0] in "IF":  # Pillow would clip these to 0..255
-        raise UserError("has more than 16 bits a channel: convert it to 8")
+        raise UserError("has more than 16 bits per channel: convert it to 8")
     else:
         image = _upright(image, image)
     if image.has_transparency_data:
@@ -150,7 +150,7 @@ def resized(image: np.ndarray, size: int | None) -> np.ndarray:
 
 
 def class_folders(root: str | os.PathLike) -> list[tuple[str, list[Path]]]:
-    """List a folder with one sub-folder of pictures a class.
+    """List a folder with one sub-folder of pictures per class.
 
     Args:
       root: the folder.
@@ -165,12 +165,12 @@ def class_folders(root: str | os.PathLike) -> list[tuple[str, list[Path]]]:
     folder = Path(root)
     if not folder.is_dir():
         raise UserError(
-            f"no folder {root}: it must hold one sub-folder of pictures a class", "path"
+            f"no folder {root}: it must hold one sub-folder of pictures per class", "path"
         )
     classes = [p for p in _entries(folder) if p.is_dir()]
     if not classes:
         raise UserError(
-            f"{root} has no sub-folder: it must hold one folder of pictures a class", "path"
+            f"{root} has no sub-folder: it must hold one folder of pictures per class", "path"
         )
     return [(class_name(p), _pictures(p)) for p in classes]
 

@@ -116,11 +116,11 @@ def _preparing(name, data_dir):
 
 @register("folder")
 def from_folder(
-    path: Annotated[str, Rule("folder with one sub-folder of pictures a class")],
+    path: Annotated[str, Rule("folder with one sub-folder of pictures per class")],
     size: Side = None,
     progress: Show = False,
 ) -> Dataset:
-    """Read a folder with one sub-folder of pictures a class, by the rules of `data.pictures`.
+    """Read a folder with one sub-folder of pictures per class, by the rules of `data.pictures`.
 
     Args:
       path: of the folder; sub-folders sort by name into classes.

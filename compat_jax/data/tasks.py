@@ -91,13 +91,13 @@ class TaskSequence:
     def plan_shape(
         self, task: int, counts: np.ndarray, rehearsal: int, batch_size: int
     ) -> tuple[int, int]:
-        """Return batches an epoch and images a batch of a task, without drawing the batches.
+        """Return batches per epoch and images per batch of a task, without drawing the batches.
 
         Args:
           task: number of the task.
           counts: int[num_classes], images of each class.
           rehearsal: images kept of each earlier class.
-          batch_size: images a batch.
+          batch_size: images per batch.
         """
         new = self.classes(task)
         memory = np.minimum(counts[: new.start], rehearsal).sum()
@@ -166,7 +166,7 @@ def batch_plan(
     Args:
       new: int[n] positions of the task's new images, n >= 1.
       memory: int[m] positions of the memory.
-      batch_size: images a batch.
+      batch_size: images per batch.
       epochs: of the task.
       seed: of the run.
       task: number of the task.
@@ -190,12 +190,12 @@ def batch_plan(
 
 
 def plan_shape(num_new: int, num_memory: int, batch_size: int) -> tuple[int, int]:
-    """Return batches an epoch and images a batch of `batch_plan`, without drawing it.
+    """Return batches per epoch and images per batch of `batch_plan`, without drawing it.
 
     Args:
       num_new: new images of the task, >= 1.
       num_memory: images of the memory.
-      batch_size: images a batch.
+      batch_size: images per batch.
     """
     total = num_new + num_memory
     batches = total // batch_size

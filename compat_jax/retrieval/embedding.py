@@ -30,7 +30,7 @@ def embed(
       images: uint8[n, height, width, channels] of the size that the version was trained on, or a
         `Dataset` of such.
       mesh: devices to spread each batch over; one device by default.
-      batch_size: images a batch; the last one is padded, so that one compilation serves all.
+      batch_size: images per batch; the last one is padded, so that one compilation serves all.
       dtype: of the network's computation.
       progress: label of a progress bar; None for none.
 

@@ -51,7 +51,7 @@ class Metric:
       name: by which programs and caches refer to it; metrics of equal names must be equal.
       unit: of its values, for pictures, e.g. "% of queries identified"; values are shares in 0..1,
         shown times 100.
-      score: (queries, prepared galleries) -> float[galleries, queries], one score a query; NaN leaves
+      score: (queries, prepared galleries) -> float[galleries, queries], one score per query; NaN leaves
         a query out. The metric of a pair is the mean.
       prepare: (features float32[n, d], labels int[n]) -> arrays to keep of a gallery instead of all
         features; the first has d columns. Used where no query is in the gallery, else `everything`.

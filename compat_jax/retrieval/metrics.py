@@ -2,7 +2,7 @@
 
 Features are used as they are; for cosine similarity, as in the reference, they must be
 L2-normalised. Versions of unequal feature size are refused, and so are labels of different kinds
-(numbers here, texts there). The functions that end in `_scores` return one value a query; the others
+(numbers here, texts there). The functions that end in `_scores` return one value per query; the others
 return the mean.
 """
 

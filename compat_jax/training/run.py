@@ -33,7 +33,7 @@ class Run:
         `models.Backbone` with arguments.
       tasks: how classes are split into tasks.
       epochs: of each task.
-      batch_size: images a batch, over all devices.
+      batch_size: images per batch, over all devices.
       optimizer: `Sgd`, or an optax transformation, which each task starts anew.
       preprocess: normalisation and augmentation.
       num_prototypes: K, classes that the simplex has room for; every class to come needs one.
@@ -49,7 +49,7 @@ class Run:
     backbone: GivenBackbone = "resnet18"
     tasks: Tasks = dataclasses.field(default_factory=Tasks)
     epochs: Annotated[int, Rule("epochs of each task", low=1, high=10**6)] = 70
-    batch_size: Annotated[int, Rule("images a batch, over all devices", low=1, high=10**6)] = 128
+    batch_size: Annotated[int, Rule("images per batch, over all devices", low=1, high=10**6)] = 128
     optimizer: Optimizer = dataclasses.field(default_factory=Sgd)
     preprocess: Preprocess = dataclasses.field(default_factory=Preprocess)
     num_prototypes: Annotated[

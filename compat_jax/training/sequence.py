@@ -44,7 +44,7 @@ def train(
       config: JSON values for every record; the run's own settings by default.
 
     Returns:
-      The chain, one version a task.
+      The chain, one version per task.
 
     Raises:
       Stopped: after saving, when the session asked to stop.

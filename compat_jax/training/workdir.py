@@ -101,7 +101,7 @@ def data_identity(data: Dataset) -> dict[str, Any]:
 
 
 class Log:
-    """A file of one JSON line an epoch; what is logged belongs to what is saved.
+    """A file of one JSON line per epoch; what is logged belongs to what is saved.
 
     Args:
       path: of the file.

@@ -17,7 +17,7 @@ from launch.reference.clone_speed import Unavailable
 
 
 def features(context: Context) -> Iterator[Result]:
-    """Measure the images a second of a frozen version, beside the reference."""
+    """Measure the images per second of a frozen version, beside the reference."""
     sizes = context.sizes
     images = work.dataset(10, sizes.features // 10 + 1, sizes.image).images[: sizes.features]
     frozen = work.version(sizes)

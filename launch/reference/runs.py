@@ -143,7 +143,7 @@ class Runs:
         step = functools.partial(make, note="step")
         exact = functools.partial(make, note="exact", tolerance=0, absolute=True)
         batches = [plan.shape[1] for plan in done.inputs.plans]
-        yield exact("batches an epoch of each task", batches, done.theirs.batches)
+        yield exact("batches per epoch of each task", batches, done.theirs.batches)
         expected, rest = [], np.array(done.theirs.losses)
         for plan in done.inputs.plans:
             count = plan.shape[0] * plan.shape[1]
