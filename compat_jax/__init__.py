@@ -2,12 +2,11 @@
 
 import compat_jax as cj
 
-data = cj.data.from_folder("photos/train", size=64)
-run = cj.Run(method="hoc", backbone="resnet18", tasks=cj.Tasks(initial=10, increment=15), epochs=10)
-chain = cj.train(run, data, "runs/hoc")
-result = cj.evaluate(chain, query, gallery, metrics=["identification", "recall@1"])
-index = cj.Index(chain[0], gallery.images)
-scores, rows = index.search(chain[-1], query.images, k=10)
+photos = cj.Photos(path="photos", size=224)  # one folder per class; it grows
+run = cj.Run(method="hoc", backbone="resnet18", epochs=20)
+month = cj.update(run, photos, "runs/shop")  # call it again when photos or classes were added
+index = cj.Index(month.chain[0], photos.paths())
+scores, rows = index.search(month.chain[-1], "query.jpg", k=10)
 """
 
 from etils import epy
@@ -16,17 +15,20 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from compat_jax import data, methods, metrics, models, retrieval
     from compat_jax.chain import Chain, Record, Version
-    from compat_jax.data import Dataset, Preprocess, Tasks
+    from compat_jax.data import Dataset, Preparation, Preprocess, Tasks
+    from compat_jax.data.ledger import Splits
+    from compat_jax.data.photos import Photos
     from compat_jax.errors import Diverged, Stopped, UserError
     from compat_jax.evaluation import Evaluation, Evaluations, evaluate
     from compat_jax.methods import Method
     from compat_jax.retrieval import ExactIndex, Index, Metric, VectorIndex, embed
     from compat_jax.session import Session
-    from compat_jax.training import Run, Sgd, pretrain, train
+    from compat_jax.training import Adamw, Lars, Run, Sgd, Update, pretrain, train, update
 
 __version__ = "0.2.0"
 
 __all__ = [
+    "Adamw",
     "Chain",
     "Dataset",
     "Diverged",
@@ -34,15 +36,20 @@ __all__ = [
     "Evaluations",
     "ExactIndex",
     "Index",
+    "Lars",
     "Method",
     "Metric",
+    "Photos",
+    "Preparation",
     "Preprocess",
     "Record",
     "Run",
     "Session",
     "Sgd",
+    "Splits",
     "Stopped",
     "Tasks",
+    "Update",
     "UserError",
     "VectorIndex",
     "Version",
@@ -55,4 +62,5 @@ __all__ = [
     "pretrain",
     "retrieval",
     "train",
+    "update",
 ]

@@ -5,6 +5,7 @@ against a gallery embedded by version k <= t. Entries above the diagonal are ign
 returned in the unit of the matrix.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -36,6 +37,20 @@ class PairShares(NamedTuple):
     other_class: float
     num_same: int
     num_other: int
+
+
+class Upgrade(NamedTuple):
+    """The scores of an upgrade relative to retraining from nothing, in [0, 1]; 0.5 is parity.
+
+    Attributes:
+      up: P_up, the new version on its own gallery.
+      comp: P_comp, the new version on the old gallery.
+      one: P_1, the harmonic mean of both.
+    """
+
+    up: np.ndarray
+    comp: np.ndarray
+    one: np.ndarray
 
 
 class Gains(NamedTuple):
@@ -193,6 +208,157 @@ def forward_compatibility(matrix: np.ndarray) -> float:
     matrix = _check_matrix(matrix)
     gains = np.diagonal(matrix, offset=-1) - np.diagonal(matrix)[1:]
     return float(gains.mean()) if len(gains) else 0.0
+
+
+def update_gain(cross: np.ndarray, old: np.ndarray, independent: np.ndarray) -> np.ndarray:
+    """Compute the share of an upgrade's gain that is had without embedding the gallery again.
+
+    It is (M(new, old) - M(old, old)) / (M* - M(old, old)), where M* is the accuracy on its own gallery
+    of a version that was trained on the same data without regard to compatibility: 0 if the old
+    gallery gains nothing, 1 if it does as well as a new one would.
+
+    Args:
+      cross: float[...], M(new, old).
+      old: float[...], M(old, old).
+      independent: float[...], M*.
+
+    Returns:
+      float64[...]; NaN where M* is not above M(old, old): there was nothing to gain.
+
+    Source: update gain of Shen et al. 2020, "Towards Backward-Compatible Representation Learning".
+    """
+    cross, old, independent = (np.asarray(x, np.float64) for x in (cross, old, independent))
+    possible = np.where(independent > old, independent - old, np.nan)
+    return (cross - old) / possible
+
+
+def upgrade_scores(
+    old: np.ndarray, independent: np.ndarray, new: np.ndarray, cross: np.ndarray
+) -> Upgrade:
+    """Compute AdvBCT's P_up, P_comp and P_1 of an upgrade, averaged over test sets.
+
+    With s the logistic function and M* the accuracy of the independent version:
+    P_up = mean s((M(new, new) - M*) / M*),
+    P_comp = mean s((M(new, old) - M(old, old)) / (M* - M(old, old)))
+    and P_1 = the mean over test sets of the harmonic mean of both.
+
+    Args:
+      old: float[sets, ...], M(old, old) on each test set, in any unit.
+      independent: float[sets, ...], M*, above 0.
+      new: float[sets, ...], M(new, new).
+      cross: float[sets, ...], M(new, old).
+
+    Returns:
+      `Upgrade` of float64[...]; `comp` and `one` are NaN where M* is not above M(old, old).
+
+    Raises:
+      UserError: shapes that differ, no test set, M* not above 0.
+
+    Source: Pan et al., "Boundary-Aware Backward-Compatible Representation via Adversarial Learning",
+      CVPR 2023; the formulas agree with the results that its repository prints.
+    """
+    old, independent, new, cross = (
+        np.asarray(x, np.float64) for x in (old, independent, new, cross)
+    )
+    shapes = {x.shape for x in (old, independent, new, cross)}
+    if len(shapes) > 1 or not old.ndim or not len(old):
+        raise UserError(
+            f"an upgrade's accuracies are four arrays [test sets, ...] of one shape, got {shapes}"
+        )
+    if not (independent > 0).all():
+        raise UserError("the independent version's accuracies must be above 0", "independent")
+    up = _logistic((new - independent) / independent)
+    comp = _logistic(update_gain(cross, old, independent))
+    one = 2 * up * comp / (up + comp)
+    return Upgrade(*(x.mean(axis=0) for x in (up, comp, one)))
+
+
+def update_gains(matrix: np.ndarray, independent: np.ndarray) -> np.ndarray:
+    """Compute the update gain of every pair of versions.
+
+    Args:
+      matrix: float[T, T], a compatibility matrix.
+      independent: float[T], self-test of a version that was trained independently on the data of each.
+
+    Returns:
+      float64[T, T], see `update_gain`; NaN on and above the diagonal.
+
+    Raises:
+      UserError: the matrix is not square or has a NaN, another number of independent versions.
+    """
+    matrix, pairs, independent = _check_independent([matrix], [independent])
+    gains = update_gain(matrix[0], np.diagonal(matrix[0]), independent[0][:, None])
+    return np.where(pairs, gains, np.nan)
+
+
+def upgrade_matrices(matrices: Sequence[np.ndarray], independent: np.ndarray) -> Upgrade:
+    """Compute P_up, P_comp and P_1 of every pair of versions.
+
+    Args:
+      matrices: float[T, T] of each test set.
+      independent: float[sets, T], self-tests of versions that were trained independently.
+
+    Returns:
+      `Upgrade` of float64[T, T], see `upgrade_scores`; NaN on and above the diagonal.
+
+    Raises:
+      UserError: see `update_gains`.
+    """
+    matrices, pairs, independent = _check_independent(matrices, independent)
+    own = np.diagonal(matrices, axis1=1, axis2=2)
+    old, new, rows = np.broadcast_arrays(own[:, None], own[:, :, None], independent[:, :, None])
+    scores = upgrade_scores(old, rows, new, cross=np.where(pairs, matrices, old))
+    return Upgrade(*(np.where(pairs, x, np.nan) for x in scores))
+
+
+def _check_independent(matrices, independent):
+    matrices = np.stack([_check_matrix(m) for m in matrices])
+    independent = np.asarray(independent, np.float64)
+    if independent.shape != matrices.shape[:2]:
+        raise UserError(
+            f"matrices {matrices.shape[1:]} of {len(matrices)} test sets need independent accuracies "
+            f"of shape {matrices.shape[:2]}, got {independent.shape}",
+            "independent",
+        )
+    return matrices, np.tri(matrices.shape[1], k=-1, dtype=bool), independent
+
+
+def _logistic(x: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(0.5 * x))  # overflows nowhere
+
+
+def definition_1_matrix(
+    features: Sequence[np.ndarray],
+    labels: np.ndarray,
+    *,
+    distance: Distance = "cosine",
+    sample: int | None = None,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Measure Definition 1 for every pair of versions, on the same images.
+
+    Args:
+      features: float[n, d] of each version.
+      labels: int[n].
+      distance: see `definition_1`.
+      sample: see `definition_1`.
+      seed: see `definition_1`.
+
+    Returns:
+      float64[T, T] twice: at [t, k] the share of pairs of one class, and of pairs of different classes,
+      that satisfy their inequality with t as the new version and k as the old one; NaN above the
+      diagonal and between versions of unequal feature size, 1 on the diagonal.
+
+    Raises:
+      UserError: see `definition_1`.
+    """
+    shares = np.full((2, len(features), len(features)), np.nan)
+    for t, new in enumerate(features):
+        for k, old in enumerate(features[: t + 1]):
+            if np.shape(new) == np.shape(old):
+                found = definition_1(new, old, labels, distance=distance, sample=sample, seed=seed)
+                shares[:, t, k] = found.same_class, found.other_class
+    return shares[0], shares[1]
 
 
 def definition_1(

@@ -14,21 +14,26 @@ from ml_collections import ConfigDict
 
 from compat_jax import methods, models
 from compat_jax.data import Preprocess, Tasks
+from compat_jax.data.ledger import Splits
+from compat_jax.data.photos import Photos
 from compat_jax.data.registry import source_fields, source_names
 from compat_jax.errors import UserError, unknown
 from compat_jax.fields import Field, Rule, checked, describe
 from compat_jax.files import absolute
 from compat_jax.models import Backbone
 from compat_jax.session import Session, never
-from compat_jax.training.optimizer import Sgd
+from compat_jax.training.optimizer import OPTIMIZERS, Settings
 from compat_jax.training.run import Run
 
 # Fields that change how a run is carried out or watched, not what comes out.
-_FREE = ("save_every", "mesh", "device_budget_mb", "in_memory")
+_FREE = (
+    *("save_every", "mesh", "device_budget_mb", "in_memory"),
+    *("validate_every", "log_every", "tensorboard"),
+)
 # Arguments of the library whose field has another name.
 _RENAMED = {"class_counts": "pretrain_classes", "backbone": "backbone.name"}
 # Sections of a configuration, and what they become.
-_SECTIONS: Mapping[str, Any] = {"tasks": Tasks, "optim": Sgd, "data": Preprocess}
+_SECTIONS: Mapping[str, Any] = {"tasks": Tasks, "data": Preprocess}
 ROLES = ("train", "query", "gallery")
 
 _OWN = (
@@ -39,6 +44,19 @@ _OWN = (
         "device_budget_mb", int, Rule("MB of images on a device; 0 for all", low=0, high=10**9), 0
     ),
     Field("mesh", str, Rule("devices, e.g. data:-1,model:1"), "data:-1"),
+    Field(
+        "validate_every",
+        int,
+        Rule("steps between validations; 0 after each epoch", low=0, high=10**9),
+        0,
+    ),
+    Field(
+        "log_every",
+        int,
+        Rule("steps between lines of the log; 0 for epochs and every 10 s", low=0, high=10**9),
+        0,
+    ),
+    Field("tensorboard", str, Rule("folder for TensorBoard; empty for none"), ""),
     Field("pretrained", str, Rule("chain of the models that come in at tasks.replace_at"), ""),
     Field(
         "tasks.replace_at",
@@ -51,6 +69,30 @@ _OWN = (
         tuple[int, ...],
         Rule("classes that each pre-trained model learns"),
         (100, 300, 600),
+    ),
+    Field("weights", str, Rule("weight file (.pt, .pth, .safetensors) of the backbone"), ""),
+    Field("ema", bool, Rule("take the averaged (EMA) weights of the file"), False),
+    Field(
+        "start", str, Rule("version to start from, CHAIN:NUMBER, of any chain on the simplex"), ""
+    ),
+    Field(
+        "adopt.epochs",
+        int | None,
+        Rule("epochs of a version that puts a backbone onto the simplex", low=1, high=10**6),
+        None,
+    ),
+    Field("adopt.lr", float | None, Rule("its learning rate", above=0), None),
+    Field(
+        "adopt.freeze_backbone",
+        int | None,
+        Rule("its first epochs, in which only the projection is trained", low=0, high=10**6),
+        None,
+    ),
+    Field(
+        "data.photos.aliases",
+        str,
+        Rule("classes that were renamed or merged: new=old,other=old"),
+        "",
     ),
     Field(
         "data.pretraining_may_share",
@@ -87,15 +129,35 @@ def _schema() -> Iterator[Field]:
         for field in describe(inspect.unwrap(methods.factory(name))):
             rule = dataclasses.replace(field.rule, help=f"{field.rule.help} ({name})")
             yield dataclasses.replace(field, name=f"loss.{field.name}", rule=rule)
+    yield from _optimizer_fields()
     for section, owner in _SECTIONS.items():
         for field in describe(owner):
             yield dataclasses.replace(field, name=f"{section}.{field.name}")
+    for kind in (Photos, Splits):
+        for field in describe(kind):
+            where = "data.photos" if kind is Photos else "data.photos.splits"
+            yield dataclasses.replace(field, name=f"{where}.{field.name}")
     yield Field("data.ROLE.source", str, Rule("kind of data", choices=source_names()), None)
     for source in source_names():
         for field in source_fields(source):
             rule = dataclasses.replace(field.rule, help=f"{field.rule.help} (source {source})")
             yield dataclasses.replace(field, name=f"data.ROLE.{field.name}", rule=rule)
     yield from _OWN
+
+
+def _optimizer_fields():
+    """The choice of the optimiser, and the fields of each; what all have alike comes once."""
+    yield Field("optim.name", str, Rule("optimiser", choices=tuple(OPTIMIZERS)), "sgd")
+    kinds: Mapping[str, Any] = OPTIMIZERS
+    usual = describe(kinds["sgd"])
+    fields = [(name, field) for name, kind in kinds.items() for field in describe(kind)]
+    for field in dict.fromkeys([*usual, *(field for _, field in fields)]):
+        owners = [name for name, other in fields if other == field]
+        rule = field.rule
+        is_everywhere = sum(other.name == field.name for _, other in fields) == len(OPTIMIZERS)
+        if not (is_everywhere and field in usual):
+            rule = dataclasses.replace(rule, help=f"{rule.help} ({', '.join(owners)})")
+        yield dataclasses.replace(field, name=f"optim.{field.name}", rule=rule)
 
 
 def backbone_arguments() -> tuple[str, ...]:
@@ -138,7 +200,9 @@ def run_of(config: ConfigDict) -> Run:
         if not isinstance(value, str):
             raise UserError(f"{field} must be a text, got {value!r:.80}", field)
     arguments = _plain_values(_section(backbone, "arguments"))
-    preprocess = {f.name: data[f.name] for f in describe(Preprocess) if f.name in data}
+    preprocess = {
+        f.name: data[f.name] for f in describe(Preprocess) if data.get(f.name) is not None
+    }
     tasks = _plain_values(_section(config, "tasks"))
     tasks.pop("replace_at", None)
     numbers = _plain_values(_section(config, "loss"))
@@ -147,7 +211,7 @@ def run_of(config: ConfigDict) -> Run:
         return Run(
             method=methods.get(method, numbers),
             backbone=Backbone(name, arguments),
-            optimizer=_made(Sgd, "optimizer", _plain_values(_section(config, "optim"))),
+            optimizer=_optimizer(_plain_values(_section(config, "optim"))),
             preprocess=Preprocess(**preprocess),
             tasks=_made(Tasks, "tasks", tasks),
             **given,
@@ -166,6 +230,24 @@ def _check_numbers(method, numbers):
             )
 
 
+def _optimizer(given: dict[str, Any]) -> Settings:
+    """Make the optimiser of a section `optim`; without a name it is SGD."""
+    name = given.pop("name", "sgd")
+    if not isinstance(name, str) or name not in OPTIMIZERS:
+        raise unknown("optimizer.name", str(name), OPTIMIZERS, "optimizer.name")
+    kinds: Mapping[str, Any] = OPTIMIZERS
+    kind = kinds[name]
+    for field in given:
+        owners = [n for n, k in kinds.items() if field in {f.name for f in describe(k)}]
+        if owners and name not in owners:
+            raise UserError(
+                f"optimiser {name!r} has no field {field!r}, which is {' and '.join(owners)}'s: choose "
+                f"the optimiser where the configuration is made, FILE.py:optimizer={name}",
+                f"optimizer.{field}",
+            )
+    return _made(kind, "optimizer", given)
+
+
 def check_names(config: ConfigDict) -> None:
     """Refuse fields that no configuration has, for example misspelt ones.
 
@@ -182,14 +264,83 @@ def check_names(config: ConfigDict) -> None:
                 raise unknown("field of the configuration", where, valid, argument=where)
 
 
+def photos_of(config: ConfigDict) -> Photos | None:
+    """Return the photos that a configuration names; None if it has no data.photos.
+
+    Raises:
+      UserError: unknown fields, values out of range, or aliases that are no name=name.
+    """
+    data = _section(config, "data")
+    if "photos" not in data:
+        return None
+    given = _plain_values(_section(data, "photos"))
+    splits, aliases = given.pop("splits", {}), own_field(config, "data.photos.aliases")
+    given.pop("aliases", None)
+    with located("photos"):
+        if not given.get("path"):
+            raise UserError(
+                "data.photos.path is missing: a folder of class folders, or a table", "path"
+            )
+        return _made(
+            Photos,
+            "data.photos",
+            {
+                **given,
+                "splits": _made(Splits, "data.photos.splits", dict(splits)),
+                "aliases": _pairs(aliases),
+            },
+            extra=("splits", "aliases"),
+        )
+
+
+def _pairs(text: str) -> dict[str, str]:
+    found = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        new, equals, old = (p.strip() for p in part.partition("="))
+        if not (new and equals and old):
+            raise UserError(f"aliases are written new=old,other=old: got {part!r:.80}", "aliases")
+        found[new] = old
+    return found
+
+
+def says_images(config: ConfigDict) -> bool:
+    """Return whether a configuration gives the mean and deviation of its images."""
+    data = _section(config, "data")
+    return data.get("mean") is not None and data.get("std") is not None
+
+
+def adopting_run(config: ConfigDict, run: Run) -> Run:
+    """Return the run with the settings for a version that puts a backbone onto the simplex.
+
+    Raises:
+      UserError: values out of range.
+    """
+    epochs, lr, freeze = (
+        own_field(config, f"adopt.{name}") for name in ("epochs", "lr", "freeze_backbone")
+    )
+    changes: dict[str, Any] = {}
+    if lr is not None:
+        changes |= {"lr": lr, "min_lr": min(lr, getattr(run.optimizer, "min_lr", lr))}
+    if freeze is not None:
+        changes["freeze_backbone"] = freeze
+    with located():
+        optimizer: Any = run.optimizer
+        changed = dataclasses.replace(optimizer, **changes) if changes else optimizer
+        return dataclasses.replace(run, epochs=epochs or run.epochs, optimizer=changed)
+
+
 def session_of(
-    config: ConfigDict, should_stop: Callable[[], bool] = never, progress: bool = True
+    config: ConfigDict,
+    should_stop: Callable[[], bool] = never,
+    *,
+    progress: bool = True,
+    accept_changes: bool = False,
 ) -> Session:
     """Make the session that a configuration describes.
 
     Args:
       config: the configuration.
-      should_stop, progress: see `Session`.
+      should_stop, progress, accept_changes: see `Session`.
 
     Raises:
       UserError: values out of range.
@@ -200,6 +351,10 @@ def session_of(
         device_budget=own_field(config, "device_budget_mb") << 20,
         should_stop=should_stop,
         progress=progress,
+        accept_changes=accept_changes,
+        validate_every=own_field(config, "validate_every"),
+        log_every=own_field(config, "log_every"),
+        tensorboard=own_field(config, "tensorboard") or None,
     )
 
 
@@ -251,12 +406,16 @@ def field_of(argument: str | None, role: str | None = None) -> str | None:
     if argument is None:
         return None
     section, _, name = argument.rpartition(".")
+    if role == "photos":
+        return f"data.photos.{argument}"
     if role is not None:
         return f"data.{role}.{name}"
     if section == "optimizer":
         return f"optim.{name}"
     if section in methods.names():
         return f"loss.{name}"
+    if section == "splits" or argument in ("path", "aliases", "resize", "on_bad"):
+        return f"data.photos.{argument}"
     if argument in {f.name for f in describe(Preprocess)} | {"pretraining_may_share"}:
         return f"data.{argument}"
     if argument == "size":
@@ -275,8 +434,8 @@ def _section(config, name) -> ConfigDict:
     return section
 
 
-def _made(kind: Any, where: str, arguments: dict[str, Any]) -> Any:
-    valid = [f.name for f in describe(kind)]
+def _made(kind: Any, where: str, arguments: dict[str, Any], extra: tuple[str, ...] = ()) -> Any:
+    valid = [*(f.name for f in describe(kind)), *extra]
     for name in arguments:
         if name not in valid:
             raise unknown(f"field of {where}", name, valid, f"{where}.{name}")

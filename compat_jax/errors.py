@@ -22,7 +22,7 @@ class Diverged(UserError):
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved its state; calling again resumes it."""
+    """The run was asked to stop; calling again resumes it. The text says whether it saved a state."""
 
 
 def unknown(
@@ -40,6 +40,11 @@ def unknown(
       A UserError for the caller to raise, listing the choices and the nearest of them.
     """
     choices = sorted(choices)
-    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = nearest(value, choices)
     return UserError(f"unknown {kind} {value!r}.{hint} Valid: {', '.join(choices)}.", argument)
+
+
+def nearest(value: str, choices: Iterable[str]) -> str:
+    """Return " Did you mean NAME?" with the choice nearest to a value; "" where none is near."""
+    near = difflib.get_close_matches(str(value), sorted(choices), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,15 +1,18 @@
 """Every version of a chain tried against every older one: the compatibility matrix."""
 
 import dataclasses
+import functools
 import hashlib
 import io
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from compat_jax import compatibility, hosts, methods
-from compat_jax.chain import Chain, Version
+from compat_jax import compatibility, hosts, methods, statistics
+from compat_jax.chain import Chain, Record, Version
+from compat_jax.data.class_register import Register
 from compat_jax.data.dataset import Dataset
 from compat_jax.data.roles import check_same_classes
 from compat_jax.errors import Stopped, UserError
@@ -19,6 +22,7 @@ from compat_jax.retrieval import embed
 from compat_jax.retrieval import metric as metrics_by_name
 from compat_jax.retrieval.metric import Metric, Queries, everything
 from compat_jax.session import Session
+from compat_jax.statistics import Flips, MatrixIntervals
 
 Scores = dict[tuple[int, int], np.ndarray]
 
@@ -38,6 +42,8 @@ class Evaluation:
       scores: {(t, k): float[queries]}, one score per query for every comparable pair; NaN where a query
         was left out.
       notes: sentences about how the numbers were made.
+      labels: int[queries], class of each query; None if not known.
+      class_names: of the queries.
     """
 
     metric: str
@@ -49,6 +55,8 @@ class Evaluation:
     method: str = ""
     scores: Scores = dataclasses.field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
+    labels: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    class_names: tuple[str, ...] = dataclasses.field(default=(), repr=False)
 
     @property
     def average_compatibility(self) -> float:
@@ -60,8 +68,42 @@ class Evaluation:
         """AA, in 0..1."""
         return compatibility.average_accuracy(self.matrix)
 
+    @functools.cached_property
+    def intervals(self) -> MatrixIntervals | None:
+        """95 % intervals by a paired bootstrap over queries; None without scores."""
+        return statistics.matrix_intervals(self.scores, len(self.matrix)) if self.scores else None
+
+    @functools.cached_property
+    def flips(self) -> Flips | None:
+        """Positive and negative flips of every pair, see `statistics.flips`; None without scores."""
+        return statistics.flips(self.scores, len(self.matrix)) if self.scores else None
+
+    @property
+    def within_noise(self) -> np.ndarray:
+        """bool[T, T], true where the interval of [t, k] - [k, k] holds 0; false without scores."""
+        if self.intervals is None:
+            return np.zeros(self.matrix.shape, bool)
+        return self.intervals.within_noise
+
+    def flips_by_class(self) -> Flips:
+        """Return the flips of each class's queries, float64[T, T, classes].
+
+        Raises:
+          UserError: an evaluation without scores, or without the queries' labels.
+        """
+        if not self.scores or self.labels is None:
+            raise UserError(
+                "flips by class need the queries' scores and labels: evaluate the chain"
+            )
+        return statistics.flips_by_class(
+            self.scores,
+            len(self.matrix),
+            labels=self.labels,
+            num_classes=max(len(self.class_names), int(self.labels.max()) + 1),
+        )
+
     def summary(self) -> dict[str, Any]:
-        """Return everything but the scores as JSON values."""
+        """Return everything but the scores as JSON values; intervals and flips come from the scores."""
         several = len(self.matrix) > 1
         return {
             "metric": self.metric,
@@ -83,6 +125,9 @@ class Evaluation:
             "forward_compatibility": (
                 float(compatibility.forward_compatibility(self.matrix)) if several else None
             ),
+            "intervals": self.intervals and self.intervals.summary(),
+            "flips": self.flips
+            and {name: statistics.without_nan(part) for name, part in self.flips._asdict().items()},
         }
 
     def table(self, name: str = "") -> str:
@@ -92,26 +137,40 @@ class Evaluation:
           name: of the method, for the title; the evaluation's own by default.
 
         Returns:
-          Text; "x" marks an incompatible pair, whose cell is not above its column's self-test, and "*"
-          a row whose model was replaced.
+          Text; "x" marks an incompatible pair, whose cell is not above its column's self-test, "~" a
+          pair whose difference to that self-test is within noise, above or below it, and "*" a row whose
+          model was replaced.
         """
-        good = compatibility.compatible_pairs(self.matrix)
+        good, noise = compatibility.compatible_pairs(self.matrix), self.within_noise
         title = methods.title(name or self.method)
+        legend = "* model replaced, x not compatible" + (", ~ within noise" if noise.any() else "")
         lines = [
             f"{title + ': ' if title else ''}{self.metric} %, rows = query version, columns = gallery "
-            "version (* model replaced, x not compatible)",
+            f"version ({legend})",
             "      " + "".join(f"{task:>8}" for task in self.tasks),
         ]
         for t, row in enumerate(self.matrix):
             cells = []
             for k in range(t + 1):
-                mark = "x" if k < t and not good[t, k] else " "
+                mark = "~" if noise[t, k] else "x" if k < t and not good[t, k] else " "
                 cells.append(f"{100 * row[k]:7.2f}{mark}")
             star = "*" if self.replaced[t] else " "
             lines.append(f"{self.tasks[t]:>4}{star} " + "".join(cells))
-        ac = f"AC {self.average_compatibility:.2f}" if len(self.matrix) > 1 else "AC -"
-        lines.append(f"{ac}   AA {100 * self.average_accuracy:.2f}")
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, self._averages(), *self.notes])
+
+    def _averages(self) -> str:
+        """AC and AA, with their intervals and the pairs within noise where the scores are known."""
+        size = len(self.matrix)
+        line = f"AC {self.average_compatibility:.2f}" if size > 1 else "AC -"
+        line += f"   AA {100 * self.average_accuracy:.2f}"
+        if self.intervals is None:
+            return line
+        aa = "AA {:.2f} to {:.2f}".format(*(100 * x for x in self.intervals.average_accuracy))
+        if size == 1:
+            return f"{line}   (95 %: {aa})"
+        ac = "AC {:.2f} to {:.2f}".format(*self.intervals.average_compatibility)
+        pairs, noisy = size * (size - 1) // 2, int(self.within_noise.sum())
+        return f"{line}   (95 %: {ac}, {aa}; {noisy} of {pairs} pairs within noise)"
 
     def sentence(self, name: str = "") -> str:
         """Say in plain words what happened to old galleries when the model was replaced.
@@ -138,9 +197,11 @@ class Evaluation:
         if not pairs:
             return "One version alone has no older gallery to be compatible with."
         good = round(self.average_compatibility * pairs)
+        noisy = int(self.within_noise.sum())
+        doubt = f" In {noisy} the difference is within noise, either way." if noisy else ""
         return (
             f"AC: in {good} of {pairs} pairs, queries of the newer version do better on the older "
-            "version's gallery than the older version itself. AA: mean of all cells."
+            f"version's gallery than the older version itself.{doubt} AA: mean of all cells."
         )
 
     def __str__(self) -> str:
@@ -209,6 +270,28 @@ def across_replacements(matrix: np.ndarray, replaced: Sequence[bool]) -> np.ndar
     return matrix[rows, columns][epoch[rows] != epoch[columns]]
 
 
+def retrieval_setting(class_names: Sequence[str], record: Record) -> str:
+    """Name the setting of an evaluation: retrieval among classes that were trained on, or others.
+
+    Args:
+      class_names: of query and gallery.
+      record: of the newest version; its aliases count as their classes.
+
+    Returns:
+      A sentence; "" where the record does not name its classes.
+    """
+    if not record.class_names:
+        return ""
+    register = Register(tuple(record.class_names), dict(record.aliases))
+    trained = sum(name in register for name in class_names)
+    classes = f"{len(class_names)} classes of query and gallery"
+    if trained == len(class_names):
+        return f"Closed set: the newest version was trained on all {classes}."
+    if not trained:
+        return f"Open set: no version was trained on the {classes}."
+    return f"Mixed set: the newest version was trained on {trained} of the {classes}."
+
+
 def evaluate(
     chain: Chain,
     query: Dataset,
@@ -252,7 +335,7 @@ def evaluate(
     numbers = list(chain.require_whole().numbers() if versions is None else versions)
     own = same_pictures(query, gallery)
     settings = f"{dtype} {query.fingerprint()} {gallery.fingerprint()}"
-    tables = [_Table(metric, own, _Cache(session.cache, settings)) for metric in found]
+    tables = [_Table(metric, own, _Cache(session.cache, settings), query) for metric in found]
     records = []
     bar = session.bar("evaluating")
     for number in track(numbers, bar, "versions"):
@@ -266,6 +349,45 @@ def evaluate(
         for table in tables:
             table.add(version, extraction)
     return Evaluations([table.result(numbers, records) for table in tables])
+
+
+def features(
+    version: Version,
+    data: Dataset,
+    *,
+    dtype: str = "float32",
+    session: Session | None = None,
+) -> np.ndarray:
+    """Embed a data set with a version, or read what an evaluation with this cache has embedded.
+
+    Args:
+      version: an opened entry of a chain.
+      data: images.
+      dtype: of the network's computation.
+      session: devices, batch size, progress bars, and the cache.
+
+    Returns:
+      float32[n, feature_size], rows of norm 1.
+
+    Raises:
+      UserError: see `Version.embed`.
+    """
+    session = session or Session()
+
+    def compute():
+        found = embed(
+            version,
+            data.images,
+            mesh=session.devices(),
+            batch_size=session.batch_size,
+            dtype=dtype,
+            progress=session.bar(f"embedding with version {version.number}"),
+        )
+        return (found,)
+
+    cache = _Cache(session.cache, f"{dtype} {data.fingerprint()}")
+    made_of = [f"{version.sha256} {version.record}"]
+    return cache.get(f"features{version.number:04d}", made_of, compute)[0]
 
 
 def same_pictures(query: Dataset, gallery: Dataset) -> np.ndarray | None:
@@ -289,13 +411,8 @@ class _Extraction:
     def features(self, role: str) -> np.ndarray:
         """float32[n, d] of "query" or "gallery"."""
         if role not in self._done:
-            self._done[role] = embed(
-                self.version,
-                self.data[role].images,
-                mesh=self.session.devices(),
-                batch_size=self.session.batch_size,
-                dtype=self.dtype,
-                progress=self.session.bar(f"embedding with version {self.version.number}"),
+            self._done[role] = features(
+                self.version, self.data[role], dtype=self.dtype, session=self.session
             )
         return self._done[role]
 
@@ -303,23 +420,25 @@ class _Extraction:
 class _Table:
     """The matrix of one metric, row by row."""
 
-    def __init__(self, metric: Metric, own: np.ndarray | None, cache: "_Cache"):
-        self.metric, self.own, self.cache = metric, own, cache
+    def __init__(self, metric: Metric, own: np.ndarray | None, cache: "_Cache", query: Dataset):
+        self.metric, self.own, self.cache, self.query = metric, own, cache, query
         self.galleries: list[tuple[np.ndarray, ...]] = []
         self.made_of: list[str] = [metric.name]  # the versions whose galleries a row is made of
         self.rows: list[list[np.ndarray | None]] = []
 
     def add(self, version: Version, extraction: _Extraction) -> None:
         """Add a version: its gallery, and its queries in all galleries so far."""
-        gallery, query = extraction.data["gallery"], extraction.data["query"]
+        gallery, query = extraction.data["gallery"], self.query
         prepare = self.metric.prepare if self.own is None else everything
         name = f"{self.metric.name} {prepare is everything} {version.sha256} {version.record}"
+
+        def prepared():
+            return prepare(extraction.features("gallery"), gallery.labels)
+
         self.galleries.append(
-            self.cache.get(
-                f"gallery{version.number:04d}",
-                [name],
-                lambda: prepare(extraction.features("gallery"), gallery.labels),
-            )
+            prepared()  # the features are cached as they are
+            if prepare is everything
+            else self.cache.get(f"gallery{version.number:04d}", [name], prepared)
         )
         self.made_of.append(name)
 
@@ -346,7 +465,9 @@ class _Table:
                     continue
                 scores[t, k] = cell
                 matrix[t, k] = cell[~np.isnan(cell)].mean()
-        notes = []
+        classes = self.query.class_names
+        setting = retrieval_setting(classes, records[-1]) if records else ""
+        notes = [setting] if setting else []
         if self.own is not None:
             inside, total = int((self.own >= 0).sum()), len(self.own)
             notes.append(
@@ -367,6 +488,8 @@ class _Table:
             method=records[-1].method if records else "",
             scores=scores,
             notes=tuple(notes),
+            labels=self.query.labels,
+            class_names=classes,
         )
 
 
@@ -398,5 +521,12 @@ class _Cache:
         # Scores are mostly zeros and ones; features do not compress.
         save: Any = np.savez_compressed if kind.startswith("row") else np.savez
         save(buffer, **{f"{i:02d}": np.asarray(a) for i, a in enumerate(parts)})
-        hosts.on_first(lambda: write_sealed(path, buffer.getvalue(), key))
+
+        def write():
+            try:
+                write_sealed(path, buffer.getvalue(), key)
+            except OSError as error:  # the numbers are right without a cache
+                logging.warning("cannot keep %s: %s", path, error.strerror or error)
+
+        hosts.on_first(write)
         return tuple(np.asarray(a) for a in parts)

@@ -1,6 +1,9 @@
 """Train, pre-train and evaluate by configuration."""
 
+import dataclasses
 import os
+import re
+import sys
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -9,10 +12,13 @@ from ml_collections import ConfigDict
 from compat_jax import config as configs
 from compat_jax.chain import Chain, Version
 from compat_jax.data import Dataset, load
+from compat_jax.data.ledger import LEDGER, Ledger
+from compat_jax.data.photos import Photos
 from compat_jax.data.roles import check_roles
 from compat_jax.errors import UserError
 from compat_jax.evaluation import Evaluations
 from compat_jax.evaluation import evaluate as evaluate_chain
+from compat_jax.interop import ImageSettings, starting_version_of
 from compat_jax.mesh import check_batch
 from compat_jax.retrieval import Metric
 from compat_jax.session import Session
@@ -20,24 +26,35 @@ from compat_jax.training import Run
 from compat_jax.training import pretrain as pretrain_run
 from compat_jax.training import train as train_run
 from compat_jax.training.pretraining import check_counts
+from compat_jax.training.update import Update, update
 from compat_jax.training.workdir import Workdir
 
 Path: TypeAlias = str | os.PathLike[str]
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def train(config: ConfigDict, workdir: Path, session: Session) -> Chain:
-    """Train the task sequence of a configuration; one version per task.
+def train(config: ConfigDict, workdir: Path, session: Session) -> Chain | Update:
+    """Train what a configuration describes: a task sequence, or the next version on new photos.
 
     Args:
       config: the configuration.
       workdir: folder of the run.
       session: see `config.session_of`.
 
+    Returns:
+      The chain of a sequence, a version per task; what `update` did for photos.
+
     Raises:
-      Stopped, Diverged, UserError: see `train.train`.
+      Stopped, Diverged, UserError: see `training.train` and `training.update`.
     """
+    photos = configs.photos_of(config)
+    if photos is not None:
+        return _update(config, photos, workdir, session)
     run, replacements = configs.run_of(config), load_replacements(config)
     _check_early(run, session, workdir)
+    start = load_start(config, run, None)
+    if start is not None and replacements.setdefault(0, start) is not start:
+        raise UserError("tasks.replace_at has task 0 already: leave out start and weights", "start")
     data, query, gallery = (load_role(config, role, session) for role in configs.ROLES)
     pretrained: dict[str, tuple[str, ...]] = {}
     if not configs.own_field(config, "data.pretraining_may_share"):
@@ -48,8 +65,78 @@ def train(config: ConfigDict, workdir: Path, session: Session) -> Chain:
         check_roles(data, {"query": query, "gallery": gallery}, pretrained)
         settings = configs.plain(config)
         return train_run(
-            run, data, workdir, replacements=replacements, session=session, config=settings
+            run,
+            data,
+            workdir,
+            replacements=replacements,
+            session=session,
+            config=settings,
         )
+
+
+def _update(config, photos: Photos, workdir, session) -> Update:
+    """Train the next version on what is new in the photos of a configuration."""
+    run = configs.run_of(config)
+    _check_early(run, session, workdir)
+    start = load_start(config, run, photos)
+    if start is not None:
+        run = _with_images(run, start.record.mean, start.record.std)
+    elif not configs.says_images(config):
+        run = _with_images(run, IMAGENET_MEAN, IMAGENET_STD)
+    with configs.located():
+        return update(
+            run,
+            photos,
+            workdir,
+            start=start,
+            adopt=configs.adopting_run(config, run),
+            session=session,
+            config=configs.plain(config),
+        )
+
+
+def _with_images(run: Run, mean, std) -> Run:
+    preprocess = dataclasses.replace(run.preprocess, mean=tuple(mean), std=tuple(std))
+    return dataclasses.replace(run, preprocess=preprocess)
+
+
+def load_start(config: ConfigDict, run: Run, photos: Photos | None) -> Version | None:
+    """Open the version or the weight file that a configuration starts from; None for neither.
+
+    Args:
+      config: the configuration.
+      run: its run.
+      photos: its photos, whose size and preparation a weight file gets; None without any.
+
+    Raises:
+      UserError: both are given, no such version, or weights that do not fit.
+    """
+    weights, start = (str(configs.own_field(config, name)) for name in ("weights", "start"))
+    if weights and start:
+        raise UserError("weights and start are both given: start from one of them", "start")
+    if start:
+        path, colon, number = start.rpartition(":")
+        if not colon or not re.fullmatch(r"-?[0-9]{1,9}", number):
+            raise UserError(
+                f"start is CHAIN:NUMBER, e.g. runs/a/chain:2, got {start!r:.200}", "start"
+            )
+        with configs.located():
+            return Chain(path, _own_backbone(config)).open(int(number))
+    if not weights:
+        return None
+    given = ImageSettings()
+    if photos is not None:
+        given = ImageSettings(photos.size, crop=photos.crop, filter=photos.filter)
+    if configs.says_images(config):
+        preprocess = run.preprocess
+        given = dataclasses.replace(given, mean=preprocess.mean, std=preprocess.std)
+    with configs.located():
+        found = starting_version_of(
+            weights, run, ema=bool(configs.own_field(config, "ema")), settings=given
+        )
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return found.version
 
 
 def pretrain(config: ConfigDict, workdir: Path, session: Session) -> Chain:
@@ -97,8 +184,30 @@ def evaluate(
     """
     config = config_of(chain) if config is None else config
     session.devices()  # refuses a mesh before any data is read
-    query, gallery = (load_role(config, role, session) for role in ("query", "gallery"))
+    query, gallery = load_retrieval(config, chain, session)
     return evaluate_chain(chain, query, gallery, metrics=metrics, dtype=dtype, session=session)
+
+
+def load_retrieval(config: ConfigDict, chain: Chain, session: Session) -> tuple[Dataset, Dataset]:
+    """Load query and gallery: those of the configuration, or the parts of a run's photos.
+
+    Args:
+      config: the configuration.
+      chain: of the run, beside which the ledger of its photos lies.
+      session: shows progress.
+
+    Raises:
+      UserError: see `load_role` and `Photos.retrieval`.
+    """
+    photos = configs.photos_of(config)
+    if photos is None:
+        query, gallery = (load_role(config, role, session) for role in ("query", "gallery"))
+        return query, gallery
+    path = chain.path.parent / LEDGER
+    if not path.exists():
+        raise UserError(f"no {path}: the parts of the photos are kept beside the chain", "chain")
+    with configs.located():
+        return photos.retrieval(Ledger.read(path), session.bar("reading pictures"))
 
 
 def config_of(chain: Chain) -> ConfigDict:
@@ -108,7 +217,7 @@ def config_of(chain: Chain) -> ConfigDict:
       UserError: it does not name a query and a gallery.
     """
     record = chain.require().record(-1)
-    if "query" not in record.config.get("data", {}):
+    if not {"query", "photos"} & record.config.get("data", {}).keys():
         raise UserError(
             f"{chain.path} does not say what to query: give a configuration with data.query and "
             "data.gallery",

@@ -101,12 +101,13 @@ def mean_features(
       extractor: of the network.
       variables: on the mesh.
       images: uint8[n, h, w, c].
-      labels: int[n], values 0..max, each at least once.
+      labels: int[n], values 0..max.
 
     Returns:
-      float32[max + 1, columns].
+      float32[max + 1, columns]; zeros for a class without an image.
     """
     found = extractor(variables, images).astype(np.float64)
     sums = np.zeros((int(labels.max()) + 1, found.shape[1]))
     np.add.at(sums, labels, found)
-    return (sums / np.bincount(labels)[:, None]).astype(np.float32)
+    counts = np.maximum(np.bincount(labels), 1)
+    return (sums / counts[:, None]).astype(np.float32)

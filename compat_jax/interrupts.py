@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -38,6 +39,8 @@ def saved_on_interrupt(session: Session) -> Iterator[Session]:
         if asked:
             signal.default_int_handler(number, frame)
         asked.append(number)
+        with contextlib.suppress(RuntimeError):  # the block may be printing itself
+            print("\nstopping: saves first; Ctrl-C again interrupts at once", file=sys.stderr)
 
     signal.signal(signal.SIGINT, receive)
     try:
@@ -45,7 +48,8 @@ def saved_on_interrupt(session: Session) -> Iterator[Session]:
         yield dataclasses.replace(session, should_stop=lambda: bool(asked) or should_stop())
     except Stopped as stopped:
         if asked:
-            raise KeyboardInterrupt("saved: call again to resume") from stopped
+            what = "saved" if "saved" in str(stopped) else "stopped with nothing left to save"
+            raise KeyboardInterrupt(f"{what}: call again to resume") from stopped
         raise
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)

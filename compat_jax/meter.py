@@ -26,6 +26,7 @@ class Meter:
         self.label, self.total, self.units = label, total, units
         self.done, self.note = 0, ""
         self._first, self._began, self._spoke = 0, time.monotonic(), time.monotonic()
+        self._since = self._began  # from when on the speed is measured
         self._bar: Any = None
         if label is not None and sys.stderr.isatty():
             self._bar = tqdm(total=total, desc=label, unit=f" {units}", leave=keep)
@@ -40,9 +41,11 @@ class Meter:
             self._speak()
 
     def skip(self, count: int) -> None:
-        """Count units that were done before."""
+        """Count units that were done before, or that say nothing about the speed of the others."""
         self._first += count
-        self.update(count)
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
 
     def update(self, count: int = 1) -> None:
         """Count units done."""
@@ -52,21 +55,37 @@ class Meter:
         elif time.monotonic() - self._spoke >= SECONDS:
             self._speak()
 
+    def restart(self) -> None:
+        """Measure the speed from here on: what was done so far was no measure of it."""
+        self._first, self._since = self.done, time.monotonic()
+
     def say(self, note: str) -> None:
         """Set the text behind the numbers."""
         self.note = note
         if self._bar is not None:
             self._bar.set_postfix_str(note)
 
+    def print(self, line: str) -> None:
+        """Print a line of its own, also where nothing else is shown."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def speak(self) -> None:
+        """Print the plain line at once, where there is no bar."""
+        if self._bar is None:
+            self._speak()
+
     def _speak(self) -> None:
         self._spoke = time.monotonic()
         if self.label is None:
             return
-        seconds, fresh = self._spoke - self._began, self.done - self._first
+        seconds, fresh = self._spoke - self._since, self.done - self._first
         left = (self.total - self.done) * seconds / fresh if fresh else 0.0
         parts = [f"{self.label}: {self.done} of {self.total} {self.units}", self.note]
         if fresh and self.done < self.total:
-            parts.append(f"about {_duration(left)} left")
+            parts.append(f"about {duration(left)} left")
         print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
 
 
@@ -84,7 +103,8 @@ def track(items: Sequence[T], label: str | None, units: str) -> Iterator[T]:
             meter.update()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Say a time in units that one reads."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:

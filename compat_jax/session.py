@@ -30,10 +30,18 @@ class Session:
         batches are put on the devices ahead of their use, which changes no bit. 0 for no limit.
       should_stop: asked between dispatches; when it returns True, the state is saved and `Stopped`
         is raised.
-      progress: whether to show progress bars; on the first host only.
+      validate_every: steps between validations; 0 validates after each epoch. Without validation
+        data there are none.
+      log_every: steps between lines of the log within an epoch; 0 for a line every ten seconds.
+      tensorboard: folder for TensorBoard's files, local or gs://; None for none.
+      progress: whether to show progress bars; without them, a line at the end of each task. On the
+        first host only.
       batch_size: images per batch when features are extracted.
       cache: folder for features and scores that an evaluation has computed; an interrupted evaluation
         resumes from there. None for none.
+      accept_changes: whether a run goes on with changed settings where they may change: those of the
+        optimiser, epochs, augmentation and what is kept at any time, batch, rehearsal, dtype and method
+        between two versions. What changed is kept in `run.json`.
     """
 
     mesh: Mesh | str = "data:-1"
@@ -44,9 +52,19 @@ class Session:
         int, Rule("bytes of images on a device; 0 for no limit", low=0, high=2**60)
     ] = 0
     should_stop: Callable[[], bool] = never
+    validate_every: Annotated[
+        int, Rule("steps between validations; 0 validates after epochs", low=0, high=10**9)
+    ] = 0
+    log_every: Annotated[
+        int, Rule("steps between lines of the log; 0 for ten seconds", low=0, high=10**9)
+    ] = 0
+    tensorboard: str | os.PathLike | None = None
     progress: Annotated[bool, Rule("whether to show progress bars")] = True
     batch_size: Annotated[int, Rule("images per batch of extraction", low=1, high=10**6)] = 256
     cache: str | os.PathLike | None = None
+    accept_changes: Annotated[
+        bool, Rule("whether to go on with changed settings, where they may change")
+    ] = False
 
     def __post_init__(self):
         check_fields(self)

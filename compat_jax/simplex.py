@@ -157,6 +157,52 @@ def _own_columns(features, num_prototypes):
     return jnp.where(is_own, wide, 0.0), is_own, num_prototypes
 
 
+def enlargement(num_prototypes: int, larger: int, order: LabelOrder = "descending") -> np.ndarray:
+    """Return the map that moves features from a simplex of K prototypes to one of more.
+
+    The K directions from the centre of the larger simplex's prototypes of the same classes to those
+    prototypes are a simplex of K themselves. The map takes each old prototype to the direction of its
+    class and keeps all inner products, so that scores between old features stay what they are; the
+    cosine between an old prototype's image and the new prototype is sqrt(1 - (K'-K) / (K (K'-1))).
+
+    Args:
+      num_prototypes: K of the features.
+      larger: K' of the simplex that they move to, > K.
+      order: which prototype a class is written to, see `prototype_rows`.
+
+    Returns:
+      float32[K-1, K'-1] with orthonormal rows; `features @ map` moves features.
+
+    Raises:
+      UserError: K' is not larger than K.
+    """
+    if larger <= num_prototypes:
+        raise UserError(
+            f"num_prototypes can only grow: the chain has {num_prototypes:,}, got {larger:,}",
+            "num_prototypes",
+        )
+    classes = np.arange(num_prototypes)
+    old, new = (
+        _rows64(np.asarray(prototype_rows(jnp.asarray(classes), k, order)), k)
+        for k in (num_prototypes, larger)
+    )
+    new -= new.mean(axis=0)
+    new /= np.linalg.norm(new, axis=1, keepdims=True)
+    # The sum of outer products of a simplex's prototypes is K / (K-1) times the identity.
+    return ((num_prototypes - 1) / num_prototypes * old.T @ new).astype(np.float32)
+
+
+def _rows64(rows: np.ndarray, num_prototypes: int) -> np.ndarray:
+    """Rows of the prototype matrix in double precision: float64[n, K-1]."""
+    d = num_prototypes - 1
+    mean, norm = _coefficients(num_prototypes)
+    found = np.full((len(rows), d), -mean / norm)
+    inner = np.flatnonzero(rows < d)
+    found[inner, rows[inner]] += 1.0 / norm
+    found[rows == d] = -1.0 / math.sqrt(d)
+    return found
+
+
 def prototype_rows(
     labels: jax.Array, num_prototypes: int, order: LabelOrder = "descending"
 ) -> jax.Array:

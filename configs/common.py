@@ -1,5 +1,6 @@
 """What the configurations share: typed arguments, and the sections of a configuration."""
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -10,6 +11,7 @@ from compat_jax import methods
 from compat_jax.config import backbone_arguments
 from compat_jax.data.registry import source_fields
 from compat_jax.errors import UserError, unknown
+from compat_jax.training.optimizer import OPTIMIZERS
 
 
 def parse_arguments(text: str | None, **defaults: Any) -> ConfigDict:
@@ -80,11 +82,21 @@ def tfds_source(name: str, split: str, **fields: Any) -> dict[str, Any]:
     return source("tfds", name=name, split=split, **{"size": 32, **fields})
 
 
-def base_config(method: str) -> ConfigDict:
+def base_config(method: str, optimizer: str = "sgd") -> ConfigDict:
     """The fields that every run has, with the reference's values.
+
+    Args:
+      method: name of the training method.
+      optimizer: name of the optimiser, whose own fields and defaults the section `optim` gets.
+
+    Raises:
+      UserError: unknown name.
 
     Source: `src/iamcl2r/params.py` and `src/iamcl2r/methods/hoc.py`.
     """
+    kind: Any = OPTIMIZERS.get(optimizer)
+    if kind is None:
+        raise unknown("optimizer", optimizer, OPTIMIZERS, "optim.name")
     return ConfigDict(
         {
             "method": method,
@@ -102,13 +114,6 @@ def base_config(method: str) -> ConfigDict:
             "device_budget_mb": 0,
             "mesh": "data:-1",
             "loss": dict(methods.get(method).arguments),
-            "optim": {
-                "lr": 0.001,
-                "min_lr": 0.00001,
-                "momentum": 0.9,
-                "weight_decay": 5e-4,
-                "decay": "package",
-                "schedule": "cosine",
-            },
+            "optim": {"name": optimizer, **dataclasses.asdict(kind())},
         }
     )

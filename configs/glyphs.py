@@ -6,7 +6,7 @@ A small network, 7 tasks, three pre-trained models of growing quality (`configs/
 that come in at tasks 0, 2 and 4. Pre-training reads mostly clean print; tasks and retrieval are noisy
 photographs of characters of which no role shares one.
 
-Arguments: method=hoc|sce|fd|er, replace=true|false, seed=0.
+Arguments: method=hoc|sce|fd|er, replace=true|false, seed=0, optimizer=sgd|adamw|lars.
 """
 
 from ml_collections import ConfigDict
@@ -40,8 +40,8 @@ def input_fields() -> dict:
 
 def get_config(arguments: str | None = None) -> ConfigDict:
     """The configuration; see the module's docstring for the arguments."""
-    args = parse_arguments(arguments, method="hoc", replace=True, seed=0)
-    config = base_config(args.method)
+    args = parse_arguments(arguments, method="hoc", optimizer="sgd", replace=True, seed=0)
+    config = base_config(args.method, args.optimizer)
     small_network(config)
     config.seed = args.seed
     config.epochs = 8

@@ -8,7 +8,7 @@ siblings). CIFAR comes through TFDS (TFDS_DATA_DIR); the models that replace oth
 `launch.pretrain` (`configs/pretrain.py`), whose folder is `--config.pretrained`. Without it
 (`replace=false`) one model is fine-tuned all along: CL2R.
 
-Arguments: method=hoc|sce|fd|er, tasks=7|31, replace=true|false.
+Arguments: method=hoc|sce|fd|er, tasks=7|31, replace=true|false, optimizer=sgd|adamw|lars.
 """
 
 from ml_collections import ConfigDict
@@ -22,10 +22,10 @@ _REPLACE_AT = {7: (0, 2, 4), 31: (0, 10, 20)}
 
 def get_config(arguments: str | None = None) -> ConfigDict:
     """The configuration; see the module's docstring for the arguments."""
-    args = parse_arguments(arguments, method="hoc", tasks=7, replace=True)
+    args = parse_arguments(arguments, method="hoc", optimizer="sgd", tasks=7, replace=True)
     if args.tasks not in _INCREMENTS:
         raise UserError(f"tasks must be 7 or 31, got {args.tasks}")
-    config = base_config(args.method)
+    config = base_config(args.method, args.optimizer)
     config.tasks = ConfigDict(
         {
             "initial": 10,

@@ -10,7 +10,7 @@ Classes are written to the prototypes in ascending order, those of the tasks in 
 that the two share the simplex and no prototype.
 
 Arguments: method=hoc|sce|fd (cross-entropy on the simplex)|er (learnable head),
-data=glyphs|imagenet32|folder, seed=0.
+data=glyphs|imagenet32|folder, seed=0, optimizer=sgd|adamw|lars.
 """
 
 from ml_collections import ConfigDict
@@ -25,12 +25,12 @@ DATA = ("glyphs", "imagenet32", "folder")
 
 def get_config(arguments: str | None = None) -> ConfigDict:
     """The configuration; see the module's docstring for the arguments."""
-    args = parse_arguments(arguments, method="hoc", data="glyphs", seed=0)
+    args = parse_arguments(arguments, method="hoc", optimizer="sgd", data="glyphs", seed=0)
     if args.method not in METHODS:
         raise unknown("method", args.method, METHODS)
     if args.data not in DATA:
         raise unknown("data", args.data, DATA)
-    config = base_config(args.method if args.method == "er" else "sce")
+    config = base_config(args.method if args.method == "er" else "sce", args.optimizer)
     config.seed = args.seed
     config.label_order = "ascending"
     config.optim.lr, config.optim.min_lr = 0.1, 0.001

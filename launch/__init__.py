@@ -24,8 +24,13 @@ class Program(NamedTuple):
 PROGRAMS = (
     Program("launch.quickstart", "see the paper's claim on a laptop", "workdir"),
     Program("launch.pretrain", "pre-train the models that replace others", "workdir"),
-    Program("launch.train", "train a sequence of tasks into a chain of versions", "workdir"),
+    Program(
+        "launch.train", "train the next version on new photos, or a sequence of tasks", "workdir"
+    ),
     Program("launch.evaluate", "compare every version of a chain with every older one", "chain"),
+    Program("launch.report", "put chains side by side on one page"),
+    Program("launch.embed", "write the features of pictures by a version of a chain"),
+    Program("launch.enlarge", "move a chain to a larger K without reading a picture again"),
     Program("launch.import_torch", "make a chain of PyTorch weights"),
     Program("launch.export_torch", "write a version as a PyTorch state dict"),
     Program("launch.plan", "compile a configuration for a TPU slice without renting one"),

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -94,11 +95,11 @@ def _guarded(main, argv):
         main(argv)
     except (UserError, OSError) as error:
         _fail(error)
-    except Stopped:
-        print("stopped and saved; run the same command to resume", file=sys.stderr)
+    except Stopped as stopped:
+        print(f"{stopped or 'stopped'}; run the same command to resume", file=sys.stderr)
         sys.exit(RESUME)
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command to resume from the last save", file=sys.stderr)
+    except KeyboardInterrupt:  # see `StopSignal`
+        print("\nstopped before there was anything to save; run the same command", file=sys.stderr)
         sys.exit(RESUME)
 
 
@@ -237,6 +238,18 @@ def check_choice(kind: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
+def shard(text: str) -> tuple[int, int]:
+    """Return (number, count) of "I/N".
+
+    Raises:
+      UserError: another form, or I out of 0..N-1.
+    """
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise UserError(f"shard is I/N with I below N, e.g. 0/4, got {text!r:.80}", "shard")
+    return int(match[1]), int(match[2])
+
+
 def cache_folder() -> Path:
     """Return the folder of drawn data and compiled programs: $COMPAT_JAX_CACHE or ~/.cache."""
     return Path(absolute(os.environ.get("COMPAT_JAX_CACHE") or "~/.cache/compat_jax"))
@@ -317,32 +330,59 @@ def say(text: object) -> None:
 class StopSignal:
     """Becomes true at SIGTERM, which Cloud sends before it takes a machine away, or at Ctrl-C.
 
-    The run then saves its state and ends. A second Ctrl-C ends the program at once.
+    The run then saves its state and ends. Before it was asked for the first time, while data are read,
+    there is nothing to save: the program ends. A second Ctrl-C ends the program at once.
     """
 
     def __init__(self):
-        self.received = False
+        self.received = self._asked = False
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        # Python runs a handler between two of its own instructions: minutes later, within a
+        # compilation. The number of the signal comes through the pipe at once.
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # the pipe is shared
+        threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
+            signal.signal(number, self._handle)
 
-    def _receive(self, number, _):
-        if number == signal.SIGINT:
-            if self.received:
-                # At once: an exception may be raised inside a callback of JAX, which drops it.
-                os.write(2, b"\nstopped; run the same command to resume from the last save\n")
-                os._exit(RESUME)
-            os.write(2, b"\nstopping: saves first; Ctrl-C again ends at once\n")
+    def _listen(self, reader):
+        interrupts = 0
+        while content := os.read(reader, 64):
+            for number in content:
+                self.received = self.received or number in (signal.SIGTERM, signal.SIGINT)
+                if number != signal.SIGINT:
+                    continue
+                interrupts += 1
+                if interrupts > 1:  # an exception might be raised in a callback that drops it
+                    os.write(2, b"\nstopped at once; the same command goes on from the last save\n")
+                    os._exit(RESUME)
+                if self._asked:
+                    os.write(2, b"\nstopping: saves first; Ctrl-C again ends at once\n")
+
+    def _handle(self, number, _):
+        del number
         self.received = True
+        if not self._asked and not _is_distributed():  # other hosts would wait for this one
+            raise KeyboardInterrupt
 
     def __call__(self) -> bool:
         """Return whether a signal came, to any of the hosts: they stop at the same step."""
         from compat_jax import hosts
 
+        self._asked = True
         return hosts.any_process(self.received)
+
+
+def _is_distributed():
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def session(config: ConfigDict, stop: StopSignal) -> "Session":
     """Make the session of a configuration, with bars as --progress says."""
     from compat_jax import config as configs
 
-    return configs.session_of(config, stop, flags.FLAGS.progress)
+    args = flags.FLAGS
+    changes = "continue_with_changes" in args and args.continue_with_changes
+    return configs.session_of(config, stop, progress=args.progress, accept_changes=changes)

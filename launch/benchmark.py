@@ -9,7 +9,15 @@ With a clone of the reference, both sides are timed alternately:
   python -m launch.benchmark --reference=~/iamcl2r --json=numbers.json
 
 Measures: step, epoch, first_step, features, evaluation, search, large_k, scaling, streaming; on
-accelerators also protocol.
+accelerators also protocol. At real picture sizes, without a clone, beside the networks of torchvision
+where it is installed (about ten minutes on two cores):
+
+  python -m launch.benchmark --only=photos,pictures --json=photos.json
+  python -m launch.benchmark --only=photo_step --backbone=resnet18 --size=128 --batch=32
+
+photos: photo_step (a training step), photo_features (images per second).
+pictures: latency (from one file to its feature), decoding (JPEGs by Grain beside Pillow), from_disk
+(training from files beside training from memory), photo_memory (peak of a program that reads 5,000).
 """
 
 import json
@@ -21,14 +29,28 @@ from launch import _cli as cli
 
 flags.DEFINE_string("reference", None, "folder of a clone of miccunifi/iamcl2r")
 flags.DEFINE_string("json", None, "file to write the numbers to")
-flags.DEFINE_list("only", [], "measures to take; all by default")
+flags.DEFINE_list(
+    "only", [], "measures to take, or photos, pictures for groups of them; all by default"
+)
 flags.DEFINE_list(
     "dtype", [], "dtypes to compute in: float32, bfloat16; by default those that are fast here"
 )
 flags.DEFINE_list(
     "variants",
     None,
-    "variants of PyTorch: eager, compile, channels_last, bf16, best; all by default",
+    "variants of PyTorch: eager, compile, channels_last, bf16, channels_last_bf16, best (compiled, "
+    "channels last, bf16); by default those that each measure is judged by",
+)
+flags.DEFINE_string("backbone", None, "of photo_step and photo_features; by default resnet50")
+flags.DEFINE_integer(
+    "size",
+    None,
+    "pixels of the pictures of photos and pictures; by default 224",
+    lower_bound=1,
+    upper_bound=8192,
+)
+flags.DEFINE_integer(
+    "batch", None, "pictures in a batch of photos and pictures; by default 8", lower_bound=1
 )
 flags.DEFINE_string("sizes", "full", "full, or tiny to try that everything runs")
 flags.DEFINE_string("part", None, "internal: the part of a measure that runs in a separate process")
@@ -41,23 +63,24 @@ def main(_) -> None:
     from compat_jax import models
     from launch import benchmarks
     from launch.benchmarks import table, timing
-    from launch.benchmarks.sides import on_accelerator
 
     cli.check_choice("sizes", args.sizes, sorted(benchmarks.SIZES))
     for dtype in args.dtype:
         cli.check_choice("dtype", dtype, sorted(models.DTYPES))
+    if args.backbone is not None and ":" not in args.backbone:
+        cli.check_choice("backbone", args.backbone, models.registered())
+    photo = {"backbone": args.backbone, "image": args.size, "batch": args.batch}
     if args.part:
-        _part(args.part, benchmarks.sizes(args.sizes))
+        _part(args.part, benchmarks.sizes(args.sizes, **photo))
         return
-    benchmarks.chosen(args.only)
-    dtypes = args.dtype or ["float32", *(["bfloat16"] if on_accelerator() else [])]
-    variants = args.variants or benchmarks.VARIANTS
+    dtypes = benchmarks.chosen_dtypes(args.dtype, benchmarks.chosen(args.only))
     lines = benchmarks.measure(
         args.only,
         clone=args.reference,
-        dtypes=dtypes,
+        dtypes=args.dtype,
         sizes_name=args.sizes,
-        variants=variants,
+        variants=args.variants,
+        photo=photo,
     )
     results = []
     matmul = {d: timing.matmul_flops(d) for d in sorted({"float32", *dtypes})}
@@ -71,13 +94,15 @@ def main(_) -> None:
 
 
 def _part(part, sizes):
-    from launch.benchmarks import growth, training
+    from launch.benchmarks import growth, pictures, training
 
-    kind, _, factor = part.partition(":")
+    kind, _, argument = part.partition(":")
     if kind == "first_update":
         training.first_update(sizes)
+    elif kind == "photo_memory":
+        print(json.dumps(pictures.read_and_embed(sizes, argument)))
     else:
-        print(json.dumps(growth.one_point(sizes, kind, int(factor))))
+        print(json.dumps(growth.one_point(sizes, kind, int(argument))))
 
 
 if __name__ == "__main__":

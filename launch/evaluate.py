@@ -14,7 +14,9 @@ from launch import _cli as cli
 cli.define_config()
 flags.DEFINE_string("chain", None, "folder of the chain")
 flags.DEFINE_list(
-    "metric", ["identification"], "identification, recall@K or map; several by commas"
+    "metric",
+    ["identification"],
+    "identification, recall@K, cmc@K, map, map@r, verification or tar@FAR; several by commas",
 )
 flags.DEFINE_string("out", None, "folder for matrix.json and pictures; beside the chain by default")
 flags.DEFINE_integer("batch_size", 256, "images per batch", lower_bound=1)

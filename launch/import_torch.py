@@ -3,19 +3,29 @@
   python -m launch.import_torch --weights=a.pt --backbone=resnet50 --out=runs/imported/chain \\
       --size=224 --mean=0.485,0.456,0.406 --std=0.229,0.224,0.225
   python -m launch.import_torch --weights=ckpts --config=configs/iamcl2r.py --out=runs/imported/chain
-  python -m launch.import_torch --weights=vit.safetensors --backbone=vit_s16 \\
-      --backbone_arguments=patch=16,image_size=224 --size=224 --out=DIR
+  python -m launch.import_torch --weights=dinov2_vits14_pretrain.pth --backbone=dinov2_s14 \\
+      --size=224 --mean=0.485,0.456,0.406 --std=0.229,0.224,0.225 --out=runs/imported/chain --append
 
 A folder gives a version for each of ckpt_0.pt, ckpt_1.pt, ..., a file one pre-trained model, fit for
---config.pretrained of launch.train. State dicts of the reference, of CL2R (--method=fd
---num_prototypes=100 --backbone=resnet32_cifar), of torchvision and of timm are known by their names.
+--config.pretrained of launch.train. With --append the model becomes the next version of the chain that
+is in --out, whatever its backbone, if K (--num_prototypes) is the chain's: so two imported models stand
+in one chain. The projection that a backbone alone lacks is drawn at random: start training from such a
+version, do not search with it.
 
-Size and normalisation of the images are those of the flags, else of --config, else of the file, where
-timm writes them. A configuration also gives query and gallery, sizes and replacements of the tasks.
+State dicts of the reference, of CL2R (--method=fd --num_prototypes=100 --backbone=resnet32_cifar), of
+torchvision, of timm and of DINOv2 are known by their names; configs/weights.md tells where to get which
+file.
+
+Size, mean, std, crop share and filter of the images are those of the flags, else of --config, else of
+the file, where timm writes them; it is printed which. A model of unknown size, mean or std is refused.
+A ViT is made for the size of the images. A configuration also gives query and gallery, sizes and
+replacements of the tasks.
 Files of torch.save need PyTorch 2.10 or later, .safetensors files their library; both come with the
 extra torch. Nothing in a file is run: one that would need it is refused, with the names of what it
 would run. Killed at any time, run the same command to resume.
 """
+
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -35,7 +45,10 @@ flags.DEFINE_integer("num_prototypes", None, "K of the simplex; 1024", lower_bou
 flags.DEFINE_integer("size", None, "side of the images in pixels", lower_bound=1)
 flags.DEFINE_string("mean", None, "of each channel in 0..1, e.g. 0.485,0.456,0.406")
 flags.DEFINE_string("std", None, "of each channel in 0..1, e.g. 0.229,0.224,0.225")
+flags.DEFINE_float("crop", None, "share of the short side that the centre crop keeps, e.g. 0.875")
+flags.DEFINE_enum("filter", None, ["bicubic", "bilinear", "box", "lanczos"], "of the resize")
 flags.DEFINE_string("out", None, "folder of the new chain")
+flags.DEFINE_bool("append", False, "add the file to the chain in --out, as its next version")
 
 
 def main(_) -> None:
@@ -43,7 +56,6 @@ def main(_) -> None:
     args = flags.FLAGS
     path, out = cli.require("weights", "a.pt"), cli.require("out", "runs/imported/chain")
     cli.start_jax()
-    from compat_jax import config as configs
     from compat_jax import report
     from compat_jax.chain import Chain
     from compat_jax.errors import UserError
@@ -55,34 +67,68 @@ def main(_) -> None:
     if not source.exists():
         raise UserError(f"no weight file at {source}", "weights")
     folder = source.is_dir()
-    if folder and args.ema:
-        raise UserError("a folder of checkpoints is imported without ema: give a file", "ema")
-    report.check_writable(chain.path)
+    for name in ("ema", "append"):
+        if folder and getattr(args, name):
+            raise UserError(
+                f"a folder of checkpoints is imported without {name}: give a file", name
+            )
+    if not args.append:
+        report.check_writable(chain.path)
     weights = torch_files.load(chains.checkpoints(path)[0] if folder else path, args.ema)
-    run, shape, config = _with_images(draft, given, weights)
+    run, images, config = _with_images(draft, given, weights)
     for note in weights.notes:
         print(f"note: {note}")
-    if folder:
-        numbers, tasks = range(len(chains.checkpoints(path))), run.tasks
-        has_tasks = config is not None and "tasks" in config
-        chains.import_folder(
-            path,
-            chain,
-            run,
-            image_shape=shape,
-            classes_seen=[tasks.initial + tasks.increment * n for n in numbers if has_tasks],
-            replace_at=configs.own_field(args.config, "tasks.replace_at") if has_tasks else (),
-            config=config,
-        )
-        print(f"{len(chain)} versions in {chain.path}; next:")
-        print(f"  python -m launch.evaluate --chain={chain.path}")
-        return
-    fresh = chains.import_file(weights, chain, run, image_shape=shape, config=config)
-    if fresh:
-        drawn = f"{' and '.join(fresh)} drawn with seed {run.seed}"
+    import_them = _import_folder if folder else _import_file
+    import_them(path if folder else weights, chain, run, images=images, config=config)
+
+
+def _import_folder(path, chain, run, *, images, config):
+    """Make a chain of the checkpoints of a folder."""
+    from compat_jax import config as configs
+    from compat_jax.interop import chains
+
+    numbers, tasks = range(len(chains.checkpoints(path))), run.tasks
+    has_tasks = config is not None and "tasks" in config
+    replace_at = configs.own_field(flags.FLAGS.config, "tasks.replace_at") if has_tasks else ()
+    chains.import_folder(
+        path,
+        chain,
+        run,
+        image_shape=(images.size, images.size, len(images.mean)),
+        classes_seen=[tasks.initial + tasks.increment * n for n in numbers if has_tasks],
+        replace_at=replace_at,
+        config=config,
+    )
+    print(f"{len(chain)} versions in {chain.path}; next:")
+    print(f"  python -m launch.evaluate --chain={chain.path}")
+
+
+def _import_file(weights, chain, run, *, images, config):
+    """Make a weight file a chain, or the next version of one."""
+    from compat_jax.interop import chains, start
+
+    append = flags.FLAGS.append
+    made = chains.import_file(
+        weights,
+        chain,
+        run,
+        image_shape=(images.size, images.size, len(images.mean)),
+        config=config,
+        preparation=start.preparation(images),
+        append=append,
+    )
+    for note in made.notes:
+        print(f"note: {note}")
+    if made.fresh:
+        drawn = f"{' and '.join(made.fresh)} drawn with seed {run.seed}"
         print(f"{weights.path} is a backbone alone (a classifier of its own is left out): {drawn}")
-    print(f"1 model in {chain.path}; next:")
-    print(f"  python -m launch.train --config.pretrained={chain.path} --config=... --workdir=...")
+    print(f"{f'version {made.number}' if append else '1 model'} in {chain.path}; next:")
+    if append and not made.fresh:
+        print(f"  python -m launch.evaluate --chain={chain.path}")
+    else:
+        print(
+            f"  python -m launch.train --config.pretrained={chain.path} --config=... --workdir=..."
+        )
 
 
 def _draft(args):
@@ -120,35 +166,59 @@ def _override(args, draft, arguments):
 
 
 def _with_images(draft, given, weights):
-    """The run, the shape of its images, and the configuration for the records."""
+    """The run, the settings of its images, and the configuration for the records."""
     import dataclasses
 
     from compat_jax import config as configs
-    from compat_jax.interop.image_settings import ImageSettings
+    from compat_jax.interop import start
+    from compat_jax.interop.image_settings import chosen
 
     config = flags.FLAGS.config
-    data = config.get("data", {}) if config is not None else {}
-    sizes = [configs.source_of(config, r).get("size") for r in ("query", "train") if r in data]
-    mean, std = (
-        getattr(draft.preprocess, name) if name in data else None for name in ("mean", "std")
+    configured = _configured_images(config, draft)
+    images, sentence = chosen(
+        ("the flags", given),
+        ("the configuration", configured),
+        (start.BACKBONE, start.image_size_of(draft.given_backbone)),
+        (start.FILE, weights.images),
     )
-    known = given.over(ImageSettings(next(filter(None, sizes), None), mean, std))
-    images = known.over(weights.images).require()
+    images.require()
+    print(sentence)
     for difference in images.differences(weights.images):
         print(f"note: {difference}, as {weights.path} says")
+    backbone = start.sized(draft.given_backbone, images)
     preprocess = dataclasses.replace(draft.preprocess, mean=images.mean, std=images.std)
-    run = dataclasses.replace(draft, preprocess=preprocess)
-    shape = (images.size, images.size, len(images.mean))
+    run = dataclasses.replace(draft, preprocess=preprocess, backbone=backbone)
     if config is None:
-        return run, shape, None
+        return run, images, None
+    data = config.get("data", {})
     kept = data.to_dict() if data else {}
     content = {**kept, "mean": images.mean, "std": images.std}
-    for role in ("train", "query", "gallery"):
+    for role in ("train", "query", "gallery", "photos"):
         if "size" in content.get(role, {}):
             content[role]["size"] = images.size
     with config.unlocked():
         config.data = ConfigDict(content)
-    return run, shape, configs.plain(config)
+        if backbone != draft.given_backbone:
+            config.backbone = {"name": backbone.name, "arguments": dict(backbone.arguments)}
+    return run, images, configs.plain(config)
+
+
+def _configured_images(config, draft):
+    """The settings of the images that a configuration gives."""
+    from compat_jax import config as configs
+    from compat_jax.interop.image_settings import ImageSettings
+
+    data: Any = config.get("data", {}) if config is not None else {}
+    mean, std = (
+        getattr(draft.preprocess, name) if data.get(name) is not None else None
+        for name in ("mean", "std")
+    )
+    if "photos" in data:
+        photos = data.photos
+        known = {name: photos.get(name) for name in ("size", "crop", "filter")}
+        return ImageSettings(mean=mean, std=std, **known)
+    sizes = [configs.source_of(config, r).get("size") for r in ("query", "train") if r in data]
+    return ImageSettings(next(filter(None, sizes), None), mean, std)
 
 
 def _given_images(args):
@@ -167,7 +237,7 @@ def _given_images(args):
             ) from error
     mean, std = values["mean"], values["std"]
     Preprocess(mean or (0.0,) * len(std or (0,)), std or (1.0,) * len(mean or (0,)))
-    return ImageSettings(args.size, mean, std)
+    return ImageSettings(args.size, mean, std, crop=args.crop, filter=args.filter)
 
 
 def _numbers(text):

@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import BACKBONES
+import tiny
+from flax import nnx
+from networks import BACKBONES, side
 from reference_weights import reference_state, reference_variables, zero_variables
 
 from compat_jax import simplex
+from compat_jax.chain import Chain
 from compat_jax.errors import UserError
 from compat_jax.interop import from_torch, to_torch
 from compat_jax.models import Backbone, Embedder, layers
@@ -104,24 +107,32 @@ PARAMETERS = {
     "resnet32_cifar": 464_154 - 650,
     "vit_s16": 22_050_664 - 385_000,
     "vit_ti16": 5_717_416 - 193_000,
+    "resnet18d": 11_708_744 - 513_000,
+    "dinov2_s14": 22_056_576 - 384,  # facebook's has a mask_token
+    "convnext_tiny": 28_589_128 - 769_000,
 }
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_number_of_parameters(name):
-    shape = (224, 224, 3) if name.startswith("vit") else (32, 32, 3)
-    params = zero_variables(Embedder(Backbone(name).build()), shape)["params"]
+    size = {"vit": 224, "din": 518}.get(name[:3], 32)
+    arguments, shape = ({"image_size": size} if size > 32 else {}), (size, size, 3)
+    params = zero_variables(Embedder(Backbone(name, arguments).build()), shape)["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[name]
+
+
+def sized(name):
+    """Arguments of a backbone for pictures of `side(name)` pixels."""
+    return {"image_size": side(name)} if name.startswith(("vit", "dinov2")) else {}
 
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_dtype_is_of_the_computation_and_parameters_stay_float32(name):
-    arguments = {"patch": 4, "image_size": 32} if name.startswith("vit") else {}
-    backbone = Backbone(name, arguments).build("bfloat16")
+    backbone = Backbone(name, sized(name)).build("bfloat16")
     embedder = Embedder(backbone, projection_size=7, dtype=jnp.bfloat16)
-    key = jax.random.key(0)
+    key, images = jax.random.key(0), IMAGES[:, : side(name), : side(name)]
     outputs, variables = jax.eval_shape(
-        lambda x: embedder.init_with_output(key, x, train=True), IMAGES
+        lambda x: embedder.init_with_output(key, x, train=True), images
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
     assert outputs.features.shape == (4, 7)
@@ -156,7 +167,9 @@ compiled_conv = quick_jit(conv, static_argnames=("stride", "padding", "groups", 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name.startswith("regnet") else name
+        pytest.param(name, marks=pytest.mark.slow)
+        if name.startswith(("convnext", "dinov2", "regnet", "resnet18d"))
+        else name
         for name in BACKBONES
     ],
 )
@@ -169,9 +182,8 @@ def test_the_chosen_forms_equal_the_native_convolution(name, monkeypatch):
         return conv(x, kernel, **geometry)
 
     monkeypatch.setattr(layers, "conv", record)
-    arguments = {"image_size": 32} if name.startswith("vit") else {}
-    backbone = Backbone(name, arguments).build()
-    jax.eval_shape(lambda x: backbone.init(jax.random.key(0), x, False), IMAGES)
+    backbone, images = Backbone(name, sized(name)).build(), IMAGES[:, : side(name), : side(name)]
+    jax.eval_shape(lambda x: backbone.init(jax.random.key(0), x, False), images)
     assert calls
     rng = np.random.default_rng(0)
     for shape, kernel_shape, geometry in calls:
@@ -318,3 +330,28 @@ def test_vit_needs_whole_patches(arguments):
 def test_the_small_resnet_needs_a_width():
     with pytest.raises(UserError, match="width is 1: use 2 or more"):
         Backbone("resnet_small", {"width": 1}).build()
+
+
+# --- modules of Flax NNX
+
+
+class NnxConv(nnx.Module):
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(3, width, (3, 3), strides=2, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, rngs=rngs)
+
+    def __call__(self, images, train: bool):
+        x = self.norm(self.conv(images), use_running_average=not train)
+        return nnx.relu(x).mean((1, 2))
+
+
+def test_a_bridged_nnx_module_trains_and_is_recorded_by_its_own_name(tmp_path):
+    run = tiny.run(backbone=nnx.bridge.to_linen(NnxConv, width=16), epochs=1)
+    chain = tiny.train(run, tmp_path, tiny.dataset(classes=2))
+    again = Chain(chain.path, backbone=nnx.bridge.to_linen(NnxConv, width=16)).open(0)
+    stats = again.variables["batch_stats"]["backbone"]["norm"]
+    assert np.abs(stats["mean"]).max() > 1e-3, "it was told that it is trained"
+    assert again.record.backbone == f"{__name__}:NnxConv"
+    assert again.record.backbone_arguments == {"width": 16}
+    with pytest.raises(UserError, match=r"was trained with the backbone .*NnxConv \{'width': 16\}"):
+        Chain(chain.path, backbone=nnx.bridge.to_linen(NnxConv, width=8)).open(0)

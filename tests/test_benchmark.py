@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from compat_jax import methods, models
+from compat_jax import Chain, methods, models
+from compat_jax.data.pictures import decode
 from compat_jax.errors import UserError
 from launch import benchmarks
-from launch.benchmarks import flops, table, timing, work
+from launch.benchmarks import flops, photos, pictures, table, timing, work
 
 
 def test_the_command_measures_and_writes_what_it_printed(tmp_path):
@@ -62,6 +64,113 @@ def test_retrieval_is_measured(lines):
     assert 0 < seconds.ratio < 1
 
 
+@pytest.fixture
+def small_photos():
+    """Sizes of real pictures for a network that compiles quickly."""
+    photos = dataclasses.replace(
+        work.TINY.photos,
+        backbone="one_conv",
+        image=8,
+        trained=("one_conv", 40, 1),
+        read=("one_conv", 3, 2),
+        latency=(("one_conv", None),),
+    )
+    return dataclasses.replace(work.TINY, backbone="one_conv", photos=photos)
+
+
+def test_real_pictures_are_measured(small_photos, monkeypatch):
+    monkeypatch.setitem(benchmarks.SIZES, "tiny", small_photos)
+    only = ("photo_features", "latency", "decoding")
+    results = list(benchmarks.measure(only, sizes_name="tiny", dtypes=["float32"], variants=()))
+    assert [*dict.fromkeys(r.measure for r in results)] == [*only]
+    assert all(r.value > 0 and r.met is None for r in results)
+    features, from_file, decoded, one, several = results
+    assert features.what == "jax float32, one_conv, 8 px, batch 8"
+    assert from_file.what == "jax, from the file, one_conv, 8 px" and from_file.repeats == 2
+    assert decoded.what == "jax, decoded, one_conv, 8 px" and decoded.unit == "ms"
+    cores = int(several.what.split()[1])
+    assert several.ratio == pytest.approx(several.value / one.value / cores)
+
+
+@pytest.mark.slow
+def test_training_on_real_pictures_is_measured(small_photos, monkeypatch):
+    monkeypatch.setitem(benchmarks.SIZES, "tiny", small_photos)
+    only = ("photo_step", "from_disk")
+    results = benchmarks.measure(only, sizes_name="tiny", dtypes=["float32"], variants=())
+    step, memory, disk = results
+    assert step.what == "jax float32, one_conv, 8 px, batch 8" and step.value > 0
+    assert disk.ratio == pytest.approx(disk.value / memory.value)
+    assert disk.goal == "at least 0.95 of the rate from memory" and disk.met is None
+
+
+def test_goals_at_real_sizes_are_for_the_side_that_they_name():
+    timings = {"jax float32": 2.0, "torch eager": 1.0, "torch best": 0.5}
+    timings = {name: timing.Timing((seconds,)) for name, seconds in timings.items()}
+    assert photos.beside_torch("step", "jax float32", timings) == {
+        "ratio": 2.0,
+        "goal": "at most 1.0 of torch eager",
+        "met": False,
+        "note": "4.00 of the time of the fastest variant of torch",
+    }
+    of_features = photos.beside_torch("features", "jax float32", timings)
+    assert (of_features["ratio"], of_features["met"]) == (0.25, False)
+    assert photos.beside_torch("step", "torch eager", timings) == {}
+    assert photos.beside_torch("step", "jax float32", {"jax float32": timings["jax float32"]}) == {}
+
+
+def test_the_program_that_reads_photos_says_its_peak(small_photos, tmp_path):
+    pictures.draw(tmp_path / "photos", 3)
+    frozen = work.version(small_photos.of_photos())
+    Chain(tmp_path / "chain").add(frozen.variables, frozen.record, 0)
+    found = pictures.read_and_embed(small_photos, str(tmp_path))
+    assert found["read"] == 3 and found["bytes"] >= found["before"] > 10**7
+
+
+def test_drawn_photos_are_the_same_each_time(tmp_path):
+    first, again = (pictures.draw(tmp_path / name, 2) for name in "ab")
+    assert [Path(p).read_bytes() for p in first] == [Path(p).read_bytes() for p in again]
+    assert Path(first[0]).read_bytes() != Path(first[1]).read_bytes()
+    widths = {decode(path).shape[1] for path in first}
+    assert len(widths) == 2 and 460 <= min(widths) <= max(widths) <= 540
+
+
+@pytest.mark.slow
+def test_peak_memory_is_that_of_a_program_of_its_own():
+    (result,) = benchmarks.measure(["photo_memory"], sizes_name="tiny", photo={"image": 12})
+    assert result.unit == "MB" and 100 < result.value < 2000
+    assert result.what == "12 photos read, 4 embedded, resnet_small, 12 px"
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_torch_is_measured_without_the_reference():
+    pytest.importorskip("torchvision")
+    only, variants = ("photos", "latency"), ("eager", "channels_last_bf16")
+    sizes = {"backbone": "resnet18", "image": 32, "latency": (("resnet18", None),)}
+    results = list(benchmarks.measure(only, sizes_name="tiny", variants=variants, photo=sizes))
+    assert all(r.value > 0 for r in results)
+    theirs = [(r.measure, r.what.split(",")[0]) for r in results if r.what.startswith("torch")]
+    both = [f"torch {variant}" for variant in variants]
+    assert theirs == [
+        *(("photo_step", name) for name in both),
+        *(("photo_features", name) for name in both),
+        ("latency", "torch eager"),
+    ]
+    goals = {r.measure: r.goal for r in results if r.goal}
+    assert goals["photo_step"] == "at most 1.0 of torch eager"
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_a_network_that_torch_lacks_is_one_line():
+    pytest.importorskip("torchvision")
+    sizes = {"backbone": "flat:Flat", "image": 8}
+    *_, last = benchmarks.measure(
+        ["photo_step"], sizes_name="tiny", variants=["eager"], photo=sizes
+    )
+    assert last.what == "torch eager" and last.note.startswith("not run: ")
+
+
 def test_what_cannot_be_measured_is_one_line(tmp_path):
     code, out, err = tiny.call("benchmark", "--only=stp")
     assert (code, out) == (2, "") and "unknown measure 'stp'. Did you mean 'step'" in err
@@ -73,6 +182,7 @@ def test_unknown_names_are_refused():
     with pytest.raises(UserError, match=r"unknown variant 'egaer'\. Did you mean 'eager'"):
         next(benchmarks.measure(["large_k"], variants=["egaer"]))
     assert benchmarks.chosen([]) == tuple(m for m in benchmarks.MEASURES if m != "protocol")
+    assert benchmarks.chosen(["decoding", "pictures"])[:2] == ("decoding", "latency")
 
 
 def test_sides_are_timed_alternately():

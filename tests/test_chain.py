@@ -57,6 +57,10 @@ def test_an_entry_says_everything_about_its_version(tmp_path):
         config={"epochs": 70, "optim": {"lr": 0.1}, "tasks": {"replace_at": [0, 2]}},
         class_names=("cat", "dog"),
         method_arguments={"weight": 5.0},
+        preparation={"resize": "crop"},
+        aliases={"hound": "dog"},
+        learnt={"classes": ["dog"]},
+        fresh=("projection",),
     )
     number = chain.add(SMALL, record)
     content = json.loads((tmp_path / "chain" / "0000" / "record.json").read_text())
@@ -82,6 +86,10 @@ def test_an_entry_says_everything_about_its_version(tmp_path):
         "config": {"epochs": 70, "optim": {"lr": 0.1}, "tasks": {"replace_at": [0, 2]}},
         "class_names": ["cat", "dog"],
         "method_arguments": {"weight": 5.0},
+        "preparation": {"resize": "crop"},
+        "aliases": {"hound": "dog"},
+        "learnt": {"classes": ["dog"]},
+        "fresh": ["projection"],
     }
     assert {"jax", "flax", "optax", "orbax-checkpoint", "numpy"} <= set(content["packages"])
     assert content["packages"]["jax"] == jax.__version__

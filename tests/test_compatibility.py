@@ -145,6 +145,59 @@ def test_refuses_an_unknown_tie():
         c.average_compatibility(RELEASED, tie="compatibel")
 
 
+# Upgrades relative to an independent version
+
+
+# AdvBCT's results on three landmark test sets, extended data, in per cent.
+OLD, INDEPENDENT = (75.45, 49.15, 10.03), (81.15, 63.85, 16.48)
+NEW, CROSS = (82.78, 62.13, 15.71), (78.55, 52.31, 11.49)
+
+
+@pytest.mark.parametrize("unit", [1, 0.01])
+def test_p_up_p_comp_and_p_1_as_advbct_printed_them(unit):
+    four = (unit * np.array(x) for x in (OLD, INDEPENDENT, NEW, CROSS))
+    got = c.upgrade_scores(*four)
+    assert [round(100 * float(x), 2) for x in got] == [49.55, 58.09, 53.45]
+
+
+def test_parity_is_a_half():
+    got = c.upgrade_scores(OLD, INDEPENDENT, INDEPENDENT, cross=OLD)
+    np.testing.assert_allclose(got, 0.5)
+    assert c.upgrade_scores([1e-3], [1e-3 + 1e-9], [1.0], cross=[1.0]) == pytest.approx((1, 1, 1))
+
+
+def test_update_gain_is_a_share_of_what_could_be_gained():
+    gains = c.update_gain([0.5, 0.8, 0.65, 0.4, 0.7], 0.5, [0.8, 0.8, 0.8, 0.8, 0.5])
+    np.testing.assert_allclose(gains, [0, 1, 0.5, -1 / 3, np.nan])
+
+
+def test_upgrades_of_a_chain_are_those_of_its_pairs():
+    matrices = np.stack([RELEASED[:4, :4], RELEASED[3:, 3:]])
+    independent = np.array([[0.6, 0.65, 0.72, 0.78], [0.7, 0.72, 0.74, 0.8]])
+    got = c.upgrade_matrices(matrices, independent)
+    gains = [c.update_gains(m, i) for m, i in zip(matrices, independent, strict=True)]
+    for t in range(4):
+        for k in range(4):
+            cells = [part[t, k] for part in (*got, *gains)]
+            if k >= t:
+                assert np.isnan(cells).all()
+                continue
+            old, new, cross = matrices[:, k, k], matrices[:, t, t], matrices[:, t, k]
+            expected = c.upgrade_scores(old, independent[:, t], new, cross=cross)
+            np.testing.assert_allclose(cells[:3], expected)
+            shares = (cross - old) / (independent[:, t] - old)
+            np.testing.assert_allclose(cells[3:], np.where(independent[:, t] > old, shares, np.nan))
+
+
+def test_upgrades_refuse_bad_input():
+    with pytest.raises(UserError, match="four arrays"):
+        c.upgrade_scores(OLD, INDEPENDENT[:2], NEW, cross=CROSS)
+    with pytest.raises(UserError, match="must be above 0"):
+        c.upgrade_scores([0.1], [0.0], [0.2], cross=[0.2])
+    with pytest.raises(UserError, match=r"independent accuracies of shape \(1, 7\), got \(1, 6\)"):
+        c.update_gains(RELEASED, np.ones(6))
+
+
 def features_of_two_versions(n=97, d=8, classes=5, seed=0):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, n)
@@ -229,6 +282,16 @@ def test_definition_1_never_holds_all_pairs():
         sizes.append(lowered.compile().memory_analysis().temp_size_in_bytes)
     assert sizes[1] <= 2 * sizes[0]
     assert sizes[1] < 4 * 2048 * 2048 / 4
+
+
+def test_definition_1_of_a_chain_is_that_of_its_pairs():
+    new, old, labels = features_of_two_versions(n=31)
+    wide = np.ones((31, 9), np.float32)
+    same_class, other_class = c.definition_1_matrix([old, new, wide], labels)
+    pair = c.definition_1(new, old, labels)
+    nan = np.nan
+    np.testing.assert_array_equal(same_class, [[1, nan, nan], [pair[0], 1, nan], [nan, nan, 1]])
+    np.testing.assert_array_equal(other_class, [[1, nan, nan], [pair[1], 1, nan], [nan, nan, 1]])
 
 
 def test_definition_1_refuses_bad_input():

@@ -6,6 +6,7 @@ import json
 import operator
 from pathlib import Path
 
+import drawn_photos
 import numpy as np
 import pytest
 import tiny
@@ -27,6 +28,7 @@ FILES = sorted(
 ARGUMENTS = {
     "glyphs": ["", "method=er,replace=false,seed=3", "method=fd", "method=sce"],
     "iamcl2r": ["", "method=er,tasks=31", "replace=false", "method=fd", "method=sce"],
+    "photos": ["path=photos", "path=p,method=er,by=class", "path=p,optimizer=adamw,epochs=3"],
     "pretrain": ["", "method=er", "data=imagenet32", "data=folder,seed=2"],
 }
 
@@ -64,7 +66,7 @@ def test_every_name_in_a_configuration_is_a_valid_one(file, arguments):
     assert json.loads(config.to_json())["epochs"] == config.epochs
 
 
-def shrink(config):
+def shrink(config, folder):
     """Tiny data, a tiny network, and so few images that there is one step."""
     config.update_from_flattened_dict(
         {
@@ -75,6 +77,10 @@ def shrink(config):
             "mesh": "data:1",
         }
     )
+    if "photos" in config.data:
+        drawn_photos.draw(folder, ["pear", "plum"], 7)
+        config.data.photos.path, config.data.photos.size = str(folder), 8
+        return config
     glyphs = {"source": "glyphs", "look": "photo", "seed": 0, "size": 8}
     config.data.train = {**glyphs, "classes": (0, 2), "per_class": 4}
     if "pretrain_classes" in config:
@@ -88,12 +94,13 @@ def shrink(config):
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_configuration_runs_a_step(file, tmp_path):
-    config = shrink(load(file))
+    config = shrink(load(file), tmp_path / "photos")
     work = experiment.pretrain if "pretrain_classes" in config else experiment.train
-    chain = work(config, tmp_path / "run", tiny.session_of(config))
+    done = work(config, tmp_path / "run", tiny.session_of(config))
+    chain = getattr(done, "chain", done)
     assert chain.numbers() == [0]
-    (line,) = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
-    assert json.loads(line)["step"] == 1
+    line, *validation = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 1 and len(validation) == ("photos" in config.data)
     record = chain.record(0)
     assert record.config["optim"]["lr"] == config.optim.lr
     assert record.config == configs.plain(config)
@@ -158,6 +165,9 @@ def test_the_schema_lists_every_field_with_its_default(file, arguments):
         for key in plain.get(section, {})
     }
     leaves |= {f"data.{k}" for k, v in plain["data"].items() if not isinstance(v, dict)}
+    photos = plain["data"].pop("photos", {})
+    leaves |= {f"data.photos.splits.{k}" for k in photos.pop("splits", {})}
+    leaves |= {f"data.photos.{k}" for k in photos}
     leaves |= {
         f"data.ROLE.{k}" for v in plain["data"].values() if isinstance(v, dict) for k in v
     } - {"data.ROLE.source"}
@@ -166,7 +176,8 @@ def test_the_schema_lists_every_field_with_its_default(file, arguments):
 
 
 def test_the_defaults_of_the_configurations_are_those_of_the_library():
-    fields, config = {field.name: field for field in configs.schema()}, load("iamcl2r")
+    fields = {field.name: field for field in reversed(configs.schema())}  # SGD's come first
+    config = load("iamcl2r")
     for section in ("optim", "tasks"):
         for key, value in config[section].items():
             if key != "replace_at":  # a replacement needs models
@@ -267,7 +278,8 @@ def parsed(*argv):
 def test_every_field_can_be_overridden(file, arguments):
     config = load(file, arguments)
     unset = {"data_dir": "/data", "path": "/photos", "classes": (3, 7), "per_class": 5}
-    unset |= {"width": 16, "patch": 4, "image_size": 32}
+    unset |= {"width": 16, "patch": 4, "image_size": 32, "registers": 4, "in_memory": False}
+    unset |= {"mean": (0.5,) * 3, "std": (0.2,) * 3, "epochs": 2, "lr": 0.5, "freeze_backbone": 1}
     fields = dict(config.items(preserve_field_references=False))
     leaves, rest = {}, [("", fields)]
     while rest:

@@ -24,6 +24,7 @@ CASES = [
     ((2, 2, 2, 3), 3, 4, 1, 1, 1, ("native", "dense", "toeplitz")),
     ((2, 6, 6, 4), 3, 6, 2, 1, 2, ("native", "split")),
     ((2, 2, 2, 4), 3, 4, 1, 1, 4, ("native", "split")),
+    ((2, 4, 3, 3), 5, 3, 1, 2, 3, ("native", "depthwise")),
 ]
 
 

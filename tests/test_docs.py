@@ -3,7 +3,8 @@
 A block runs unless the line before it is `<!-- not run: REASON -->`. The blocks of a page run in order
 in one process (this file as a program), in an empty folder with small drawn pictures. `SMALLER` shrinks
 the Python blocks, `flags_for` the commands; a Python block that begins with `# NAME.py` is also saved
-under that name.
+under that name. `<!-- meanwhile: draw FOLDER CLASS,CLASS COUNT from FIRST -->` adds drawn photos, as a
+reader adds photos between two commands.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import drawn_photos
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,7 +25,9 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(
-    r"(?:^<!--(?P<note>.*?)-->\n)?^```(?P<kind>sh|python)\n(?P<text>.*?)^```$", re.M | re.S
+    r"^<!-- meanwhile: (?P<meanwhile>.*?) -->$|"
+    r"(?:^<!--(?P<note>[^\n]*?)-->\n)?^```(?P<kind>sh|python)\n(?P<text>.*?)^```$",
+    re.M | re.S,
 )
 SET_UP = (
     "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/python -m launch.quickstart",
@@ -45,10 +49,15 @@ AFTER = {"docs/upgrading.md": "README.md"}  # its first Python block makes what 
 
 
 def blocks(page: str) -> list[tuple[str, str, str, int]]:
-    """Return (kind, text, note, line) of each block of a page."""
+    """Return (kind, text, note, line) of each block of a page, and of what happens between them."""
     text = (ROOT / page).read_text()
     return [
-        (m["kind"], m["text"], (m["note"] or "").strip(), text[: m.start()].count("\n") + 1)
+        (
+            m["kind"] or "meanwhile",
+            m["text"] or m["meanwhile"],
+            (m["note"] or "").strip(),
+            text[: m.start()].count("\n") + 1,
+        )
         for m in BLOCK.finditer(text)
     ]
 
@@ -133,14 +142,17 @@ def test_the_picture_of_the_concepts_is_what_its_script_draws(tmp_path):
 def run_page(page: str) -> None:
     """Run the blocks of a page in the current folder."""
     importlib.import_module("tiny")  # registers its backbone
+    importlib.import_module("grain")  # whose flags are not to go with those of a program
     draw_photos(Path("photos"))
     namespace, shell = {"__name__": "__main__"}, ""
-    first = [b for b in blocks(AFTER[page]) if b[0] == "python"][:1] if page in AFTER else []
+    first = before_python(AFTER[page]) if page in AFTER else []
     for kind, text, note, line in first + blocks(page):
         if note:
             continue
         print(f"--- {page}:{line}", flush=True)
-        if kind == "python":
+        if kind == "meanwhile":
+            add_photos(*text.split())
+        elif kind == "python":
             if name := re.match(r"# (\w+\.py)\n", text):
                 Path(name[1]).write_text(text)
             for large, small in SMALLER:
@@ -153,6 +165,20 @@ def run_page(page: str) -> None:
                 names = {flag.partition("=")[0] for flag in smaller}
                 kept = [a for a in arguments if a.partition("=")[0] not in names]
                 run_program(program, kept + smaller)
+
+
+def before_python(page: str) -> list[tuple[str, str, str, int]]:
+    """Return the first Python block of a page, and the photos that are added before it."""
+    found = [b for b in blocks(page) if b[0] != "sh"]
+    first = next(i for i, block in enumerate(found) if block[0] == "python")
+    return found[: first + 1]
+
+
+def add_photos(verb, folder, classes, count, *first) -> None:
+    """Draw photos, as `<!-- meanwhile: draw ... -->` says."""
+    assert verb == "draw", verb
+    start = int(first[1]) if first else 0
+    drawn_photos.draw(Path(folder), classes.split(","), int(count), start)
 
 
 def draw_photos(folder: Path) -> None:
@@ -187,10 +213,15 @@ def flags_for(program: str, arguments: list[str]) -> list[str]:
     """Return the flags that shrink a command."""
     tiny = importlib.import_module("tiny")
     text, quiet = " ".join(arguments), ["--noprogress"]
-    if program == "launch.evaluate":
+    if program in ("launch.evaluate", "launch.embed", "launch.enlarge"):
         return quiet
     if program not in ("launch.train", "launch.pretrain"):
         return []
+    if "configs/photos.py" in text:
+        other = 4 if "backbone=resnet50" in text else 16
+        smaller = {"backbone.name": "one_conv", "backbone.arguments": {"width": other}}
+        photos = {"epochs": 1, "batch_size": 8, "mesh": "data:1", "data.photos.size": 8}
+        return [*tiny.flags({**smaller, **photos}), *quiet]
     smaller = {**(tiny.TRAIN if program == "launch.train" else tiny.PRETRAIN)}
     del smaller["backbone.arguments"]
     smaller |= {"backbone.name": "one_conv", "epochs": 1}

@@ -11,7 +11,7 @@ import tiny
 from PIL import Image
 
 import compat_jax as cj
-from compat_jax import evaluation, metrics, report
+from compat_jax import evaluation, metrics, report, retrieval
 from compat_jax.chain import Chain
 from compat_jax.data import Dataset
 from compat_jax.errors import Stopped, UserError
@@ -79,12 +79,35 @@ def recall_oracle(k):
     return lambda *four: recall_at_k(*four, ks=(k,))[k]
 
 
+def verification_oracle(far):
+    """From all pairs in one list; the metrics' own tests check the lists against scikit-learn."""
+
+    def score(query, query_labels, gallery, gallery_labels):
+        queries, genuine, impostor = retrieval.query_pairs(query_labels, gallery_labels)
+        rows = np.concatenate([genuine, impostor], axis=1)
+        distances = retrieval.pair_distances(
+            np.repeat(query[queries], rows.shape[1], axis=0), gallery[rows.reshape(-1)]
+        )
+        same = np.tile(np.arange(rows.shape[1]) < genuine.shape[1], len(queries))
+        if far is not None:
+            return retrieval.tar_at_far(distances, same, [far])[0]
+        return retrieval.right_decisions(
+            distances.reshape(rows.shape), same.reshape(rows.shape)
+        ).mean()
+
+    return score
+
+
 SCORES = {
     "identification": identification,
     "recall@1": recall_oracle(1),
     "recall@5": recall_oracle(5),
     "recall@10": recall_oracle(10),
     "map": lambda *four: mean_average_precision(*four).value,
+    "map@r": lambda *four: retrieval.precision_at_r_scores(*four).mean(),
+    "verification": verification_oracle(None),
+    "tar@0.01": verification_oracle(0.01),
+    "tar@0.001": verification_oracle(0.001),
 }
 
 
@@ -93,7 +116,8 @@ def test_the_matrix_is_what_each_pair_gives_by_itself(chain, metric):
     result = evaluate(chain, QUERY, GALLERY, metrics=metric)[metric]
     expected = by_hand(chain, SCORES[metric])
     np.testing.assert_allclose(result.matrix, expected, atol=1e-6)
-    assert np.ptp(expected[np.tril_indices(3)]) > 0.05  # the pairs do differ
+    apart = 0.005 if metric.startswith("tar") else 0.05  # few pairs of a class are that near
+    assert np.ptp(expected[np.tril_indices(3)]) > apart  # the pairs do differ
     assert result.metric == metric and result.incomparable == () and result.notes == ()
     assert result.tasks == ("0", "1", "2") and result.replaced == (False, True, False)
 
@@ -126,6 +150,7 @@ def test_the_matrix_is_the_mean_of_the_scores_of_all_queries(chain, metric):
         assert scores.shape == (len(QUERY),) and scores.dtype == np.float64
         assert ((scores >= 0) & (scores <= 1)).all()
         assert result.matrix[t, k] == scores.mean()
+    assert result.labels is QUERY.labels and result.class_names == QUERY.class_names
     assert np.array_equal(np.triu(result.matrix, 1), np.zeros((3, 3)))
     assert "scores" not in result.summary() and "scores" not in repr(result)
 
@@ -247,6 +272,35 @@ def test_what_is_cached_is_not_computed_again(chain, extractions, tmp_path):
     np.testing.assert_array_equal(first.matrix, evaluate(chain, QUERY, GALLERY).matrix)
 
 
+def test_another_metric_reads_no_image(chain, extractions, tmp_path):
+    evaluate(chain, QUERY, GALLERY, session=cached(tmp_path))
+    before = list(extractions)
+    again = evaluate(chain, QUERY, GALLERY, metrics=["map", "recall@5"], session=cached(tmp_path))
+    assert extractions == before
+    for name in again:
+        fresh = evaluate(chain, QUERY, GALLERY, metrics=name)[name]
+        np.testing.assert_array_equal(again[name].matrix, fresh.matrix)
+    del extractions[:]
+    for number in chain.numbers():
+        kept = evaluation.features(chain.open(number), QUERY, session=cached(tmp_path))
+        np.testing.assert_array_equal(kept, embed(chain.open(number), QUERY.images))
+    assert extractions == []
+    evaluation.features(chain.open(0), QUERY)
+    assert extractions == [0]  # nothing is kept without a cache
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(chain, monkeypatch, tmp_path, caplog):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluation, "write_sealed", full)
+    with caplog.at_level(logging.WARNING):
+        result = evaluate(chain, QUERY, GALLERY, versions=[0], session=cached(tmp_path))
+    assert result.matrix == evaluate(chain, QUERY, GALLERY, versions=[0]).matrix
+    assert all("No space left" in record.getMessage() for record in caplog.records)
+    assert len(caplog.records) == 4
+
+
 def test_a_stopped_evaluation_goes_on_where_it_was(chain, extractions, tmp_path):
     with pytest.raises(Stopped):
         stopping = cached(tmp_path, should_stop=lambda: len(extractions) >= 4)
@@ -282,16 +336,16 @@ def test_the_cache_knows_what_its_numbers_were_made_of(chain, extractions, tmp_p
     whole = evaluate(chain, QUERY, GALLERY, session=session)
     np.testing.assert_array_equal(part.matrix, whole.matrix[np.ix_([0, 2], [0, 2])])
     np.testing.assert_array_equal(whole.matrix, evaluate(chain, QUERY, GALLERY).matrix)
-    for other in (
-        {"metrics": "map"},
-        {"dtype": "bfloat16"},
-        {"query": tiny.dataset(classes=4, per_class=9, seed=3, name="retrieval")},
-        {"gallery": tiny.dataset(classes=4, per_class=5, seed=3, name="retrieval")},
+    for other, made in (
+        ({"metrics": "map"}, 0),
+        ({"dtype": "bfloat16"}, 2),
+        ({"query": tiny.dataset(classes=4, per_class=9, seed=3, name="retrieval")}, 1),
+        ({"gallery": tiny.dataset(classes=4, per_class=5, seed=3, name="retrieval")}, 1),
     ):
         before = len(extractions)
         arguments = {"query": QUERY, "gallery": GALLERY, "session": session, **other}
         evaluate(chain, versions=[0], **arguments)
-        assert len(extractions) == before + 2
+        assert len(extractions) == before + made
 
 
 def test_a_cache_file_that_was_altered_or_cut_is_made_again(chain, tmp_path, caplog):
@@ -299,14 +353,18 @@ def test_a_cache_file_that_was_altered_or_cut_is_made_again(chain, tmp_path, cap
     whole = evaluate(chain, QUERY, GALLERY, session=session, **chosen)
     files = sorted(tmp_path.iterdir())
     kinds = {file.name.partition("-")[0] for file in files}
-    assert kinds == {"gallery0001", "gallery0002", "row0001", "row0002"} and len(files) == 8
-    for number, file in enumerate(files):
-        content = file.read_bytes()
+    made = {f"{kind}000{number}" for kind in ("features", "gallery", "row") for number in (1, 2)}
+    # For each version features of query and gallery, templates, and a row for each metric.
+    assert kinds == made and len(files) == 10
+    contents = [file.read_bytes() for file in files]
+    for number, (file, content) in enumerate(zip(files, contents, strict=True)):
         middle = len(content) // 2
         flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-        others = (content[:-1], b"", files[number - 1].read_bytes(), b"x" + content, flipped)
+        others = (content[:-1], b"", contents[number - 1], b"x" + content, flipped)
         for broken in others if number < 2 else others[-1:]:
             file.write_bytes(broken)
+            for row in tmp_path.glob("row*" if "features" in file.name else "none"):
+                row.unlink()  # a row that is there needs no features of its queries
             caplog.clear()
             with caplog.at_level(logging.WARNING):
                 again = evaluate(chain, QUERY, GALLERY, session=session, **chosen)
@@ -321,7 +379,7 @@ def test_a_cache_is_found_below_the_home_folder(chain, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     evaluate(chain, QUERY, GALLERY, versions=[0], session=cached("~/cache"))
-    assert len(list((tmp_path / "home" / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "home" / "cache").iterdir())) == 4
     assert [p.name for p in tmp_path.iterdir()] == ["home"]
 
 
@@ -392,7 +450,7 @@ def test_mistakes_are_refused_before_anything_is_embedded(chain, extractions):
     ):
         large = tiny.dataset(classes=4, size=16, name="retrieval")
         evaluate(chain, large, large)
-    with pytest.raises(UserError, match=r"got float32 \[36, 8, 8, 3\]: convert or resize them"):
+    with pytest.raises(UserError, match=r"got float32 \[36, 8, 8, 3\]: convert them to uint8"):
         embed(chain[0], QUERY.images.astype(np.float32))
 
 
@@ -401,6 +459,97 @@ def test_recall_takes_any_number_of_neighbours(chain):
     np.testing.assert_allclose(result.matrix, by_hand(chain, recall_oracle(3)), atol=1e-6)
     with pytest.raises(UserError, match=r"k=21 neighbours of a gallery of 20 rows: choose k in 1"):
         evaluate(chain, QUERY, GALLERY, metrics="recall@21")
+
+
+# Intervals and flips
+
+
+def by_definition(scores, level=0.95, resamples=1000, seed=0):
+    """A loop over draws: AC, AA and the differences of each."""
+    size = 1 + max(t for t, _ in scores)
+    rng = np.random.default_rng(seed)
+    queries = len(scores[0, 0])
+    draws = []
+    for _ in range(resamples):
+        chosen = rng.integers(queries, size=queries)
+        matrix = np.zeros((size, size))
+        for cell, values in scores.items():
+            matrix[cell] = np.nanmean(values[chosen])
+        draws.append(matrix)
+    return np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0), np.array(draws)
+
+
+def test_an_evaluation_has_intervals_and_flips(chain):
+    result = evaluate(chain, QUERY, GALLERY, metrics="recall@1").main
+    (low, high), draws = by_definition(result.scores)
+    lower = np.tril_indices(3)
+    np.testing.assert_allclose(result.intervals.cells.low[lower], low[lower], atol=1e-6)
+    np.testing.assert_allclose(result.intervals.cells.high[lower], high[lower], atol=1e-6)
+    aa = np.quantile(draws[:, *lower].mean(axis=1), [0.025, 0.975])
+    np.testing.assert_allclose(result.intervals.average_accuracy, aa, atol=1e-6)
+    change = result.flips.positive - result.flips.negative
+    expected = result.matrix - np.diagonal(result.matrix)
+    np.testing.assert_allclose(change[lower], expected[lower], atol=1e-12)
+    by_class = result.flips_by_class()
+    assert by_class.positive.shape == (3, 3, 4)
+    np.testing.assert_allclose(  # classes of one size
+        by_class.negative[lower].mean(axis=-1), result.flips.negative[lower], atol=1e-12
+    )
+    written = json.loads(json.dumps(result.summary(), allow_nan=False))
+    assert (
+        written["intervals"]["cells"][0][0][1] is None and written["flips"]["negative"][2][2] == 0
+    )
+    assert written["intervals"]["within_noise"] == np.argwhere(result.within_noise).tolist()
+    assert evaluate(chain, QUERY, GALLERY, metrics="recall@1").main.summary() == result.summary()
+
+
+def noisy(**changes):
+    """Two versions; the newer one loses a single one of 40 queries, or most of them."""
+    old, new = np.repeat([1.0, 0.0], 20), np.repeat([1.0, 0.0], 20)
+    new[0] = 0
+    scores = {(0, 0): old, (1, 0): new, (1, 1): np.ones(40)}
+    matrix = np.array([[old.mean(), 0], [new.mean(), 1]])
+    return Evaluation("recall@1", matrix, ("0", "1"), (False, False), scores=scores, **changes)
+
+
+def test_the_table_marks_what_is_within_noise():
+    result = noisy(notes=("A note.",))
+    assert result.within_noise.tolist() == [[False, False], [True, False]]
+    assert result.table("hoc").splitlines() == [
+        "d-Simplex-HOC: recall@1 %, rows = query version, columns = gallery version "
+        "(* model replaced, x not compatible, ~ within noise)",
+        "             0       1",
+        "   0    50.00 ",
+        "   1    47.50~ 100.00 ",
+        "AC 0.00   AA 65.83   (95 %: AC 0.00 to 0.00, AA 55.81 to 76.67; 1 of 1 pairs within noise)",
+        "A note.",
+    ]
+    assert "In 1 the difference is within noise, either way." in result.meaning()
+    alone = Evaluation("map", np.array([[0.5]]), ("0",), (False,), scores={(0, 0): np.eye(2)[0]})
+    assert alone.table().splitlines()[-1] == "AC -   AA 50.00   (95 %: AA 0.00 to 100.00)"
+    assert alone.summary()["intervals"]["within_noise"] == []
+
+
+def test_a_pair_beyond_noise_keeps_its_mark():
+    result = noisy()
+    result.scores[1, 0] = result.scores[0, 0] * (np.arange(40) < 5)
+    result.matrix[1, 0] = 5 / 40
+    assert not result.within_noise.any()
+    assert "12.50x" in result.table() and "~" not in result.table()
+    assert "0 of 1 pairs within noise" in result.table()
+    assert "noise" not in result.meaning()
+
+
+def test_flips_by_class_need_scores_and_labels():
+    with pytest.raises(UserError, match="evaluate the chain"):
+        RESULT.flips_by_class()
+    with pytest.raises(UserError, match="evaluate the chain"):
+        noisy().flips_by_class()
+    labelled = noisy(labels=np.repeat([0, 1], 20), class_names=("a", "b", "none"))
+    negative = labelled.flips_by_class().negative[1, 0]
+    np.testing.assert_allclose(negative, [1 / 20, 0, np.nan])
+    assert RESULT.flips is None and RESULT.summary()["flips"] is None
+    assert RESULT.intervals is None and RESULT.summary()["intervals"] is None
 
 
 # The report

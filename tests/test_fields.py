@@ -15,9 +15,10 @@ from compat_jax.data import Preprocess, Tasks
 from compat_jax.errors import UserError
 from compat_jax.fields import Rule, check_arguments, describe
 from compat_jax.session import Session
-from compat_jax.training import Run, Sgd
+from compat_jax.training import Adamw, Lars, Run, Sgd
 
-OWNERS = {owner.__name__: owner for owner in (Run, Sgd, Preprocess, Tasks, Session)}
+OBJECTS = (Adamw, Lars, Preprocess, Run, Session, Sgd, Tasks)
+OWNERS = {owner.__name__: owner for owner in OBJECTS}
 OWNERS |= {name: inspect.unwrap(methods.factory(name)) for name in ("hoc", "sce", "fd", "er")}
 FIELDS = [
     pytest.param(owner, field, id=f"{owner}.{field.name}")

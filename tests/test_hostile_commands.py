@@ -30,6 +30,7 @@ PROGRAMS = (
     ("launch.train", "configs/glyphs.py:replace=false", tiny.TRAIN),
     ("launch.train", "configs/iamcl2r.py:method=fd,replace=false", {}),
     ("launch.pretrain", "configs/pretrain.py:data=glyphs", tiny.PRETRAIN),
+    ("launch.train", "configs/photos.py:path=/nowhere", {}),
     ("launch.pretrain", "configs/pretrain.py:data=folder", {}),
 )
 OTHERS = (
@@ -55,6 +56,16 @@ OTHERS = (
     ("launch.quickstart", "--methods=hoc,nonsense"),
     ("launch.quickstart", "--seed=-1"),
     ("launch.quickstart", "--workdir=/tmp/[q]"),
+    ("launch.train", "--config=configs/photos.py", "--workdir=/tmp/never"),
+    ("launch.train", "--config=configs/photos.py:size=0,path=.", "--workdir=/tmp/never"),
+    ("launch.embed", "--chain=/nowhere", "--pictures=/nowhere", "--out=/tmp/never.npz"),
+    ("launch.embed", "--chain=/nowhere", "--pictures=.", "--out=/tmp/never.txt"),
+    ("launch.embed", "--chain=/nowhere", "--pictures=", "--out=/tmp/never.npz"),
+    ("launch.embed", "--chain=/n", "--pictures=.", "--out=/tmp/never.npz", "--shard=2/2"),
+    ("launch.embed", "--chain=/n", "--pictures=.", "--out=/tmp/never.npz", "--version=x"),
+    ("launch.enlarge", "--chain=/nowhere", "--num_prototypes=4096", "--out=/tmp/never"),
+    ("launch.enlarge", "--chain=/nowhere", "--num_prototypes=1", "--out=/tmp/never"),
+    ("launch.enlarge", "--chain=/nowhere", "--out=/tmp/never"),
     ("launch.export_torch", "--chain=/nowhere", "--out=/tmp/x.safetensors"),
     ("launch.import_torch", "--weights=/nowhere.safetensors", "--out=/tmp/never"),
 )

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import BACKBONES, assert_same_bits, network, random_variables, renamed
+from networks import BACKBONES, assert_same_bits, network, random_variables, renamed, side
 from reference_weights import zero_variables
 
 from compat_jax import simplex
@@ -51,10 +51,33 @@ from compat_jax.interop.weights import overlap
         ),
         ("resnet32_cifar", 186, ["conv_1_3x3.weight", "bn_1.weight", "stage_3.4.conv_b.weight"]),
         ("vit_ti16", 150, ["cls_token", "pos_embed", "blocks.3.attn.proj.bias", "norm.weight"]),
+        ("dinov2_s14", 174, ["blocks.11.ls2.gamma", "norm.bias"]),
+        (
+            "convnext_tiny",  # timm has 182 with its head.fc.weight and head.fc.bias
+            180,
+            [
+                "stem.0.weight",
+                "stages.1.downsample.1.bias",
+                "stages.2.blocks.8.gamma",
+                "stages.0.blocks.1.mlp.fc2.weight",
+                "head.norm.weight",
+            ],
+        ),
+        (
+            "resnet18d",
+            132,
+            [
+                "conv1.0.weight",
+                "conv1.4.running_var",
+                "conv1.6.weight",
+                "layer2.0.downsample.2.bias",
+            ],
+        ),
     ],
 )
 def test_names_are_those_of_the_pytorch_modules(backbone, count, names):
-    state = to_torch(zero_variables(network(backbone)))
+    size = side(backbone)
+    state = to_torch(zero_variables(network(backbone), (size, size, 3)))
     assert {f"backbone.{name}" for name in names} < state.keys()
     assert len(state) == count + 2
     assert state["fc1.weight"].shape[0] == 9
@@ -84,10 +107,10 @@ def test_layouts():
     ("backbone", "head"), [*((name, None) for name in BACKBONES), ("resnet_small", 6)]
 )
 def test_a_round_trip_returns_the_same_bits(backbone, head):
-    embedder = network(backbone, projection=None if head else 9, head=head)
-    variables = random_variables(embedder)
+    embedder, size = network(backbone, projection=None if head else 9, head=head), side(backbone)
+    variables = random_variables(embedder, size=size)
     state = to_torch(variables)
-    back = from_torch(state, zero_variables(embedder))
+    back = from_torch(state, zero_variables(embedder, (size, size, 3)))
     assert_same_bits(back, variables)
     assert_same_bits(to_torch(back), state)
 

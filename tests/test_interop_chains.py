@@ -15,10 +15,19 @@ from weight_bytes import MISSING
 
 import compat_jax
 from compat_jax import files
-from compat_jax.chain import Chain
+from compat_jax.chain import Chain, variables_sha256
 from compat_jax.data import Preprocess
+from compat_jax.data.pictures import Preparation
 from compat_jax.errors import UserError
-from compat_jax.interop import chains, to_torch, torch_files
+from compat_jax.interop import (
+    ImageSettings,
+    chains,
+    starting_version,
+    starting_version_of,
+    to_torch,
+    torch_files,
+)
+from compat_jax.interop.start import image_size_of, sized
 from compat_jax.models import Backbone
 from compat_jax.training import Run
 from compat_jax.training.sequence import check_replacements
@@ -44,7 +53,7 @@ def import_folder(folder, chain, run, **more):
 
 
 def import_file(path, chain, run):
-    return chains.import_file(torch_files.load(path), chain, run, image_shape=SHAPE)
+    return chains.import_file(torch_files.load(path), chain, run, image_shape=SHAPE).fresh
 
 
 @pytest.fixture
@@ -152,6 +161,148 @@ def test_layers_that_a_bare_backbone_lacks_are_drawn_from_the_seed(tmp_path, met
     assert np.abs(drawn[0] - drawn[2]).max() > 0.01
 
 
+# --- a version to start from
+
+HALF = ImageSettings(32, (0.5,) * 3, (0.2,) * 3)
+START = {"num_prototypes": 10, "label_order": "descending", "seed": 3}
+SMALL = Backbone("resnet_small", {"width": 4})
+
+
+def backbone_alone(path, seed=0):
+    """The weight file of a backbone with a classifier of its own, and its variables."""
+    variables = random_variables(network(projection=None), seed)
+    state = renamed(to_torch(variables), lambda n: f"module.{n.removeprefix('backbone.')}")
+    write_state(path, state | {"module.fc.weight": np.zeros((1000, 16), np.float32)})
+    return variables["params"]["backbone"]
+
+
+def test_a_backbone_starts_with_a_projection_drawn_from_the_seed(tmp_path):
+    file = tmp_path / "a.safetensors"
+    params = backbone_alone(file)
+    version, fresh, notes = starting_version(file, SMALL, **START, settings=HALF)
+    assert fresh == version.record.fresh == ("projection",)
+    assert_same_bits(version.variables["params"]["backbone"], params)
+    record = version.record
+    assert (version.number, record.task, record.parent) == (0, None, None)
+    assert record.replaced_by == "imported from a.safetensors"
+    assert record.data_fingerprint == files.sha256(files.absolute(file))
+    assert (record.image_shape, record.mean, record.std) == (SHAPE, HALF.mean, HALF.std)
+    assert record.preparation == Preparation(32).describe()
+    assert record.check() and version.sha256 == variables_sha256(version.variables)
+    assert notes == (
+        "images: size 32 (as given), mean 0.5,0.5,0.5 (as given), std 0.2,0.2,0.2 (as given), "
+        "crop 1 (by default), filter bicubic (by default)",
+    )
+    kernels = [
+        starting_version(file, SMALL, **{**START, "seed": seed}, settings=HALF).version.variables[
+            "params"
+        ]["projection"]["kernel"]
+        for seed in (3, 4)
+    ]
+    np.testing.assert_array_equal(version.variables["params"]["projection"]["kernel"], kernels[0])
+    assert np.abs(kernels[0] - kernels[1]).max() > 0.01
+
+
+def test_the_file_says_what_its_images_are_and_what_is_given_wins(tmp_path):
+    backbone_alone(tmp_path / "a.safetensors")
+    config = {"input_size": [3, 32, 32], "mean": [0.4] * 3, "std": [0.2] * 3, "crop_pct": 0.875}
+    text = json.dumps({"pretrained_cfg": {**config, "interpolation": "bilinear"}})
+    (tmp_path / "config.json").write_text(text)
+    own = starting_version(tmp_path / "a.safetensors", SMALL, **START)
+    assert own.version.record.mean == (0.4,) * 3
+    assert own.version.record.preparation == Preparation(32, "crop", "bilinear", 0.875).describe()
+    assert "crop 0.875 (the file), filter bilinear (the file)" in own.notes[-1]
+    given = ImageSettings(mean=(0.5,) * 3, crop=1.0)
+    other = starting_version(tmp_path / "a.safetensors", SMALL, **START, settings=given)
+    assert (other.version.record.mean, other.version.record.std) == ((0.5,) * 3, (0.2,) * 3)
+    differences = ["mean 0.5,0.5,0.5 instead of 0.4,0.4,0.4", "crop 1 instead of 0.875"]
+    assert [note.partition(", as ")[0] for note in other.notes[:2]] == differences
+    assert "size 32 (the file), mean 0.5,0.5,0.5 (as given)" in other.notes[-1]
+
+
+def test_a_version_is_not_started_from_images_that_nobody_knows(tmp_path):
+    backbone_alone(tmp_path / "a.safetensors")
+    for settings, missing in (
+        (None, "size, mean and std"),
+        (ImageSettings(mean=(0.5,) * 3), "size and std"),
+        (ImageSettings(32, (0.5,) * 3), "std"),
+    ):
+        with pytest.raises(UserError, match=f"give {missing}, for weights of ImageNet") as caught:
+            starting_version(tmp_path / "a.safetensors", SMALL, **START, settings=settings)
+        assert caught.value.argument == missing.split(",")[0].split(" ")[0]
+
+
+def test_an_exported_version_starts_with_its_own_projection(tmp_path):
+    variables = random_variables(network())
+    write(tmp_path / "a.safetensors", variables)
+    version, fresh, _ = starting_version(tmp_path / "a.safetensors", SMALL, **START, settings=HALF)
+    assert_same_bits(version.variables, variables)
+    assert fresh == version.record.fresh == ()
+    with pytest.raises(UserError, match="give the num_prototypes of the file"):
+        starting_version(
+            tmp_path / "a.safetensors", SMALL, **{**START, "num_prototypes": 12}, settings=HALF
+        )
+
+
+def test_a_learnable_head_is_started_too(tmp_path):
+    backbone_alone(tmp_path / "a.safetensors")
+    start = starting_version_of(tmp_path / "a.safetensors", run("er"), settings=HALF)
+    assert start.fresh == ("head",) and start.version.record.feature_size == 16
+
+
+def test_a_vit_is_made_for_the_size_of_the_images():
+    assert sized("vit_ti16", HALF).arguments == {"image_size": 32}
+    assert image_size_of(Backbone("vit_ti16", {"image_size": 64})) == ImageSettings(64)
+    assert image_size_of(SMALL) == ImageSettings()
+    given = Backbone("vit_ti16", {"image_size": 64, "patch": 8})
+    assert sized(given, HALF) == given
+    assert sized("resnet18", HALF).arguments == {}
+    assert sized(tiny.OneConv(), HALF).module is not None
+
+
+# --- several models in one chain
+
+
+def append(path, chain, run):
+    weights = torch_files.load(path)
+    return chains.import_file(weights, chain, run, image_shape=SHAPE, append=True)
+
+
+def test_a_file_is_appended_to_a_chain_once(tmp_path):
+    chain, first, second = Chain(tmp_path / "chain"), tmp_path / "a.safetensors", tmp_path / "b.pt"
+    write(first, random_variables(network()))
+    with pytest.raises(UserError, match="no chain at"):
+        append(first, chain, run())
+    import_file(first, chain, run())
+    wide = Backbone("resnet_small", {"width": 6})
+    second = tmp_path / "b.safetensors"
+    write(second, random_variables(network(width=6), 1))
+    for _ in range(2):
+        assert append(second, chain, run(backbone=wide)).number == 1
+    assert chain.numbers() == [0, 1]
+    assert [chain.record(n).backbone_arguments["width"] for n in (0, 1)] == [4, 6]
+    with pytest.raises(UserError, match=r"there is a chain in .* already, with version 1"):
+        import_file(first, chain, run())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_prototypes": 12}, "num_prototypes is 12 for the file and 10 in"),
+        ({"label_order": "ascending"}, "label_order is ascending for the file and descending in"),
+        ({"method": "er"}, "feature_size is 16 for the file and 9 in"),
+    ],
+)
+def test_a_file_on_another_simplex_is_not_appended(tmp_path, fields, message):
+    chain = Chain(tmp_path / "chain")
+    write(tmp_path / "a.safetensors", random_variables(network()))
+    import_file(tmp_path / "a.safetensors", chain, run())
+    backbone_alone(tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match=message):
+        append(tmp_path / "b.safetensors", chain, run(**fields))
+    assert chain.numbers() == [0]
+
+
 # --- the same call again
 
 
@@ -211,13 +362,16 @@ def test_a_model_of_another_normalisation_does_not_replace_one(tmp_path):
 # --- the true remedy
 
 
-def alone(backbone, **arguments):
+def alone(backbone, size=32, **arguments):
     """The state dict of a backbone without projection and head, as torchvision and timm have it."""
-    state = to_torch(random_variables(network(backbone, projection=None, **arguments)))
+    embedder = network(backbone, projection=None, **arguments)
+    state = to_torch(random_variables(embedder, size=size))
     return renamed(state, lambda n: n.removeprefix("backbone."))
 
 
-@pytest.mark.parametrize("backbone", ["resnet50", "senet18", "regnet_y_400mf", "resnet32_cifar"])
+@pytest.mark.parametrize(
+    "backbone", ["resnet50", "resnet18d", "senet18", "regnet_y_400mf", "resnet32_cifar"]
+)
 def test_the_backbone_that_fits_is_named(backbone):
     fit = rf"^100% of its tensors are those of the backbone {backbone}, \d+% those of resnet18"
     with pytest.raises(UserError, match=fit) as caught:
@@ -226,9 +380,9 @@ def test_the_backbone_that_fits_is_named(backbone):
 
 
 def test_the_remedy_fits_the_fault():
-    def refused(message, state, argument=None, **fields):
+    def refused(message, state, argument=None, shape=SHAPE, **fields):
         with pytest.raises(UserError, match=message) as caught:
-            chains.adopt(state, run(**fields), SHAPE)
+            chains.adopt(state, run(**fields), shape)
         assert caught.value.argument == argument
 
     vit = alone("vit_ti16") | {"pos_embed": np.zeros((1, 5, 192), np.float32)}
@@ -244,6 +398,18 @@ def test_the_remedy_fits_the_fault():
     part = {n: a for n, a in STATE.items() if not n.startswith("backbone.bn1.")}
     refused("the file is incomplete: save the whole", part)
     refused("its backbone fits: give the method", few, method="er")
+    registers = {
+        **alone("dinov2_s14", size=28),
+        "register_tokens": np.zeros((1, 4, 384), np.float32),
+    }
+    dinov2 = Backbone("dinov2_s14", {"image_size": 28})
+    refused(
+        "give the backbone registers=4",
+        registers,
+        "backbone_arguments",
+        (28, 28, 3),
+        backbone=dinov2,
+    )
     refused("no registered backbone has its names", {"w": np.zeros(2, np.float32)})
 
 
@@ -344,7 +510,7 @@ NETWORK = ["--backbone=resnet_small", "--backbone_arguments=width=4", "--num_pro
 IMAGES = ["--size=32", "--mean=0.5,0.4,0.3", "--std=0.2,0.2,0.2"]
 CONFIG = ["--config=configs/iamcl2r.py:tasks=7"]
 REFUSED = [
-    ([], "give size and mean and std, for weights of ImageNet mostly mean 0.485,0.456,0.406"),
+    ([], "give size, mean and std, for weights of ImageNet mostly mean 0.485,0.456,0.406"),
     (["--size=32", "--mean=0.5,0.5,0.5"], "give std, for weights"),
     (["--size=32", "--mean=123,116,103", "--std=58,57,57"], "mean must lie in 0..1"),
     (["--size=32", "--mean=a,b,c", "--std=1,1,1"], "mean needs numbers like"),
@@ -394,6 +560,7 @@ def programs(tmp_path_factory):
     for task in range(3):
         write(here / "files" / f"ckpt_{task}.safetensors", random_variables(network(), task))
     one = ["import_torch", f"--weights={here / 'files' / 'ckpt_1.safetensors'}", *NETWORK]
+    second = ["import_torch", f"--weights={here / 'files' / 'ckpt_2.safetensors'}", *NETWORK]
     every = ["import_torch", f"--weights={here / 'files'}", *NETWORK, *CONFIG]
     out = here / "b.safetensors"
     commands = {
@@ -401,6 +568,14 @@ def programs(tmp_path_factory):
         "export": ["export_torch", f"--chain={here / 'chain'}", f"--out={out}"],
         # The exported file says what its images are.
         "again": ["import_torch", f"--weights={out}", f"--out={here / 'again'}", *NETWORK],
+        "append": [*second, f"--out={here / 'chain'}", *IMAGES, "--append"],
+        "differs": [
+            "import_torch",
+            f"--weights={out}",
+            f"--out={here / 'differs'}",
+            *NETWORK,
+            *CONFIG,
+        ],
         "folder": [*every, f"--out={here / 'folder'}"],
         "flags": [*every, f"--out={here / 'flags'}", *IMAGES, "--method=sce"],
         **{f"refused {n}": [*one, f"--out={here / 'no'}", *f] for n, (f, _) in enumerate(REFUSED)},
@@ -423,10 +598,32 @@ def test_the_programs_import_and_export(programs):
         code, said, complaint = ended[name]
         assert code == 0, complaint
         assert ("1 model in" in said) == (name != "export")
+    told = "images: size 32 (the flags), mean 0.5,0.4,0.3 (the flags), std 0.2,0.2,0.2 (the flags)"
+    assert told in ended["import"][1]
+    assert "images: size 32 (the file), mean 0.5,0.4,0.3 (the file)" in ended["again"][1]
     file = here / "files" / "ckpt_1.safetensors"
     assert_same_bits(torch_files.read(here / "b.safetensors"), torch_files.read(file))
     assert Chain(here / "again").record(0).mean == (0.5, 0.4, 0.3)
     assert Chain(here / "again").open(0).sha256 == Chain(here / "chain").open(0).sha256
+
+
+def test_a_configuration_that_differs_from_the_file_is_noted(programs):
+    _, ended = programs
+    code, said, complaint = ended["differs"]
+    assert code == 0, complaint
+    assert "note: mean 0.5071,0.4867,0.4408 instead of 0.5,0.4,0.3, as " in said
+    assert "mean 0.5071,0.4867,0.4408 (the configuration)" in said
+
+
+def test_two_imported_models_stand_in_one_chain(programs):
+    here, ended = programs
+    code, said, complaint = ended["append"]
+    assert code == 0 and "version 1 in" in said, complaint
+    records = [Chain(here / "chain").record(n) for n in (0, 1)]
+    assert [r.replaced_by for r in records] == [
+        f"imported from ckpt_{n}.safetensors" for n in (1, 2)
+    ]
+    assert all(r.preparation["size"] == 32 for r in records)
 
 
 def test_the_program_takes_the_images_of_a_configuration_and_flags_over_it(programs):
@@ -434,6 +631,8 @@ def test_the_program_takes_the_images_of_a_configuration_and_flags_over_it(progr
     for name in ("folder", "flags"):
         code, said, complaint = ended[name]
         assert code == 0 and "3 versions in" in said, complaint
+        whose = "the configuration" if name == "folder" else "the flags"
+        assert f"({whose}), std " in said
     a, b = (Chain(here / name).record(2) for name in ("folder", "flags"))
     assert (a.method, a.mean, a.classes_seen) == ("hoc", (0.5071, 0.4867, 0.4408), 40)
     assert (b.method, b.mean, b.config["data"]["query"]["size"]) == ("sce", (0.5, 0.4, 0.3), 32)

@@ -46,3 +46,26 @@ def test_time_left_is_in_units_that_one_reads(seconds, total, left, clock, capsy
     clock[0] += seconds
     shown.update()
     assert capsys.readouterr().err == f"hoc: 1 of {total} steps, about {left} left\n"
+
+
+def test_time_left_is_measured_from_where_the_work_is_like_what_is_left(clock, capsys):
+    shown = Meter("hoc", 20)
+    clock[0] += 100  # a compilation
+    shown.update()
+    shown.restart()
+    shown.speak()
+    for _ in range(10):
+        clock[0] += 1
+        shown.update()
+    assert capsys.readouterr().err.splitlines() == [
+        "hoc: 1 of 20 steps, about 32 min left",
+        "hoc: 1 of 20 steps",
+        "hoc: 11 of 20 steps, about 9 s left",
+    ]
+
+
+def test_a_line_of_its_own_is_printed_also_where_nothing_is_shown(capsys):
+    with Meter(None, 5) as shown:
+        shown.print("done")
+        shown.speak()
+    assert capsys.readouterr().err == "done\n"

@@ -104,6 +104,7 @@ def start_of(name):
 def train(name, folder, **where):
     """The tiny sequence by a method of one's own."""
     run = tiny.run(METHODS[name], backbone="flat")
+    where["log_every"] = 10**6  # no lines by the clock
     return tiny.train(run, folder, DATA, replacements={0: start_of(name)}, **where)
 
 
@@ -113,7 +114,8 @@ def bits(chain):
 
 def log_of(folder):
     lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    clocks = ("images_per_second", "time")
+    return [{k: v for k, v in line.items() if k not in clocks} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -279,3 +281,32 @@ def test_the_teacher_is_the_running_mean_of_the_weights():
     )
     np.testing.assert_allclose(carried["teacher"]["w"], expected, rtol=1e-6)
     assert int(carried["steps"]) == 3
+
+
+def test_terms_are_watched_and_change_no_bit(tmp_path, unbroken):
+    plain = METHODS["ema"]
+
+    def loss(inputs):
+        total = plain.loss(inputs)
+        return total, {"half": total / 2, "constant": jnp.float32(3)}
+
+    watched = dataclasses.replace(plain, loss=loss, terms=("half", "constant"))
+    run = tiny.run(watched, backbone="flat")
+    chain = tiny.train(run, tmp_path, DATA, replacements={0: start_of("ema")}, save_every=1)
+    assert bits(chain) == bits(Chain(unbroken["ema"] / "chain"))
+    for line in log_of(tmp_path):
+        assert line["terms"]["half"] == pytest.approx(line["loss"] / 2, rel=1e-5)
+        assert line["terms"]["constant"] == 3
+
+
+def test_terms_that_are_not_those_that_were_named_are_refused():
+    plain = METHODS["ema"]
+    for names, terms in ((("a",), {"b": 1}), ((), {"b": 1}), (("a", "b"), {"b": 1})):
+        method = dataclasses.replace(plain, loss=lambda inputs, t=terms: (inputs, t), terms=names)
+        with pytest.raises(
+            UserError, match=r"method 'ema' names the terms .* but its loss returns"
+        ):
+            method.losses(0.0)
+    named = dataclasses.replace(plain, loss=lambda inputs: inputs, terms=("a",))
+    with pytest.raises(UserError, match=r"names the terms \['a'\], but its loss returns \[\]"):
+        named.losses(0.0)

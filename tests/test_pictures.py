@@ -1,17 +1,17 @@
-"""Pictures: every kind of file becomes the same RGB by the rules; folders list nothing but pictures."""
+"""Pictures: every kind of file, image and array becomes the same RGB by the rules, of one size."""
 
 import io
-import os
-import shutil
+import json
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from compat_jax.data import from_folder
-from compat_jax.data.pictures import BadPictures, class_folders, decode, resized
+from compat_jax.data.pictures import FILTERS, BadPictures, Preparation, decode
 from compat_jax.errors import UserError
 
 RGB = np.random.default_rng(0).integers(0, 256, (4, 6, 3)).astype(np.uint8)
@@ -273,8 +273,10 @@ def test_more_than_sixteen_bits_are_refused():
         refused(encoded(image, "TIFF"), "has more than 16 bits per channel: convert it to 8")
 
 
-def test_a_file_that_vanished_is_named(tmp_path):
-    with pytest.raises(BadPictures, match=r"^gone vanished while it was read: put it back"):
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(
+        BadPictures, match=r"^gone is not there: put it back, or take it off the list"
+    ):
         decode(tmp_path / "gone.png", "gone")
 
 
@@ -284,122 +286,191 @@ def test_a_picture_too_large_for_memory_is_refused(monkeypatch, most):
     refused(encoded(RGB), "has too many pixels: make it smaller")
 
 
-def test_resizing_averages_what_a_pixel_covers():
-    checks = np.kron([[0, 100], [100, 0]], np.ones((2, 2))).astype(np.uint8)
-    np.testing.assert_array_equal(resized(as_rgb(checks), 1), np.full((1, 1, 3), 50))
-    assert resized(RGB, None) is RGB and resized(RGB[:4, :4], 4).base is RGB
-    np.testing.assert_array_equal(resized(checks[..., None], None), as_rgb(checks))
-    with pytest.raises(UserError, match=r"images must be uint8 in 0\.\.255, got float32"):
-        resized(RGB.astype(np.float32), 2)
+# What a picture is
 
 
-# Folders
+def test_every_kind_of_picture_is_the_same_picture(tmp_path):
+    content = encoded(RGB)
+    (tmp_path / "a.png").write_bytes(content)
+    path, image = tmp_path / "a.png", Image.fromarray(RGB)
+    kinds = (path, str(path), content, bytearray(content), memoryview(content), image, RGB)
+    for picture in (*kinds, Image.open(path), RGB[::-1][::-1]):
+        np.testing.assert_array_equal(decode(picture), RGB)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Classes cat, with a folder in it, and dog; four pictures of one colour each."""
-    for number, place in enumerate(("cat/b.png", "cat/a.png", "cat/more/c.png", "dog/a.png")):
-        path = tmp_path / "pictures" / place
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded(np.full((4, 4), number, np.uint8)))
-    return tmp_path / "pictures"
-
-
-def listed(folder):
-    return [
-        (name, [str(p.relative_to(folder)) for p in files]) for name, files in class_folders(folder)
-    ]
-
-
-WHOLE = [("cat", ["cat/a.png", "cat/b.png", "cat/more/c.png"]), ("dog", ["dog/a.png"])]
-
-
-def test_classes_and_pictures_come_in_the_order_of_their_names(folder):
-    assert listed(folder) == WHOLE
-    dataset = from_folder(folder)
-    assert dataset.class_names == ("cat", "dog") and dataset.labels.tolist() == [0, 0, 0, 1]
-    assert dataset.images[:, 0, 0, 0].tolist() == [1, 0, 2, 3]
-
-
-@pytest.mark.parametrize("place", ["", "cat", "cat/more"])
-def test_what_systems_leave_behind_is_no_picture(folder, place):
-    for name in (".hidden", ".git", "@eaDir", "__MACOSX", "lost+found", "@EADIR"):
-        (folder / place / name).mkdir()
-        (folder / place / name / "a.png").write_bytes(b"no picture")
-    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "ehthumbs.db", "._a.png", "THUMBS.DB"):
-        (folder / place / name).write_bytes(b"no picture")
-    assert listed(folder) == WHOLE
-    assert len(from_folder(folder)) == 4
-
-
-def test_links_are_followed(folder, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "z.png").write_bytes(encoded(np.full((4, 4), 9, np.uint8)))
-    (folder / "cat" / "linked").symlink_to(tmp_path / "elsewhere")
-    (folder / "cat" / "y.png").symlink_to(tmp_path / "elsewhere" / "z.png")
-    (folder / "owl").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    (tmp_path / "all").symlink_to(folder)
-    dataset = from_folder(tmp_path / "all")
-    assert dataset.class_names == ("cat", "dog", "owl")
-    assert dataset.images[:, 0, 0, 0].tolist() == [1, 0, 9, 2, 9, 3, 9]
+def test_arrays_of_one_three_and_four_channels():
+    np.testing.assert_array_equal(decode(GREY), as_rgb(GREY))
+    np.testing.assert_array_equal(decode(GREY[..., None]), as_rgb(GREY))
+    seen = np.array([[[*HIDDEN, 0], [*SEEN, 255], [0, 100, 200, 51]]], np.uint8)
+    assert decode(seen).tolist() == [[[255, 255, 255], [*SEEN], [204, 224, 244]]]
 
 
 @pytest.mark.parametrize(
-    ("to", "message"),
+    ("picture", "message"),
     [
-        ("nowhere.png", r"x is a link to nowhere \(No such file or directory\): remove it or"),
-        ("x", r"x is a link to nowhere \(Too many levels of symbolic links\): remove it or"),
-        ("a.png/b.png", r"x is a link to nowhere \(Not a directory\): remove it or restore"),
-        (".", "x links to a folder around itself: remove the link"),
-        ("..", "x/cat links to a folder around itself: remove the link"),
-        ("/dev/zero", "x is neither a file nor a folder: remove it"),
+        (
+            RGB.astype(np.float32),
+            r"x must be uint8 in 0\.\.255, got float32: multiply by 255 and con",
+        ),
+        (WIDE, r"x must be uint8 in 0\.\.255, got uint16: convert with \.astype\('uint8'\)"),
+        (RGB[None], "x must be one picture, got 1: give them one by one"),
+        (RGB[:2, :, :2], r"x must be \[height, width\] or .* got shape \(2, 6, 2\)$"),
+        (
+            RGB.transpose(2, 0, 1),
+            r"x .*got shape \(3, 4, 6\): bring the channels last, \.transpose\(",
+        ),
+        (RGB[0, 0], r"x must be \[height, width\] or .* got shape \(3,\)$"),
+        (RGB[:0], "x is empty: 6 x 0 pixels"),
+        ([[0, 1]], "x must be a path, the bytes of a file, a PIL image or a uint8 array, got list"),
+        (None, "x must be a path, .* got NoneType"),
+        (Image.new("F", (2, 2)), "x has more than 16 bits per channel: convert it to 8"),
+        (Image.new("RGB", (0, 2)), "x is empty: 0 x 2 pixels"),
     ],
 )
-def test_links_that_lead_to_nothing_or_around_are_refused(folder, to, message):
-    (folder / "cat" / "x").symlink_to(to)
-    with pytest.raises(UserError, match=rf"pictures/cat/{message}"):
-        from_folder(folder)
+def test_what_can_be_no_picture_is_told_so(picture, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        decode(picture, "x")
 
 
-def test_a_pipe_is_refused_and_never_opened(folder):
-    os.mkfifo(folder / "dog" / "pipe.png")
-    with pytest.raises(UserError, match=r"dog/pipe\.png is neither a file nor a folder"):
-        from_folder(folder)
+def test_pictures_of_pillow_are_turned_and_converted_as_their_files():
+    for mode, kind in (("RGB", "JPEG"), ("L", "PNG"), ("RGBA", "PNG"), ("LA", "PNG"), ("P", "PNG")):
+        image = Image.fromarray(RGB).convert(mode)
+        content = encoded(image, kind, exif=turned_by(6))
+        opened = Image.open(io.BytesIO(content))
+        pixels = decode(opened)
+        assert pixels.shape == (6, 4, 3)
+        np.testing.assert_array_equal(pixels, decode(content))
+        assert opened.size == (6, 4)  # the caller's image is as it was
+    ink = Image.new("CMYK", (2, 2), (0, 255, 255, 0))
+    np.testing.assert_array_equal(decode(ink), np.full((2, 2, 3), (255, 0, 0)))
+    np.testing.assert_array_equal(decode(Image.fromarray(WIDE)), read(WIDE))
 
 
-def test_a_class_name_that_is_not_utf_8_is_refused(folder):
-    shutil.copytree(folder / "dog", folder / os.fsdecode(b"d\xf6g"))
-    with pytest.raises(UserError, match=r"name of class folder b'.*/d\\xf6g' is not UTF-8: rename"):
-        from_folder(folder)
+def test_threads_decode_without_a_word_and_leave_the_filters_of_warnings_alone():
+    noisy = two_pixels("P", 0, 1)
+    noisy.putpalette([*HIDDEN, *SEEN])
+    content = encoded(noisy, transparency=bytes([51, 255]))  # of which Pillow warns
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(decode, [content] * 64))
+    assert {pixels.tobytes() for pixels in found} == {found[0].tobytes()}
+    assert list(warnings.filters) == before
 
 
-def test_a_file_name_need_not_be_utf_8(folder):
-    shutil.copy(folder / "dog" / "a.png", os.fsencode(folder) + b"/dog/\xff.png")
-    assert len(from_folder(folder)) == 5
+# Brought to size
 
 
-def test_class_names_may_be_of_any_script(folder):
-    for name in ("猫", "ёж", "a b", "[x]*?"):
-        shutil.copytree(folder / "dog", folder / name)
-    assert set(from_folder(folder).class_names) == {"cat", "dog", "猫", "ёж", "a b", "[x]*?"}
+def test_the_centre_is_cropped_and_the_aspect_kept():
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = 200
+    for picture in (wide, wide.transpose(1, 0, 2)):
+        np.testing.assert_array_equal(Preparation(10)(picture), np.full((10, 10, 3), 200))
+    squashed = Preparation(10, resize="squash", filter="box")(wide)
+    third = [0, 0, 0, 133, 200, 200, 133, 0, 0, 0]  # of three columns each
+    np.testing.assert_array_equal(squashed, np.tile(np.array(third)[None, :, None], (10, 1, 3)))
 
 
-def test_all_bad_pictures_are_named_at_once(folder):
-    (folder / "cat" / "bad.png").write_bytes(b"")
-    (folder / "dog" / "cut.png").write_bytes(encoded(RGB)[:60])
-    (folder / "dog" / "float.tiff").write_bytes(encoded(np.ones((4, 4), np.float32), "TIFF"))
+@pytest.mark.parametrize("filter", FILTERS)
+def test_shrinking_is_antialiased(filter):
+    checks = np.kron([[0, 100], [100, 0]], np.ones((1, 1))).astype(np.uint8)
+    fine = np.tile(checks, (32, 32))
+    for resize in ("crop", "squash"):
+        small = Preparation(8, resize, filter)(fine)
+        np.testing.assert_allclose(small.astype(int), 50, atol=1)
+
+
+def test_boxes_average_what_a_pixel_covers():
+    checks = np.kron([[0, 100], [100, 0]], np.ones((2, 2))).astype(np.uint8)
+    np.testing.assert_array_equal(Preparation(1, filter="box")(checks), np.full((1, 1, 3), 50))
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+def test_a_picture_of_the_size_is_left_as_it_is(resize):
+    square = RGB[:4, :4]
+    for filter in FILTERS:
+        prepare = Preparation(4, resize, filter, crop=0.5)
+        np.testing.assert_array_equal(prepare(square), square)
+        np.testing.assert_array_equal(prepare(encoded(square)), square)
+
+
+def test_small_and_narrow_pictures_are_enlarged():
+    for shape in ((1, 1, 3), (1, 5000, 3), (5000, 2, 3), (3, 2, 3)):
+        picture = np.full(shape, 77, np.uint8)
+        for resize in ("crop", "squash"):
+            np.testing.assert_array_equal(
+                Preparation(32, resize)(picture), np.full((32, 32, 3), 77)
+            )
+
+
+def test_the_crop_keeps_its_share_of_the_short_side():
+    ramp = np.repeat(np.arange(0, 256, 1, np.uint8)[None, :], 256, axis=0)
+    whole, part = Preparation(64)(ramp), Preparation(64, crop=0.5)(ramp)
+    assert whole[0, 0, 0] < 4 and whole[0, -1, 0] > 251
+    np.testing.assert_allclose(part[0, [0, -1], 0].astype(int), [64, 191], atol=1)
+
+
+SIZES = ((50, 40), (40, 50), (33, 97), (32, 64), (20, 31), (64, 64))  # height, width
+
+
+def noise(height, width):
+    rng = np.random.default_rng(height * width)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3)).astype(np.uint8))
+
+
+@pytest.mark.parametrize("filter", FILTERS)
+def test_the_short_side_is_resized_and_the_centre_kept(filter):
+    short, method = 36, Image.Resampling[filter.upper()]
+    for height, width in SIZES:
+        picture = noise(height, width)
+        high, wide = (side * short // min(height, width) for side in (height, width))
+        whole = np.asarray(picture.resize((wide, high), method))
+        top, left = round((high - 32) / 2), round((wide - 32) / 2)
+        expected = whole[top : top + 32, left : left + 32]
+        np.testing.assert_array_equal(
+            Preparation(32, filter=filter, crop=32 / 36)(picture), expected
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+@pytest.mark.parametrize("crop", [1.0, 0.875])
+def test_the_pixels_are_those_of_torchvision(crop):
+    transforms = pytest.importorskip("torchvision.transforms")
+    for height, width in SIZES:
+        picture = noise(height, width)
+        for filter in FILTERS:
+            mode = transforms.InterpolationMode(filter)
+            resize = transforms.Resize(int(32 / crop + 1e-6), mode)
+            theirs = transforms.CenterCrop(32)(resize(picture))
+            np.testing.assert_array_equal(
+                Preparation(32, filter=filter, crop=crop)(picture), theirs
+            )
+
+
+def test_a_preparation_describes_itself():
+    prepare = Preparation(96, "squash", "lanczos", crop=0.9)
+    described = prepare.describe()
+    assert json.loads(json.dumps(described)) == described and "alpha on white" in described["rules"]
+    assert Preparation.from_mapping(described) == prepare
+    assert Preparation.from_mapping({"size": 8}) == Preparation(8)
     with pytest.raises(
-        BadPictures, match=r"^3 pictures cannot be read: /.*cat/bad.png is"
-    ) as caught:
-        from_folder(folder)
-    names = [problem.partition(" ")[0] for problem in caught.value.problems]
-    assert names == [str(folder / p) for p in ("cat/bad.png", "dog/cut.png", "dog/float.tiff")]
-    assert all(name in str(caught.value) for name in names)
-    for number in range(20):
-        (folder / "dog" / f"z{number:02d}.png").write_bytes(b"")
-    with pytest.raises(
-        BadPictures, match=r"^23 pictures cannot be read: .*; and 13 more$"
-    ) as caught:
-        from_folder(folder)
-    assert len(caught.value.problems) == 23 and str(caught.value).count("Pillow can read") == 9
+        UserError, match=r"unknown field of a preparation 'sise'\. Did you mean 'size'"
+    ):
+        Preparation.from_mapping({"sise": 8})
+    with pytest.raises(UserError, match="a preparation needs a size"):
+        Preparation.from_mapping({})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"size": 0}, "size must be at least 1 and at most 8,192, got 0"),
+        ({"resize": "pad"}, r"unknown resize 'pad'\..* Valid: crop, squash"),
+        ({"filter": "bicubik"}, "unknown filter 'bicubik'. Did you mean 'bicubic'"),
+        ({"crop": 0}, "crop must be above 0 and at most 1, got 0"),
+        ({"crop": 1.5}, "crop must be above 0 and at most 1"),
+    ],
+)
+def test_a_preparation_that_cannot_be(fields, message):
+    with pytest.raises(UserError, match=message):
+        Preparation(**{"size": 8, **fields})

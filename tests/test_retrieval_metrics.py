@@ -116,6 +116,48 @@ def test_map_against_scikit_learn(monkeypatch, same_set, scores_at_a_time):
     )
 
 
+def oracle_map_at_r(scores, match):
+    """(1/R) Σ P(i) rel(i), one rank after another; ties in the order of the gallery."""
+    ranked = match[np.argsort(-scores, kind="stable")]
+    r = match.sum()
+    return sum(ranked[: i + 1].mean() for i in range(r) if ranked[i]) / r
+
+
+@pytest.mark.parametrize("same_set", [False, True])
+def test_map_at_r_by_its_definition(same_set):
+    query, query_labels = features(seed=2)
+    query += 2 * features(seed=9)[0][query_labels]
+    gallery = query + features(seed=3)[0]
+    gallery_labels = query_labels
+    if not same_set:
+        gallery, gallery_labels = gallery[5:][::-1], query_labels[5:][::-1]
+        query_labels = np.append(query_labels[:-3], [99, 0, 1])
+    scores, _ = oracle_ranking(query, gallery, same_set)
+    own = np.arange(60) if same_set else None
+    got = retrieval.precision_at_r_scores(query, query_labels, gallery, gallery_labels, own)
+    for i, value in enumerate(got):
+        keep = scores[i] > -np.inf
+        match = (gallery_labels == query_labels[i])[keep]
+        if match.any():
+            assert value == pytest.approx(oracle_map_at_r(scores[i][keep], match), abs=1e-12)
+        else:
+            assert np.isnan(value)
+    assert np.nanmin(got) < 0.2 < 0.4 < np.nanmax(got)
+
+
+def test_map_at_r_knows_what_is_among_the_first_r_only():
+    query, labels = np.eye(2, dtype=np.float32)[:1], np.array([7])
+    gallery = np.array([[0.9, 0], [0.8, 0], [0.7, 0], [0.1, 0]], np.float32)
+    for gallery_labels, expected in (
+        ([7, 7, 7, 1], 1.0),
+        ([7, 1, 7, 7], (1 + 0 + 2 / 3) / 3),
+        ([1, 1, 1, 7], 0.0),
+        ([1, 7, 1, 7], (1 / 2) / 2),
+    ):
+        got = retrieval.precision_at_r_scores(query, labels, gallery, np.array(gallery_labels))
+        assert got == pytest.approx(expected)
+
+
 @hypothesis.settings(max_examples=20, deadline=None)
 @hypothesis.given(st.integers(0, 2**31))
 def test_order_of_the_gallery_changes_nothing_in_map(seed):
@@ -158,6 +200,8 @@ def test_rankings_refuse_bad_input():
             metric(query, labels + 100, query, labels)
         with pytest.raises(UserError, match=r"same_set=True .* labels differ"):
             metric(query, labels, query, labels[::-1], same_set=True)
+    with pytest.raises(UserError, match="no query has an image of its class"):
+        retrieval.precision_at_r_scores(query, labels + 100, query, labels)
     with pytest.raises(UserError, match="ks must be"):
         retrieval.recall_at_k(query, labels, query, labels, ks=())
 
@@ -323,6 +367,120 @@ def test_pairs_of_a_kind_are_drawn_uniformly(same_set, kind):
     assert [tuple(p) for p in drawn.T] == pairs
     # Six standard deviations of a count with mean 400.
     np.testing.assert_allclose(times, 400, atol=120)
+
+
+# Verification with the same number of pairs for every query
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_every_query_has_its_pairs(inside):
+    labels = features()[1]
+    own = np.where(np.arange(60) % 2, np.arange(60), -1) if inside else None
+    queries, genuine, impostor = retrieval.query_pairs(labels, labels, own, per_query=40, seed=2)
+    alone = np.bincount(labels)[labels] - (0 if own is None else own >= 0) == 0
+    assert sorted(queries) == list(np.flatnonzero(~alone))
+    assert list(queries) != sorted(queries)  # mixed, as folds need it
+    assert (labels[genuine] == labels[queries][:, None]).all()
+    assert (labels[impostor] != labels[queries][:, None]).all()
+    if inside:
+        assert not (genuine == own[queries][:, None]).any()
+        # Each other image of the class is drawn.
+        assert set(genuine[queries == 1][0]) == set(np.flatnonzero(labels == labels[1])) - {1}
+    again = retrieval.query_pairs(labels, labels, own, per_query=40, seed=2)
+    np.testing.assert_array_equal(again.genuine, genuine)
+
+
+def test_an_own_picture_under_another_label_is_no_match_to_skip():
+    own = np.array([2, -1])
+    got = retrieval.query_pairs(np.array([0, 1]), np.array([0, 1, 1]), own, per_query=5)
+    assert set(got.genuine[got.queries == 0][0]) == {0}
+
+
+def lists(query, gallery, pairs):
+    """All pairs in one list."""
+    rows = np.concatenate([pairs.genuine, pairs.impostor], axis=1)
+    asking = np.repeat(query[pairs.queries], rows.shape[1], axis=0)
+    same = np.tile(np.arange(rows.shape[1]) < pairs.genuine.shape[1], len(rows))
+    distances = retrieval.pair_distances(asking, gallery[rows.reshape(-1)])
+    return distances, same
+
+
+def unit(x):
+    return x / np.linalg.norm(x + 0.01, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("values", [1, 100, 1 << 22])
+def test_the_scores_of_pairs_are_the_lists_figures(monkeypatch, values):
+    monkeypatch.setattr("compat_jax.retrieval.verification.VALUES", values)
+    query, labels = features()
+    query = unit(query)
+    gallery = unit(query + 0.3 * features(seed=1)[0])
+    labels = np.minimum(labels, 6)  # all 60 have a match: ten folds of six
+    pairs = retrieval.query_pairs(labels, labels)
+    distances, same = lists(query, gallery, pairs)
+    scores = retrieval.pair_scores(query, gallery, pairs)
+    expected = oracle_verification(distances, same, 10, np.arange(0, 4, 0.001))
+    assert scores.mean() == pytest.approx(expected, abs=1e-12)
+    assert retrieval.verification_accuracy(distances, same) == pytest.approx(expected, abs=1e-12)
+    for far in (0.001, 0.01, 0.2):
+        got = retrieval.pair_scores(query, gallery, pairs, far=far)
+        false_rate, true_rate, _ = roc_curve(same, -distances, drop_intermediate=False)
+        tar = true_rate[false_rate <= far + 1e-12].max()
+        assert got.mean() == pytest.approx(tar, abs=1e-12)
+        assert got.shape == (60,) and ((got >= 0) & (got <= 1)).all()
+
+
+def test_right_decisions_average_to_the_accuracy():
+    distances, same = distances_and_kinds(pairs=200)
+    right = retrieval.right_decisions(distances, same)
+    assert right.mean() == pytest.approx(retrieval.verification_accuracy(distances, same))
+    rows = retrieval.right_decisions(distances.reshape(40, 5), same.reshape(40, 5))
+    np.testing.assert_array_equal(rows.reshape(-1), right)  # folds of four rows, of twenty pairs
+    with pytest.raises(UserError, match="two lists of equal length"):
+        retrieval.verification_accuracy(distances.reshape(40, 5), same.reshape(40, 5))
+
+
+def test_queries_without_a_pair_are_left_out():
+    query, labels = features()
+    for name in ("verification", "tar@0.01"):
+        metric = metrics.get(name)
+        scores = metric.score(metrics.Queries(unit(query), labels), [(unit(query), labels[:-1])])
+        np.testing.assert_array_equal(np.isnan(scores[0]), labels == labels[-1])
+
+
+def test_metrics_have_names_with_a_number():
+    query, labels = features()
+    queries, gallery = metrics.Queries(query, labels), (query, labels)
+    recall, cmc = (metrics.get(name).score(queries, [gallery]) for name in ("recall@3", "cmc@3"))
+    np.testing.assert_array_equal(recall, cmc)
+    curve = retrieval.cumulative_matching_characteristic(query, labels, query, labels)
+    assert np.nanmean(cmc) == curve[2]
+    for name, unit_of in (
+        ("cmc@3", "% of queries with a match in the first 3"),
+        ("tar@0.05", "% of pairs of a class accepted, 5 % of others"),
+        ("tar@1e-4", "% of pairs of a class accepted, 0.01 % of others"),
+    ):
+        assert (metrics.get(name).name, metrics.get(name).unit) == (name, unit_of)
+    for name in ("tar@0", "tar@2", "tar@", "tar@1e4", "cmc@0", "map@R"):
+        with pytest.raises(UserError, match=f"unknown metric '{name}'"):
+            metrics.get(name)
+
+
+def test_verification_of_queries_refuses_bad_input():
+    query, labels = features()
+    with pytest.raises(UserError, match="no query has an image of its class"):
+        retrieval.query_pairs(labels, labels + 100)
+    with pytest.raises(UserError, match="no pair of different classes"):
+        retrieval.query_pairs(np.zeros(4, int), np.zeros(4, int))
+    pairs = retrieval.query_pairs(labels, labels)
+    with pytest.raises(UserError, match="versions of unequal feature size"):
+        retrieval.pair_scores(query[:, :3], query, pairs)
+    with pytest.raises(UserError, match=r"gallery features .* row 7"):
+        broken = np.where(np.arange(60)[:, None] == 7, np.inf, query)
+        retrieval.pair_scores(query, broken, pairs)
+    few = retrieval.query_pairs(labels[:5], labels)
+    with pytest.raises(UserError, match=r"folds must lie in 2\.\.5"):
+        retrieval.pair_scores(query, query, few)
 
 
 def test_verification_refuses_bad_input():

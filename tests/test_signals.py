@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tiny
 
 from launch import _cli
@@ -66,6 +67,63 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     began = time.monotonic()
     process.communicate(timeout=60)
     assert process.returncode == 75 and time.monotonic() - began < 30
+
+
+# A program that asks for the signal, or does not yet, and then computes without Python.
+BUSY = """
+import hashlib, sys
+from launch import _cli
+stop = _cli.StopSignal()
+if sys.argv[1] == "asked":
+    stop()
+print("ready", flush=True)
+try:
+    hashlib.pbkdf2_hmac("sha256", b"", b"", int(float(sys.argv[2])))
+except KeyboardInterrupt:
+    raise SystemExit(9)
+raise SystemExit(7 if stop() else 0)
+"""
+
+
+def busy(*arguments):
+    """The program, at its computation."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_within_a_compilation_ctrl_c_is_answered_at_once_and_a_second_one_obeyed():
+    process = busy("asked", "2e9")
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "\n"
+    assert process.stderr.readline() == "stopping: saves first; Ctrl-C again ends at once\n"
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert err == "\nstopped at once; the same command goes on from the last save\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_kept_until_the_run_asks(number):
+    process = busy("asked", "1e6")
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == 7
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_before_there_is_anything_to_save_a_signal_ends_the_program(number):
+    process = busy("not yet", "1e6")
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == 9
 
 
 def test_compiled_programs_that_were_cut_off_are_swept(tmp_path):

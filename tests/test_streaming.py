@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
-from compat_jax.data import streaming
+from compat_jax.data import reading, streaming
 from compat_jax.errors import Stopped, UserError
 
 DATA = tiny.dataset()
@@ -51,6 +52,16 @@ def test_images_may_stay_in_their_records(tmp_path, in_memory):
     before = records.read
     assert bits(tmp_path, data, device_budget=90 * IMAGE_BYTES) == in_memory
     assert records.read > before
+
+
+def test_images_may_stay_in_their_files(tmp_path, in_memory):
+    files = [str(tmp_path / f"{i}.png") for i in range(len(DATA))]
+    for file, image in zip(files, DATA.images, strict=True):
+        Image.fromarray(image).save(file)
+    images = reading.FileImages(files, (8, 8, 3))
+    data = dataclasses.replace(DATA, images=images)
+    assert data.fingerprint() == DATA.fingerprint()
+    assert bits(tmp_path / "run", data, device_budget=90 * IMAGE_BYTES) == in_memory
 
 
 def test_a_stopped_stream_goes_on_to_the_same_bits(tmp_path, in_memory):

@@ -9,6 +9,7 @@ import collections
 import datetime
 import enum
 import fractions
+import json
 import os
 import pathlib
 import sys
@@ -227,6 +228,23 @@ def test_size_and_normalisation_are_read_where_timm_writes_them(tmp_path):
         f'{{"architecture": "resnet50", "pretrained_cfg": {text}}}'
     )
     assert images(tmp_path) == full
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("written", "crop", "filter"),
+    [
+        ({"crop_pct": 0.95, "interpolation": "bicubic"}, 0.95, "bicubic"),
+        ({"crop_pct": 1, "interpolation": "random"}, 1.0, None),
+        ({"crop_pct": 1.5, "interpolation": 3}, None, None),
+        ({"crop_pct": True, "interpolation": None}, None, None),
+        ({}, None, None),
+    ],
+)
+def test_crop_and_filter_are_read_where_timm_writes_them(tmp_path, written, crop, filter):
+    text = json.dumps({"input_size": [3, 8, 8], **written})
+    found = load(tmp_path, safe_file(SMALL, {"pretrained_cfg": text})).images
+    assert (found.crop, found.filter) == (crop, filter)
 
 
 @pytest.mark.torch

@@ -30,7 +30,7 @@ from compat_jax.training.step import step_key
 from compat_jax.training.task import sequence_task
 
 DATA = tiny.dataset()
-OWN = [n for n in methods.names() if methods.factory(n).__module__.startswith("compat_jax.")]
+OWN = ("er", "fd", "hoc", "sce")  # the others have test_rivals.py
 # A number that no other file of tests trains with, so that none has traced these steps.
 OPTIMIZER = Sgd(lr=0.05, min_lr=0.001, weight_decay=4e-4)
 
@@ -54,6 +54,7 @@ def train(method, folder, mesh=None, replace_at=(0,), replacements=None, **chang
         mesh,
         replacements=replacements,
         config={"a": 1},
+        log_every=10**6,  # no lines by the clock
     )
     return chain, log_of(folder)
 
@@ -110,11 +111,28 @@ def test_a_sequence_ends_as_one_version_a_task(sequences, method):
     ]
     assert all(np.isfinite(line["loss"]) and 0 <= line["accuracy"] <= 1 for line in log)
     assert all(line["images_per_second"] > 0 for line in log)
+    assert [line["epoch"] for line in log] == [0, 1] * 3
+    for line in log:  # half the cosine in the second epoch of two
+        assert line["lr"] == pytest.approx([0.05, 0.0255][line["epoch"]], rel=1e-6)
+    terms = {"hoc": {"cross_entropy", "contrast"}, "fd": {"cross_entropy", "distillation"}}
+    assert all(set(line["terms"]) == terms.get(method, set()) for line in log)
 
 
 @pytest.mark.parametrize("method", OWN)
 def test_a_step_is_traced_once_for_all_tasks(sequences, traces, method):
     assert traces[method] == 1
+
+
+def test_the_terms_of_a_loss_make_up_the_loss(sequences):
+    for line in sequences["hoc"][1]:
+        terms = line["terms"]
+        total = 0.1 * terms["cross_entropy"] + 0.9 * terms["contrast"]
+        assert line["loss"] == pytest.approx(total, rel=1e-5, abs=1e-6)
+    weights = [0.0, 5.0, 5.0 * math.sqrt(2 / 4)]  # new classes to old ones
+    for line in sequences["fd"][1]:
+        terms = line["terms"]
+        total = terms["cross_entropy"] + weights[line["task"]] * terms["distillation"]
+        assert line["loss"] == pytest.approx(total, rel=1e-5, abs=1e-6)
 
 
 def test_training_learns(sequences):
@@ -312,8 +330,12 @@ def test_the_contract_of_a_step():
     batch = {"image": data.images[plan[0]], "label": data.labels[plan[0]]}
     new_state, metrics = jax.eval_shape(trainer.train_step, state, batch, frozen)
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
-    assert metrics._fields == ("loss", "accuracy", "finite")
-    assert {(m.shape, m.dtype.name) for m in metrics} == {((), "float32")}
+    assert metrics._fields == ("loss", "accuracy", "broken", "terms")
+    assert set(metrics.terms) == {"cross_entropy", "contrast"}
+    broken = metrics.broken
+    assert (broken.shape, broken.dtype) == ((), np.int32)
+    floats = (metrics.loss, metrics.accuracy, *metrics.terms.values())
+    assert {(m.shape, m.dtype.name) for m in floats} == {((), "float32")}
 
 
 def test_a_step_may_compute_in_bfloat16_with_float32_weights(tmp_path, sequences):
@@ -470,6 +492,8 @@ def broken_at(task_and_step, value):
     [
         (3, lambda x: jnp.nan * x[:, 0], "the loss is not finite at step 3 (epoch 1)"),
         (0, lambda x: jnp.log(0 * x[:, 0]), "the loss is not finite at step 0 (epoch 0)"),
+        # Without a gradient: the weights stay whole, and every later loss is finite again.
+        (2, lambda x: lax.stop_gradient(x[:, 0] / 0), "the loss is not finite at step 2 (epoch 1)"),
         # The root of zero has no derivative: finite loss, broken weights, in the last step.
         (3, lambda x: jnp.sqrt(0 * x[:, 0]), "the weights are not finite at step 3 (epoch 1)"),
     ],

@@ -9,10 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import numpy as np
 from flax import traverse_util
+from jax.sharding import Mesh
 
+from compat_jax.data.pictures import Preparation
 from compat_jax.errors import UserError
+from compat_jax.extraction import Embedding, embed_pictures, preparation_of
+from compat_jax.mesh import make_mesh
 from compat_jax.methods import Head, head_of
 from compat_jax.models import DTYPES, Backbone
 
@@ -49,6 +54,12 @@ class Record:
       config: all settings of the run, JSON values.
       class_names: of the classes seen, in the order of their numbers; () where unknown.
       method_arguments: the method's own numbers, JSON values.
+      preparation: how pictures were brought to their size, see `data.pictures.Preparation`; {} where
+        unknown.
+      aliases: other names of classes, see `data.class_register.Register`.
+      learnt: what is new in the version, JSON values: classes, pictures, rehearsal, validation.
+      fresh: layers that were drawn at random and not trained yet: a version that has some is to start
+        from, not to search with.
     """
 
     method: str
@@ -70,6 +81,10 @@ class Record:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     class_names: tuple[str, ...] = ()
     method_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    preparation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    learnt: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fresh: tuple[str, ...] = ()
 
     @property
     def head(self) -> Head:
@@ -89,7 +104,8 @@ class Record:
         for name in ("head_classes", "task", "parent"):
             value = getattr(self, name)
             _expect(value is None or is_count(value, 0), name, value)
-        for name in ("backbone_arguments", "method_arguments", "config"):
+        mappings = ("backbone_arguments", "method_arguments", "config", "preparation", "learnt")
+        for name in (*mappings, "aliases"):
             _expect(isinstance(getattr(self, name), Mapping), name, getattr(self, name))
         shape = self.image_shape
         _expect(len(shape) == 3 and all(is_count(n, 1) for n in shape), "image_shape", shape)
@@ -97,8 +113,11 @@ class Record:
             value = getattr(self, name)
             numbers = all(isinstance(x, int | float) and math.isfinite(x) for x in value)
             _expect(len(value) == shape[2] and numbers, name, value)
-        names = self.class_names
-        _expect(all(isinstance(n, str) for n in names), "class_names", names)
+        for name in ("class_names", "fresh"):
+            value = getattr(self, name)
+            _expect(all(isinstance(n, str) for n in value), name, value)
+        pairs = self.aliases.items()
+        _expect(all(isinstance(n, str) for pair in pairs for n in pair), "aliases", self.aliases)
         return self
 
 
@@ -119,6 +138,9 @@ class Version:
     variables: dict[str, Any]
     sha256: str
     backbone: Backbone
+    _ready: dict[Any, Embedding] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def embedder(self, dtype: str = "float32") -> nn.Module:
         """Build the network that these variables fill.
@@ -127,6 +149,47 @@ class Version:
           dtype: "float32" or "bfloat16", of the computation.
         """
         return self.record.head.embedder(self.backbone.build(dtype), DTYPES[dtype])
+
+    def embed(
+        self,
+        pictures: Any,
+        *,
+        preparation: Preparation | None = None,
+        mesh: Mesh | None = None,
+        batch_size: int = 256,
+        dtype: str = "float32",
+        progress: str | None = None,
+    ) -> np.ndarray:
+        """Embed pictures, prepared exactly as in training.
+
+        Args:
+          pictures: one picture, or any number of them: the path of a file, a folder or a pattern; a PIL
+            image; uint8[h, w], [h, w, 1], [h, w, 3] or [h, w, 4] of any size; a list or a generator of
+            these; uint8[n, h, w, 3]; or a `Dataset`.
+          preparation: how pictures are brought to the version's size; as its record says by default.
+          mesh: devices to spread each batch over; one device by default.
+          batch_size: pictures per batch; fewer are padded to 1, 8 or 64, so that few programs are
+            compiled, once each.
+          dtype: of the network's computation.
+          progress: label of a progress bar; None for none.
+
+        Returns:
+          float32[n, feature_size], rows of norm 1 (a zero feature stays zero).
+
+        Raises:
+          UserError: what is no picture, or pictures of another size where neither the record nor
+            `preparation` says how they become the version's.
+        """
+        mesh = mesh or make_mesh("data:1", jax.devices()[:1])
+        if (mesh, dtype) not in self._ready:
+            self._ready[mesh, dtype] = Embedding(self, mesh, dtype)
+        return embed_pictures(
+            self._ready[mesh, dtype],
+            pictures,
+            prepare=preparation_of(self.record, preparation),
+            batch_size=batch_size,
+            progress=progress,
+        )
 
 
 def variables_sha256(variables: Mapping[str, Any]) -> str:
@@ -195,6 +258,7 @@ def decode(text: str, number: int) -> tuple[Record, dict[str, Any]]:
     fields = dict(content["record"])
     for name in ("image_shape", "mean", "std", "class_names"):
         fields[name] = tuple(fields[name])
+    fields["fresh"] = tuple(fields.get("fresh", ()))
     return Record(**fields).check(), content
 
 

@@ -42,6 +42,7 @@ from compat_jax.chain.record import (
     is_count,
     variables_sha256,
 )
+from compat_jax.data.class_register import Register
 from compat_jax.errors import UserError
 from compat_jax.files import check_memory, create, first_line, in_bucket, sha256, storage, walk
 from compat_jax.models import Backbone, GivenBackbone, recorded_backbone, renamed_layers
@@ -142,15 +143,17 @@ class Chain:
           The number of the new version.
 
         Raises:
-          UserError: values that are not finite, K differs from the chain's, another program added
-            this number first, or the folder cannot be written to. The chain is then what it was.
+          UserError: values that are not finite, K differs from the chain's, a class has another number
+            than before, another program added this number first, or the folder cannot be written
+            to. The chain is then what it was.
         """
         numbers = self.numbers()
         record.check()
-        if numbers:
-            self._check_fits(record, numbers[0])
         if number is None:
             number = numbers[-1] + 1 if numbers else 0
+        if numbers:
+            self._check_fits(record, numbers[0])
+            self._check_register(number, record)
         host = jax.tree.map(hosts.gather, dict(variables))
         _check_finite(host)
         if hosts.broadcast(self._has(number)):
@@ -242,6 +245,7 @@ class Chain:
         record, content = self._read(number)
         folder = self.path / _entry(number)
         try:
+            self._check_register(number, record)
             _check_files(folder, content["files"])
             template = _template(content["variables"])
             saved = folder / _variables_folder(content["files"])
@@ -307,6 +311,19 @@ class Chain:
                 f"use num_prototypes={before.num_prototypes} or another folder",
                 "num_prototypes",
             )
+
+    def _check_register(self, number, record):
+        """Refuse a version in which a class of the version before has another prototype."""
+        if not number or record.task is None or not record.class_names:
+            return
+        try:
+            before = self.record(number - 1)
+        except UserError:  # none, or damaged, which is its own reader's to hear
+            return
+        same_head = before.head.is_fixed == record.head.is_fixed
+        if before.task is None or not same_head or before.label_order != record.label_order:
+            return
+        Register.of(record).check_continues(Register.of(before))
 
     def _read(self, number) -> tuple[Record, dict[str, Any]]:
         path = self.path / _entry(number) / "record.json"

@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from compat_jax.data.pictures import Preparation
 from compat_jax.errors import UserError
 
 _BLOCK = 4096
@@ -16,21 +18,29 @@ _BLOCK = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Labelled images.
+    """Images, and labels where there are any.
 
     Attributes:
       images: uint8[n, height, width, channels], values 0..255; an array, or a view of files such as
-        `streaming.RecordImages`.
-      labels: int32[n], values 0..num_classes-1.
+        `reading.FileImages`.
+      labels: int32[n], values 0..num_classes-1; None for images without labels.
       class_names: one name per class.
+      preparation: what was done to the pictures; None for images that came as they are.
+      files: the file of each image.
+      digests: BLAKE2b-16 of the bytes of each image's file; they stand for the pixels in fingerprints.
+      complete: whether every class must have an image.
 
     Raises:
       UserError: float images, labels out of range, lengths that differ, a class without an image.
     """
 
     images: Any
-    labels: np.ndarray
-    class_names: tuple[str, ...]
+    labels: Any = None
+    class_names: tuple[str, ...] = ()
+    preparation: Preparation | None = None
+    files: tuple[str, ...] | None = None
+    digests: tuple[bytes, ...] | None = None
+    complete: bool = True
 
     def __post_init__(self):
         if self.images.dtype != np.uint8:
@@ -43,9 +53,17 @@ class Dataset:
             raise UserError(
                 f"images must be [n, height, width, channels], got shape {self.images.shape}"
             )
-        if len(self.images) != len(self.labels):
-            raise UserError(f"{len(self.images)} images but {len(self.labels)} labels")
-        object.__setattr__(self, "labels", np.asarray(self.labels, np.int32))
+        for name in ("labels", "files", "digests"):
+            values = getattr(self, name)
+            if values is not None and len(self.images) != len(values):
+                raise UserError(f"{len(self.images)} images but {len(values)} {name}")
+        if self.labels is not None:
+            object.__setattr__(self, "labels", np.asarray(self.labels, np.int32))
+            self._check_labels()
+        elif self.class_names:
+            raise UserError(f"{len(self.class_names)} class names but no labels: give both or none")
+
+    def _check_labels(self):
         counts = np.bincount(np.clip(self.labels, 0, None), minlength=len(self.class_names))
         if len(self.labels) and (self.labels.min() < 0 or len(counts) > len(self.class_names)):
             raise UserError(
@@ -53,7 +71,7 @@ class Dataset:
                 f"but there are {len(self.class_names)} class names"
             )
         empty = np.flatnonzero(counts == 0)
-        if len(empty):
+        if self.complete and len(empty):
             raise UserError(
                 f"class {self.class_names[empty[0]]!r} has no image: add some or leave the class out"
             )
@@ -68,7 +86,9 @@ class Dataset:
 
     @functools.cached_property
     def picture_digests(self) -> tuple[bytes, ...]:
-        """The BLAKE2 digest of every image, to find the same picture in another data set."""
+        """A digest of every image, of its file or else its pixels, to find it in another data set."""
+        if self.digests is not None:
+            return self.digests
         return tuple(
             hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()
             for start in range(0, len(self.images), _BLOCK)
@@ -76,15 +96,49 @@ class Dataset:
         )
 
     def counts(self) -> np.ndarray:
-        """Count the images of each class: int[num_classes]."""
-        return np.bincount(self.labels, minlength=self.num_classes)
+        """Count the images of each class: int[num_classes].
+
+        Raises:
+          UserError: no labels.
+        """
+        return np.bincount(self.need_labels(), minlength=self.num_classes)
+
+    def need_labels(self) -> np.ndarray:
+        """Return the labels, int32[n].
+
+        Raises:
+          UserError: there are none.
+        """
+        if self.labels is None:
+            raise UserError(
+                "the images have no labels: give class folders, a table with a column of labels, or "
+                "arrays with labels"
+            )
+        return self.labels
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> "Dataset":
+        """Take images by their positions, int[m]; classes may lose all their images."""
+        rows = np.asarray(rows, np.int64).reshape(-1)
+        if len(rows) and not -len(self) <= rows.min() <= rows.max() < len(self):
+            raise UserError(f"rows {rows.min()}..{rows.max()} asked for, but there are {len(self)}")
+        labels = None if self.labels is None else self.labels[rows]
+        lost = labels is not None and len(np.unique(labels)) < self.num_classes
+        return dataclasses.replace(
+            self,
+            images=self.images[rows],
+            labels=labels,
+            files=self.files and tuple(self.files[row] for row in rows),
+            digests=self.digests and tuple(self.digests[row] for row in rows),
+            complete=self.complete and not lost,
+        )
 
     def select(self, classes: Sequence[int]) -> "Dataset":
         """Select the images of some classes and relabel them 0, 1, … in the order given.
 
         Raises:
-          UserError: no classes, or one that the data set does not have.
+          UserError: no classes, one that the data set does not have, or no labels.
         """
+        labels = self.need_labels()
         if isinstance(classes, range) and len(classes) and classes[-1] >= self.num_classes:
             raise UserError(  # before a range of any length becomes an array
                 f"classes {classes[0]}..{classes[-1]} asked for, "
@@ -102,27 +156,35 @@ class Dataset:
             )
         new_label = np.full(self.num_classes, -1, np.int32)
         new_label[chosen] = np.arange(len(chosen))
-        keep = np.flatnonzero(new_label[self.labels] >= 0)
-        return Dataset(
-            self.images[keep],
-            new_label[self.labels[keep]],
-            tuple(self.class_names[c] for c in chosen),
-        )
+        keep = np.flatnonzero(new_label[labels] >= 0)
+        names = tuple(self.class_names[c] for c in chosen)
+        return self._relabelled(keep, new_label[labels[keep]], names)
 
     def per_class(self, count: int | None) -> "Dataset":
         """Keep the first `count` images of each class, in class order (all of them for None)."""
         if count is None:
             return self
-        order = np.argsort(self.labels, kind="stable")
-        sizes = np.bincount(self.labels, minlength=self.num_classes)
+        labels = self.need_labels()
+        order = np.argsort(labels, kind="stable")
+        sizes = np.bincount(labels, minlength=self.num_classes)
         rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         keep = order[rank < count]
-        return Dataset(self.images[keep], self.labels[keep], self.class_names)
+        return self._relabelled(keep, labels[keep], self.class_names)
+
+    def _relabelled(self, rows, labels, names):
+        taken = dataclasses.replace(self, complete=False).take(rows)
+        return dataclasses.replace(taken, labels=labels, class_names=names, complete=self.complete)
 
     @functools.cached_property
     def _digest(self) -> str:
         digest = hashlib.sha256()
-        for part in (self.images, self.labels):
+        if self.digests is not None:  # the pixels follow from files and preparation
+            prepared = self.preparation and self.preparation.describe()
+            digest.update(json.dumps([prepared, self.images.shape], sort_keys=True).encode())
+            digest.update(b"".join(self.digests))
+        for part in (None if self.digests is not None else self.images, self.labels):
+            if part is None:
+                continue
             digest.update(f"{part.dtype}{part.shape}".encode())
             for start in range(0, len(part), _BLOCK):  # they need not fit into memory
                 digest.update(np.ascontiguousarray(part[start : start + _BLOCK]).data)
@@ -130,23 +192,31 @@ class Dataset:
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of images, labels and names, as a hexadecimal string."""
+        """Return a SHA-256 as a hexadecimal string: of images, labels and names.
+
+        Of pictures read from files, the digests of the files and the preparation stand for the images:
+        no picture is decoded, and it is the same in memory and in files.
+        """
         return self._digest
 
 
 def from_arrays(
-    images: npt.ArrayLike, labels: npt.ArrayLike, class_names: Sequence[str] | None = None
+    images: npt.ArrayLike,
+    labels: npt.ArrayLike | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Dataset:
     """Make a data set of arrays.
 
     Args:
       images: uint8[n, height, width, channels], values 0..255.
-      labels: int[n], values 0..num_classes-1.
+      labels: int[n], values 0..num_classes-1; None for images without labels.
       class_names: one a class; "0", "1", … by default.
 
     Raises:
       UserError: see `Dataset`; labels that are not whole numbers.
     """
+    if labels is None:
+        return Dataset(np.asarray(images), None, tuple(class_names or ()))
     numbers = np.asarray(labels)
     if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer):
         raise UserError(

@@ -1,8 +1,10 @@
 """Data sources by name: a function and a line that registers it; its signature is its schema."""
 
+import functools
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from compat_jax.data.dataset import Dataset
 from compat_jax.errors import UserError, unknown
@@ -36,6 +38,47 @@ def register(name: str) -> Callable[[Source], Source]:
         return source
 
     return decorate
+
+
+def spread(source: Source) -> Source:
+    """Give a source's parameters one by one, also those of its groups, and check them by their rules.
+
+    Args:
+      source: annotated function, some of whose parameters may be a `fields.Group`.
+
+    Returns:
+      The function `source(path, size=…, resize=…, …)`; texts may be paths.
+    """
+    fields = {field.name: field for field in describe(source)}
+    kinds = {name: Annotated[field.kind, field.rule] for name, field in fields.items()}
+    parameter = inspect.Parameter
+    signature = inspect.Signature(
+        [
+            parameter(name, parameter.POSITIONAL_OR_KEYWORD, default=f.default, annotation=f.kind)
+            for name, f in fields.items()
+        ]
+    )
+
+    @functools.wraps(source)
+    def call(*args: Any, **kwargs: Any) -> Dataset:
+        given = dict(signature.bind(*args, **kwargs).arguments)
+        paths = {}
+        for name, value in given.items():
+            if (
+                isinstance(value, str | os.PathLike)
+                and fields[name].kind is str
+                and not fields[name].rule.choices
+            ):
+                paths[name], given[name] = (
+                    os.fspath(value),
+                    "",
+                )  # `files.absolute` decides what a path is
+        return source(**(check_arguments(source, given, "") | paths))
+
+    del call.__wrapped__
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    call.__annotations__ = {**kinds, "return": Dataset}
+    return call
 
 
 def source_names() -> tuple[str, ...]:

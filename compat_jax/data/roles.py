@@ -1,4 +1,9 @@
-"""Who may share classes: compatibility is measured on classes that nobody was trained on."""
+"""Which data go together: sizes, and the classes of query, gallery and pre-training.
+
+Query and gallery may have classes that the tasks train on: the evaluation says so (closed set or open
+set). That pre-trained models know them as well is refused unless it is allowed, since it flatters the
+comparison.
+"""
 
 from collections.abc import Mapping
 
@@ -11,7 +16,7 @@ def check_roles(
     retrieval: Mapping[str, Dataset],
     pretrained_classes: Mapping[str, tuple[str, ...]],
 ) -> None:
-    """Refuse classes in two roles, and query and gallery that do not go together.
+    """Refuse pre-training on retrieval classes, and query and gallery that do not go together.
 
     Args:
       tasks: data of the task sequence.
@@ -29,7 +34,6 @@ def check_roles(
                 f"{tasks.images.shape[1:]}: give all the same size",
                 "size",
             )
-        _refuse_shared(("tasks", tasks.class_names), (role, dataset.class_names), None)
         for name, classes in pretrained_classes.items():
             shared = (role, dataset.class_names)
             _refuse_shared((name, classes), shared, "pretraining_may_share")
@@ -37,11 +41,13 @@ def check_roles(
 
 
 def check_same_classes(query: Dataset, gallery: Dataset) -> None:
-    """Refuse a query and a gallery of different classes.
+    """Refuse a query and a gallery of different classes, or without labels.
 
     Raises:
-      UserError: the class names differ.
+      UserError: the class names differ, or labels are missing.
     """
+    for data in (query, gallery):
+        data.need_labels()
     if query.class_names != gallery.class_names:
         odd = sorted(set(query.class_names) ^ set(gallery.class_names))
         which = f" ({', '.join(odd[:5])}{', ...' if len(odd) > 5 else ''})" if odd else ", in order"

@@ -1,33 +1,254 @@
-"""Data sources: TensorFlow Datasets and folders of classes."""
+"""Data sources: class folders, tables, Hugging Face's and TensorFlow Datasets, drawn characters."""
 
+import dataclasses
+import math
 import os
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from etils import epath
 
 from compat_jax.data import glyphs as drawing
+from compat_jax.data import listing, reading
 from compat_jax.data.dataset import Dataset
-from compat_jax.data.pictures import BadPictures, class_folders, decode, resized
-from compat_jax.data.registry import class_range, register
+from compat_jax.data.huggingface import is_saved, open_saved
+from compat_jax.data.pictures import BadPictures, Crop, Filter, Preparation, Resize, decode
+from compat_jax.data.registry import class_range, register, spread
 from compat_jax.data.streaming import RecordImages
 from compat_jax.errors import UserError, unknown
-from compat_jax.fields import Group, Rule, checked, describe
+from compat_jax.fields import Group, Rule
 from compat_jax.files import absolute
-from compat_jax.meter import track
 
 Side = Annotated[int | None, Rule("side of the pictures in pixels", low=1, high=8192)]
 Show = Annotated[bool, Rule("whether to show a progress bar")]
+Part = Annotated[str | None, Rule("part of the data, e.g. train; all of it by default")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How pictures are selected, brought to size and read.
+
+    Attributes:
+      resize, filter, crop: see `pictures.Preparation`.
+      on_bad: "stop" refuses files that are no pictures, all at once; "skip" leaves them out.
+      in_memory: whether to keep the pixels in memory; by default if they fit into
+        `reading.BUDGET`.
+      classes: (start, stop) of the classes to take.
+      per_class: first pictures of each class to take, before bad ones are skipped.
+    """
+
+    resize: Resize = "crop"
+    filter: Filter = "bicubic"
+    crop: Crop = 1.0
+    on_bad: Annotated[
+        str, Rule("refuse files that cannot be read, or skip them", choices=reading.ON_BAD)
+    ] = "stop"
+    in_memory: Annotated[bool | None, Rule("keep the pixels in memory; if they fit by default")] = (
+        None
+    )
+    classes: Annotated[tuple[int, ...] | None, Rule("(start, stop) of the classes to take")] = None
+    per_class: Annotated[int | None, Rule("first pictures of each class to take", low=1)] = None
+
+    def preparation(self, size: int | None) -> Preparation | None:
+        """Return how pictures are brought to a size; None for no size.
+
+        Raises:
+          UserError: no size, but a way to resize.
+        """
+        if size is not None:
+            return Preparation(size, resize=self.resize, filter=self.filter, crop=self.crop)
+        for name in ("resize", "filter", "crop"):
+            if getattr(self, name) != getattr(Reading, name):
+                raise UserError(f"{name} needs a size to resize to: set size", "size")
+        return None
+
+    def select(self, dataset: Dataset) -> Dataset:
+        """Select classes and the first pictures of each."""
+        if self.classes is not None:
+            dataset = dataset.select(class_range(self.classes))
+        return dataset.per_class(self.per_class)
+
+
+How = Annotated[Reading, Group()]
+
+
+@register("folder")
+@spread
+def from_folder(
+    path: Annotated[str, Rule("folder with one sub-folder of pictures per class")],
+    size: Side = None,
+    how: How = Reading(),
+    progress: Show = False,
+) -> Dataset:
+    """Read a folder with one sub-folder of pictures per class, by the rules of `data.pictures`.
+
+    Args:
+      path: of the folder; sub-folders sort by name into classes.
+      size: pictures are resized to size x size; None requires them all of one size.
+      how: resize, filter, crop, on_bad, in_memory, classes and per_class, given one by one; see
+        `Reading`.
+      progress: whether to show a bar on a terminal.
+
+    Returns:
+      A Dataset, pictures in the order of their paths.
+
+    Raises:
+      UserError: see `listing.list_folder`; files that are no pictures, all of them at once.
+    """
+    shown = _shown(path, progress)
+    return _from_list(listing.list_folder(path), how.preparation(size), how=how, shown=shown)
+
+
+@register("table")
+@spread
+def from_table(
+    path: Annotated[str, Rule("table (.csv, .tsv, .parquet) of paths, labels and splits")],
+    split: Part = None,
+    size: Side = None,
+    columns: Annotated[
+        tuple[str, ...], Rule("names of the columns of paths, labels and splits, '' for none")
+    ] = listing.COLUMNS,
+    how: How = Reading(),
+    progress: Show = False,
+) -> Dataset:
+    """Read the pictures of a table by the rules of `data.pictures`.
+
+    Args:
+      path: of the table; paths in it are relative to it.
+      split: takes the rows of this split; None takes all.
+      size: pictures are resized to size x size; None requires them all of one size.
+      columns: see `listing.list_table`; without labels, the Dataset has none.
+      how: resize, filter, crop, on_bad, in_memory, classes and per_class, given one by one; see
+        `Reading`.
+      progress: whether to show a bar on a terminal.
+
+    Returns:
+      A Dataset, pictures in the order of the rows; labels sort by name into classes.
+
+    Raises:
+      UserError: see `listing.list_table`; unknown split; files that are no pictures.
+    """
+    pictures = _of_split(listing.list_table(path, columns), split, path)
+    shown = _shown(path, progress)
+    return _from_list(pictures, how.preparation(size), how=how, shown=shown)
+
+
+@register("huggingface")
+@spread
+def from_huggingface(
+    path: Annotated[str, Rule("what save_to_disk wrote, or a folder of class folders per split")],
+    split: Part = None,
+    size: Side = None,
+    how: How = Reading(),
+    progress: Show = False,
+) -> Dataset:
+    """Read a data set of Hugging Face's `datasets` on disk.
+
+    Args:
+      path: of the folder.
+      split: e.g. "train"; None for one without splits.
+      size: pictures are resized to size x size; None requires them all of one size.
+      how: resize, filter, crop, on_bad, in_memory, classes and per_class, given one by one; see
+        `Reading`.
+      progress: whether to show a bar on a terminal.
+
+    Raises:
+      UserError: `datasets` is not installed, unknown split, no pictures, or what is no picture.
+    """
+    root = absolute(path)
+    if not is_saved(root):
+        pictures = _of_split(listing.list_parts(root), split, path)
+        shown = _shown(path, progress)
+        return _from_list(pictures, how.preparation(size), how=how, shown=shown)
+    records = open_saved(root, split)
+    labels, names = _numbered(records.labels or [])
+    where = f"{root.name} {split}" if split else root.name
+    data = Dataset(
+        RecordImages(records, (0, 0, 3)), labels, names, preparation=how.preparation(size)
+    )
+    return _from_records(records, how.select(data), how=how, where=where, progress=progress)
+
+
+@register("pictures")
+@spread
+def from_pictures(
+    path: Annotated[str, Rule("folder, file or pattern of pictures without labels")],
+    size: Side = None,
+    how: How = Reading(),
+    progress: Show = False,
+) -> Dataset:
+    """Read pictures without labels by the rules of `data.pictures`.
+
+    Args:
+      path: of a folder, with all folders in it, of a file, or a pattern such as "photos/*.jpg".
+      size: pictures are resized to size x size; None requires them all of one size.
+      how: resize, filter, crop, on_bad, in_memory, classes and per_class, given one by one; see
+        `Reading`.
+      progress: whether to show a bar on a terminal.
+
+    Raises:
+      UserError: see `listing.list_pictures`; files that are no pictures, all of them at once.
+    """
+    pictures = [listing.Picture(file) for file in listing.list_pictures(path)]
+    shown = _shown(path, progress)
+    return _from_list(pictures, how.preparation(size), how=how, shown=shown)
+
+
+def _shown(path, progress):
+    return f"reading {absolute(path).name}" if progress else None
+
+
+def _of_split(pictures, split, path):
+    if split is None:
+        return pictures
+    splits = {picture.split for picture in pictures} - {None}
+    if not splits:
+        raise UserError(f"{path} has no splits: leave split out", "split")
+    if split not in splits:
+        raise unknown(f"split of {path}", split, splits, "split")
+    return [picture for picture in pictures if picture.split == split]
+
+
+def _numbered(labels):
+    """Return labels as numbers, and their names, sorted; (None, ()) without labels."""
+    if not labels:
+        return None, ()
+    names = sorted(set(labels))
+    numbers = {name: number for number, name in enumerate(names)}
+    return np.array([numbers[label] for label in labels], np.int32), tuple(names)
+
+
+def _from_list(pictures, preparation, *, how, shown):
+    """Select pictures of a list, then read them."""
+    files = tuple(p.path for p in pictures)
+    labels, names = _numbered([p.label for p in pictures if p.label is not None])
+    unread = reading.FileImages(files, (0, 0, 3))
+    chosen = how.select(Dataset(unread, labels, names, files=files))
+    found = reading.read(
+        chosen.files,
+        preparation,
+        on_bad=how.on_bad,
+        in_memory=how.in_memory,
+        progress=shown,
+    )
+    return Dataset(
+        found.images,
+        None if chosen.labels is None else chosen.labels[found.kept],
+        chosen.class_names,
+        preparation=preparation,
+        files=tuple(chosen.files[row] for row in found.kept),
+        digests=found.digests,
+    )
 
 
 @register("tfds")
+@spread
 def from_tfds(
     name: Annotated[str, Rule("as in the TFDS catalogue")],
     split: Annotated[str, Rule("train, test, ...")] = "train",
     size: Side = None,
     data_dir: Annotated[str | None, Rule("folder of the prepared data")] = None,
-    in_memory: Annotated[bool, Rule("read all images now, or leave them in their files")] = True,
+    how: How = Reading(),
     progress: Show = False,
 ) -> Dataset:
     """Read an image-classification data set of TensorFlow Datasets, without TensorFlow.
@@ -37,8 +258,9 @@ def from_tfds(
       split: e.g. "train", "test".
       size: pictures are resized to size x size; None requires them all of one size.
       data_dir: of the prepared data; TFDS_DATA_DIR or ~/tensorflow_datasets by default.
-      in_memory: whether to read all images now; otherwise they stay in their files as a
-        `streaming.RecordImages`, for data larger than the memory of the host.
+      how: given one by one, as for `from_folder`. By default, all images are read into memory; with
+        in_memory=False they stay in their files as a `streaming.RecordImages`, for data larger than the
+        memory of the host.
       progress: whether to show a bar on a terminal.
 
     Returns:
@@ -50,7 +272,6 @@ def from_tfds(
     """
     import tensorflow_datasets as tfds  # slow to import, and only this source needs it
 
-    size = _side(size)
     builder = _builder(tfds, name, split, data_dir)
     decoders = {"image": tfds.decode.SkipDecoding()}
     try:
@@ -62,23 +283,75 @@ def from_tfds(
         ) from error
     except ValueError as error:
         raise UserError(f"split {split!r} of {name}: {str(error).splitlines()[0]}") from error
+    names, where = tuple(builder.info.features["label"].names), f"{name} {split}"
+    labels = np.fromiter((record["label"] for record in source), np.int32, len(source))
+    how = dataclasses.replace(how, in_memory=how.in_memory is not False)
+    data = Dataset(
+        RecordImages(source, (0, 0, 3)), labels, names, preparation=how.preparation(size)
+    )
+    shown = {"where": where, "progress": progress}
+    return _from_records(source, how.select(data), how=how, **shown, verified=True)
+
+
+def _from_records(source, chosen, *, how, where, progress, verified=False):
+    """Decode chosen records: into memory, or to leave them where they are.
+
+    Args:
+      source: see `streaming.Records`; a record's "image" is bytes or the path of a file.
+      chosen: data set of `RecordImages` of any shape, which are chosen.
+      how: `Reading`.
+      where: what to call the records.
+      progress: whether to show a bar.
+      verified: records that stay where they are need not be decoded now, nor their digests taken.
+    """
+    prepare = chosen.preparation or decode
 
     def image(record):
-        return resized(decode(record["image"], f"a record of {name} {split}"), size)
+        return prepare(record["image"], f"a record of {where}")
 
-    names, where = tuple(builder.info.features["label"].names), f"{name} {split}"
-    labels = np.empty(len(source), np.int32)
-    images: list[np.ndarray] = []
-    problems: list[str] = []
-    for i, record in enumerate(_bar(source, where, progress)):
-        labels[i] = record["label"]
-        if in_memory:
-            _collect(record["image"], f"record {i} of {where}", size, images, problems)
-    if problems:
-        raise BadPictures(problems)
-    if in_memory:
-        return _stacked(images, labels, names, where)
-    return Dataset(RecordImages(source, image(source[0]).shape, image), labels, names)
+    rows = chosen.images.rows
+    shape = _record_shape(source, rows, image) if chosen.preparation is None else None
+    shape = shape or (chosen.preparation.size, chosen.preparation.size, 3)
+    images = RecordImages(source, shape, image, positions=rows)
+    keep = math.prod(images.shape) <= reading.BUDGET if how.in_memory is None else how.in_memory
+    if verified and not keep:
+        np.asarray(images[:1])  # the first one at least
+        return dataclasses.replace(chosen, images=images)
+    called = [f"record {row} of {where}" for row in rows]
+
+    def load(i):
+        content = source.__getitems__([int(rows[i])])[0]["image"]
+        if isinstance(content, str):
+            content = reading.content(content)
+        mark = b"" if verified else reading.digest(content)
+        return mark, (prepare if keep else decode)(content, called[i])
+
+    found = reading.gather(
+        called,
+        load,
+        on_bad=how.on_bad,
+        keep=keep,
+        progress=f"reading {where}" if progress else None,
+        block=reading.block_size(math.prod(shape)),
+    )
+    found.refuse(one_size=chosen.preparation is None)
+    return Dataset(
+        found.images if keep else images[found.kept],
+        None if chosen.labels is None else chosen.labels[found.kept],
+        chosen.class_names,
+        preparation=chosen.preparation,
+        digests=None if verified else found.digests,
+    )
+
+
+def _record_shape(source, rows, image):
+    """The shape of the first record that is a picture."""
+    for row in rows.tolist():
+        try:
+            return image(source.__getitems__([row])[0]).shape
+        except BadPictures:
+            continue
+    return (0, 0, 3)
 
 
 def _builder(tfds, name, split, data_dir):
@@ -112,63 +385,6 @@ def _preparing(name, data_dir):
         'python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder({name!r}{where}).download_and_prepare(file_format='array_record')\""
     )
-
-
-@register("folder")
-def from_folder(
-    path: Annotated[str, Rule("folder with one sub-folder of pictures per class")],
-    size: Side = None,
-    progress: Show = False,
-) -> Dataset:
-    """Read a folder with one sub-folder of pictures per class, by the rules of `data.pictures`.
-
-    Args:
-      path: of the folder; sub-folders sort by name into classes.
-      size: pictures are resized to size x size; None requires them all of one size.
-      progress: whether to show a bar on a terminal.
-
-    Returns:
-      A Dataset, pictures in the order of their paths.
-
-    Raises:
-      UserError: see `pictures.class_folders`; files that are no pictures, all of them at once.
-    """
-    root, size = absolute(path), _side(size)
-    classes = class_folders(root)
-    labels = [c for c, (_, files) in enumerate(classes) for _ in files]
-    files = [file for _, files in classes for file in files]
-    images: list[np.ndarray] = []
-    problems: list[str] = []
-    for file in _bar(files, root.name, progress):
-        _collect(file, str(file), size, images, problems)
-    if problems:
-        raise BadPictures(problems)
-    names = tuple(name for name, _ in classes)
-    return _stacked(images, np.asarray(labels, np.int32), names, str(path))
-
-
-def _side(size):
-    """The side of pictures, checked also where no configuration has been."""
-    return checked(next(f for f in describe(from_folder) if f.name == "size"), size)
-
-
-def _collect(content, where, size, images, problems):
-    try:
-        images.append(resized(decode(content, where), size))
-    except BadPictures as error:
-        problems.extend(error.problems)
-
-
-def _bar(items: Sequence[Any], label: str, progress: bool) -> Iterable[Any]:
-    return track(items, f"reading {label}" if progress else None, "pictures")
-
-
-def _stacked(images, labels, names, where):
-    shapes = {image.shape for image in images}
-    if len(shapes) > 1:
-        some = ", ".join(f"{w} x {h}" for h, w, _ in sorted(shapes)[:3])
-        raise UserError(f"{where} has pictures of several sizes ({some}, ...): set size", "size")
-    return Dataset(np.stack(images), labels, names)
 
 
 @register("glyphs")

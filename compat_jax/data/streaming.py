@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from compat_jax.errors import UserError
+from compat_jax.data.reading import LazyImages
 
+_IMAGE = operator.itemgetter("image")
 _AHEAD = 2  # chunks prepared while one is in use
 
 
@@ -23,51 +24,35 @@ class Records(Protocol):
         """Return the records at several positions."""
 
 
-class RecordImages:
+class RecordImages(LazyImages):
     """Images that stay in their records, e.g. array_record files, and are decoded on access.
-
-    It takes the place of the image array in a `Dataset`: indexing returns another view of the same
-    records, `np.asarray` decodes.
 
     Args:
       source: random access to the records.
       shape: (height, width, channels) of every image.
-      decode: (record) -> uint8 image; by default the record's "image".
+      decode: (record) -> uint8 image; by default the record's "image". Called in several threads.
       positions: int[n], positions of the records in `source`; all of them, in order, by default.
     """
-
-    ndim, dtype = 4, np.dtype(np.uint8)
 
     def __init__(
         self,
         source: Records,
         shape: tuple[int, ...],
-        decode: Callable[[Any], np.ndarray] = operator.itemgetter("image"),
+        decode: Callable[[Any], np.ndarray] = _IMAGE,
         positions: np.ndarray | None = None,
     ):
+        super().__init__(shape, np.arange(len(source)) if positions is None else positions)
         self._source, self._decode = source, decode
-        self._positions = np.arange(len(source)) if positions is None else positions
-        self.shape = (len(self._positions), *shape)
+        self.threads = 1 if decode is _IMAGE else None  # there is nothing to decode
 
-    def __len__(self) -> int:
-        return len(self._positions)
+    def view(self, rows: np.ndarray) -> "RecordImages":
+        """Return the images of these records: int[m], repeats allowed."""
+        return RecordImages(self._source, self.shape[1:], self._decode, positions=rows)
 
-    def __getitem__(self, index: np.ndarray | slice) -> "RecordImages":
-        positions = self._positions[index]
-        return RecordImages(self._source, self.shape[1:], self._decode, positions=positions)
-
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        images = np.empty(self.shape, self.dtype)
-        for row, record in enumerate(self._source.__getitems__(self._positions.tolist())):
-            image = self._decode(record)
-            if image.shape != self.shape[1:]:
-                raise UserError(
-                    f"image {self._positions[row]} has shape {image.shape}, the first one "
-                    f"{self.shape[1:]}: give a size, to bring all images to it",
-                    "size",
-                )
-            images[row] = image
-        return images if dtype is None else images.astype(dtype)
+    def loader(self) -> Callable[[int], np.ndarray]:
+        """Read the records, all at once, and return a function that decodes number i of them."""
+        records = self._source.__getitems__(self.rows.tolist())
+        return lambda i: self._decode(records[i])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +101,7 @@ def ring_plan(steps: int, batch: int, chunk: int) -> np.ndarray:
 
 
 def chunks(
-    images: np.ndarray | RecordImages,
+    images: np.ndarray | LazyImages,
     labels: np.ndarray,
     plan: np.ndarray,
     first: int,

@@ -89,17 +89,17 @@ class TaskSequence:
         return range(self.num_seen(task - 1), self.num_seen(task))
 
     def plan_shape(
-        self, task: int, counts: np.ndarray, rehearsal: int, batch_size: int
+        self, task: int, counts: np.ndarray, rehearsal: int | None, batch_size: int
     ) -> tuple[int, int]:
         """Return batches per epoch and images per batch of a task, without drawing the batches.
 
         Args:
           task: number of the task.
           counts: int[num_classes], images of each class.
-          rehearsal: images kept of each earlier class.
+          rehearsal: images kept of each earlier class; None to learn all of them again.
           batch_size: images per batch.
         """
-        new = self.classes(task)
+        new, rehearsal = self._learnt(task, rehearsal)
         memory = np.minimum(counts[: new.start], rehearsal).sum()
         return plan_shape(int(counts[new.start : new.stop].sum()), int(memory), batch_size)
 
@@ -107,7 +107,7 @@ class TaskSequence:
         self,
         task: int,
         labels: np.ndarray,
-        rehearsal: int,
+        rehearsal: int | None,
         *,
         batch_size: int,
         epochs: int,
@@ -118,14 +118,21 @@ class TaskSequence:
         Args:
           task: number of the task.
           labels: int[n] of the data.
-          rehearsal: images kept of each earlier class.
+          rehearsal: images kept of each earlier class; None to learn all of them again.
           batch_size, epochs, seed: see `batch_plan`.
         """
-        first, last = self.classes(task)[0], self.classes(task)[-1]
+        classes, rehearsal = self._learnt(task, rehearsal)
+        first, last = classes[0], classes[-1]
         new = np.flatnonzero((labels >= first) & (labels <= last))
         memory = memory_indices(labels, range(first), rehearsal, seed)
         plan = batch_plan(new, memory, batch_size, epochs=epochs, seed=seed, task=task)
         return plan.reshape(-1, plan.shape[-1])
+
+    def _learnt(self, task, rehearsal) -> tuple[range, int]:
+        """The classes of which a task learns every image, and the images kept of those before."""
+        if rehearsal is None:
+            return range(self.num_seen(task)), 0
+        return self.classes(task), rehearsal
 
 
 def memory_indices(

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -20,16 +20,33 @@ from compat_jax.chain import Chain, Record
 from compat_jax.errors import UserError
 from compat_jax.files import absolute
 from compat_jax.interop import torch_files
+from compat_jax.interop.families import renamed
 from compat_jax.interop.image_settings import ImageSettings
 from compat_jax.interop.tensors import shown
 from compat_jax.interop.torch_files import WeightFile
-from compat_jax.interop.weights import Misfit, convert, head_rows, overlap, to_torch
+from compat_jax.interop.weights import Misfit, convert, fitted, head_rows, overlap, to_torch
 from compat_jax.models import Embedder
 from compat_jax.models.layers import linear_init
 from compat_jax.training import Run
 from compat_jax.training.task import version_record
 
 PathLike: TypeAlias = str | os.PathLike[str]
+# Parts of a tensor's name without which weights are none of the backbones whose names begin so: what
+# takes long to trace is only compared where it may fit.
+_MARKS = {
+    "convnext": "conv_dw.",
+    "dinov2": "ls1.gamma",
+    "dinov2_l": "blocks.23.",
+    "regnet": ".se.se1.",
+    "resnet101": "layer3.22.",
+    "resnet152": "layer3.35.",
+    "resnet18": "layer1.",
+    "resnet34": "layer3.5.",
+    "resnet50": "layer3.5.",
+    "senet": "layer1.",
+    "vit": "attn.qkv.",
+    "vit_l": "blocks.23.",
+}
 _CHECKPOINT = re.compile(r"ckpt_(\d+)\.(pt|pth|bin|safetensors)")
 
 
@@ -42,12 +59,28 @@ class Adopted:
       embedder: the network.
       head_classes: of a learnable head; None for a fixed simplex.
       fresh: layers that the weights lack, drawn from the run's seed.
+      notes: sentences about what was changed to make them fit.
     """
 
     variables: dict[str, Any]
     embedder: Embedder
     head_classes: int | None
     fresh: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+class Imported(NamedTuple):
+    """A version that a weight file has become.
+
+    Attributes:
+      number: in the chain.
+      fresh: layers that were drawn anew, see `adopt`.
+      notes: sentences about what was changed to make the weights fit.
+    """
+
+    number: int
+    fresh: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def checkpoints(folder: PathLike) -> list[Path]:
@@ -99,6 +132,7 @@ def adopt(
     head = method.head(run.num_prototypes, run.label_order, classes or 0)
     embedder = head.embedder(run.given_backbone.build(), jnp.float32)
     template = _template(embedder, image_shape)
+    state_dict, notes = fitted(state_dict, template)
     try:
         variables, fresh = convert(state_dict, template)
     except Misfit as error:
@@ -106,7 +140,7 @@ def adopt(
     key, params = jax.random.key(run.seed), variables["params"]
     for part in fresh:
         params[part] = {"kernel": linear_init(key, template["params"][part]["kernel"].shape)}
-    return Adopted(variables, embedder, classes, fresh)
+    return Adopted(variables, embedder, classes, fresh, notes)
 
 
 def adopt_file(weights: WeightFile, run: Run, image_shape: tuple[int, int, int]) -> Adopted:
@@ -133,27 +167,59 @@ def import_file(
     *,
     image_shape: tuple[int, int, int],
     config: Mapping[str, Any] | None = None,
-) -> tuple[str, ...]:
-    """Make a weight file the only version of a chain: a pre-trained model.
+    preparation: Mapping[str, Any] | None = None,
+    append: bool = False,
+) -> Imported:
+    """Make a weight file the only version of a chain, or its next one: a pre-trained model.
 
     A chain that has this version already is left as it is.
 
     Args:
       weights: see `torch_files.load`.
-      chain: empty, or made by this call before.
+      chain: empty, or made by this call before; any chain to append to.
       run: see `adopt`.
       image_shape: (height, width, channels) of the network's input.
       config: JSON values for the record; the run's settings by default.
-
-    Returns:
-      The layers that were drawn anew, see `adopt`.
+      preparation: of the pictures, see `data.pictures.Preparation`.
+      append: add it behind the versions that the chain has.
 
     Raises:
-      UserError: the chain has other versions, or the weights do not fit.
+      UserError: the chain has other versions and `append` is not set, its versions are on another
+        simplex, or the weights do not fit.
     """
     chain.sweep()
     adopted = adopt_file(weights, run, image_shape)
-    record = _record(
+    record = pretrained_record(
+        adopted, weights, run, image_shape=image_shape, config=config, preparation=preparation
+    )
+    number = _number_to_append(chain, record) if append else 0
+    if not append:
+        _check_others(chain, range(1))
+    if not _has(chain, number, record, weights.path):
+        chain.add(adopted.variables, record, number=number)
+    return Imported(number, adopted.fresh, adopted.notes)
+
+
+def pretrained_record(
+    adopted: Adopted,
+    weights: WeightFile,
+    run: Run,
+    *,
+    image_shape: tuple[int, int, int],
+    config: Mapping[str, Any] | None = None,
+    preparation: Mapping[str, Any] | None = None,
+) -> Record:
+    """Describe the version that a weight file becomes.
+
+    Args:
+      adopted: its weights as variables.
+      weights: the file.
+      run: see `adopt`.
+      image_shape: (height, width, channels) of the network's input.
+      config: JSON values; the run's settings by default.
+      preparation: of the pictures, see `data.pictures.Preparation`.
+    """
+    return _record(
         adopted,
         run,
         image_shape,
@@ -163,11 +229,9 @@ def import_file(
         replaced_by=f"imported from {weights.path.name}",
         data_fingerprint=weights.sha256,
         config=run.describe() if config is None else config,
+        preparation=preparation or {},
+        fresh=adopted.fresh,
     )
-    _check_others(chain, range(1))
-    if not _has(chain, 0, record, weights.path):
-        chain.add(adopted.variables, record, number=0)
-    return adopted.fresh
 
 
 def import_folder(
@@ -250,7 +314,9 @@ def export_version(chain: Chain, number: int, file: PathLike) -> dict[str, np.nd
     version = chain.open(number)
     record, state_dict = version.record, to_torch(version.variables)
     height, width, _ = record.image_shape
-    images = ImageSettings(height if height == width else None, record.mean, record.std)
+    known = {name: record.preparation.get(name) for name in ("crop", "filter")}
+    size = height if height == width else None
+    images = ImageSettings(size, record.mean, record.std, **known)
     torch_files.write_content(path, torch_files.encode(path, state_dict, images))
     return state_dict
 
@@ -275,11 +341,38 @@ def _check_others(chain, numbers):
         )
 
 
+def _number_to_append(chain, record):
+    """The number of a version behind the others; of the same file's, if that is the last."""
+    numbers = chain.require_whole().numbers()
+    last = chain.record(-1)
+    same_file = last.data_fingerprint == record.data_fingerprint
+    if same_file and last.replaced_by == record.replaced_by:
+        return numbers[-1]
+    if last.image_shape[2] != record.image_shape[2]:
+        raise UserError(
+            f"the versions of {chain.path} take pictures of {last.image_shape[2]} channels, the file "
+            f"of {record.image_shape[2]}: give mean and std of as many channels, or another folder",
+            "mean",
+        )
+    for name in ("num_prototypes", "label_order", "feature_size"):
+        mine, theirs = getattr(record, name), getattr(last, name)
+        if mine != theirs:
+            raise UserError(
+                f"{name} is {mine} for the file and {theirs} in {chain.path}: versions of one chain "
+                "share it, import into another folder or give the chain's",
+                "num_prototypes" if name != "label_order" else name,
+            )
+    return numbers[-1] + 1
+
+
 def _has(chain: Chain, number: int, record: Record, file: PathLike) -> bool:
     """Return whether a version was imported before, from the same file with the same settings."""
     if number not in chain.numbers():
         return False
     found, wanted = (_plain(r) for r in (chain.record(number), record))
+    # Chains of earlier releases have neither preparation nor fresh.
+    newer = [name for name in ("preparation", "fresh") if not found.get(name)]
+    wanted = {name: value for name, value in wanted.items() if name not in newer}
     different = [name for name in wanted if found.get(name) != wanted[name]]
     if different:
         what = {"data_fingerprint": "the file", "replaced_by": "the file's name"}
@@ -295,7 +388,7 @@ def _plain(record):
     return json.loads(json.dumps(dataclasses.asdict(record)))
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _template(embedder: nn.Module, image_shape: tuple[int, int, int]) -> Mapping[str, Any]:
     """Names and shapes of an embedder's variables; a folder's files mostly share them."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
@@ -312,9 +405,14 @@ def _explained(error: Misfit, state_dict, run, image_shape) -> UserError:
         remedy = f"the file was made with num_prototypes={shapes[0][0] + 1}: give that"
         return UserError(f"{error}; {remedy}", "num_prototypes")
     faults = (*error.unknown, *error.misshapen, *error.missing)
+    if "reg_token" in {name.rpartition(".")[2] for name in faults}:
+        remedy = (
+            "file and network differ in registers: give the backbone registers=4, or 0 without any"
+        )
+        return UserError(f"{error}; {remedy}", "backbone_arguments")
     remedy = ""
     if fit < 0.9:
-        fits = {label: overlap(state_dict, t) for label, t in _candidates(image_shape)}
+        fits = {label: overlap(state_dict, t) for label, t in _candidates(image_shape, state_dict)}
         best = max(fits, key=lambda label: fits[label])
         if fits[best] > max(fit, 0.5):
             return UserError(
@@ -335,14 +433,24 @@ def _explained(error: Misfit, state_dict, run, image_shape) -> UserError:
     return UserError(f"{error}; {remedy}")
 
 
-def _candidates(image_shape: tuple[int, int, int]) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    """Templates of all registered backbones, for images of this size where they need one."""
+def _candidates(
+    image_shape: tuple[int, int, int], state_dict: Mapping[str, Any]
+) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    """Templates of the registered backbones that may fit, for images of this size if they need one."""
+    names = "\n".join(renamed(state_dict))
+    has_registers = "reg_token" in names
     for name in models.registered():
+        if any(name.startswith(key) and mark not in names for key, mark in _MARKS.items()):
+            continue
         label, arguments, shape = name, {}, image_shape
         if "image_size" in models.parameters(name):
-            side = math.ceil(image_shape[0] / 16) * 16
+            # Rounded up to whole patches, of DINOv2 or of other ViTs.
+            patch = 14 if "registers" in models.parameters(name) else 16
+            side = math.ceil(image_shape[0] / patch) * patch
             arguments, shape = {"image_size": side}, (side, side, 3)
-            label = f"{name} (image_size={side})"
+            if has_registers and patch == 14:
+                arguments["registers"] = 4
+            label = f"{name} ({', '.join(f'{k}={v}' for k, v in arguments.items())})"
         yield label, _template(_bare(models.Backbone(name, arguments)), shape)
 
 

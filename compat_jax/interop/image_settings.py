@@ -1,4 +1,4 @@
-"""Size and normalisation of the images that a weight file was trained on, where the file has them."""
+"""Size, normalisation and crop of the images that a weight file was trained on, where it has them."""
 
 import dataclasses
 import json
@@ -8,6 +8,8 @@ from typing import Any
 from compat_jax.errors import UserError
 from compat_jax.interop.torch_load import StandIn
 
+_FILTERS = ("bicubic", "bilinear", "box", "lanczos")
+_REQUIRED = ("size", "mean", "std")
 # Where timm keeps them, newest name first.
 CONFIGS = ("pretrained_cfg", "default_cfg")
 _SIZES = ("input_size", "img_size", "image_size")
@@ -28,11 +30,20 @@ class ImageSettings:
       size: side in pixels.
       mean: of each channel.
       std: of each channel.
+      crop: share of the resized short side that the centre crop keeps, in 0..1.
+      filter: of the resize, "bicubic", "bilinear", "box" or "lanczos".
     """
 
     size: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    crop: float | None = None
+    filter: str | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Return whether size, mean and std are known."""
+        return all(getattr(self, name) is not None for name in _REQUIRED)
 
     def over(self, other: "ImageSettings") -> "ImageSettings":
         """Return these settings, those of `other` where these say nothing."""
@@ -54,11 +65,12 @@ class ImageSettings:
         Raises:
           UserError: naming what is missing, with the usual values, or a size out of range.
         """
-        missing = [name for name, value in dataclasses.asdict(self).items() if value is None]
+        missing = [name for name in _REQUIRED if getattr(self, name) is None]
         if missing:
+            *first, last = missing
+            listed = f"{', '.join(first)} and {last}" if first else last
             raise UserError(
-                f"the file does not say what images it was trained on: give {' and '.join(missing)}, "
-                f"{USUAL}",
+                f"the file does not say what images it was trained on: give {listed}, {USUAL}",
                 missing[0],
             )
         if type(self.size) is not int or not 1 <= self.size <= MAX_SIDE:
@@ -72,7 +84,34 @@ class ImageSettings:
         assert self.size and self.mean and self.std
         config: dict[str, Any] = {"input_size": [len(self.mean), self.size, self.size]}
         config |= {"mean": list(self.mean), "std": list(self.std)}
+        if self.crop is not None:
+            config["crop_pct"] = self.crop
+        if self.filter is not None:
+            config["interpolation"] = self.filter
         return {"format": "pt", CONFIGS[0]: json.dumps(config)}
+
+
+_DEFAULTS = ImageSettings(crop=1.0, filter="bicubic")
+
+
+def chosen(*sources: tuple[str, ImageSettings]) -> tuple[ImageSettings, str]:
+    """Return the settings that the first source gives each of, and a sentence that says which.
+
+    Args:
+      *sources: name and settings, the most trusted first.
+
+    Returns:
+      The settings, with the usual crop and filter where no source gives them, and a sentence such as
+      "images: size 224 (the file), mean 0.5,0.5,0.5 (the configuration), ...".
+    """
+    values, words = {}, []
+    for field in dataclasses.fields(ImageSettings):
+        known = (*sources, ("by default", _DEFAULTS))
+        given = [(who, v) for who, s in known if (v := getattr(s, field.name)) is not None]
+        if given:
+            who, values[field.name] = given[0]
+            words.append(f"{field.name} {_text(given[0][1])} ({who})")
+    return ImageSettings(**values), f"images: {', '.join(words)}"
 
 
 def of_metadata(metadata: Mapping[str, Any]) -> ImageSettings:
@@ -118,7 +157,13 @@ def of_checkpoint(content: Any) -> ImageSettings:
 
 def _of_fields(fields):
     size = next((s for s in (_side(fields.get(name)) for name in _SIZES) if s), None)
-    return ImageSettings(size, _numbers(fields.get("mean")), _numbers(fields.get("std")))
+    return ImageSettings(
+        size,
+        _numbers(fields.get("mean")),
+        _numbers(fields.get("std")),
+        crop=_share(fields.get("crop_pct")),
+        filter=_filter(fields.get("interpolation")),
+    )
 
 
 def _objects(content: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -154,10 +199,22 @@ def _side(value):
     return value if whole and 0 < value <= MAX_SIDE else None
 
 
+def _share(value):
+    """A number in 0..1, without 0; None for anything else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and 0 < value <= 1 else None
+
+
+def _filter(value):
+    """The name of a resize filter; None for others, such as a random one."""
+    return value if isinstance(value, str) and value in _FILTERS else None
+
+
 def _single(values):
     """The value, if all are the same."""
     return values[0] if values and all(value == values[0] for value in values) else None
 
 
 def _text(value):
-    return ",".join(f"{x:g}" for x in value) if isinstance(value, tuple) else str(value)
+    values = value if isinstance(value, tuple) else (value,)
+    return ",".join(f"{x:g}" if isinstance(x, float) else str(x) for x in values)

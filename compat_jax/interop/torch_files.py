@@ -131,8 +131,7 @@ def encode(path: PathLike, state_dict: Mapping[str, np.ndarray], images: ImageSe
       UserError: PyTorch or safetensors is needed and not installed.
     """
     if is_safetensors(path):
-        complete = None not in dataclasses.astuple(images)
-        metadata = images.metadata() if complete else {"format": "pt"}
+        metadata = images.metadata() if images.is_complete else {"format": "pt"}
         arrays = {name: np.array(a, order="C") for name, a in state_dict.items()}
         return _import_safetensors(f"writing {path}").numpy.save(arrays, metadata)
     torch, stream = import_torch(f"writing {path}"), io.BytesIO()

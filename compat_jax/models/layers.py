@@ -106,6 +106,23 @@ class BatchNorm(nn.Module):
         return (wide * factor.astype(wide.dtype) + shift.astype(wide.dtype)).astype(self.dtype)
 
 
+def layer_norm(x: jax.Array, dtype: jax.typing.DTypeLike, name: str) -> jax.Array:
+    """Normalise over the last axis, with parameters of the module that calls.
+
+    Args:
+      x: float[..., channels].
+      dtype: of the result.
+      name: of the parameters.
+
+    Returns:
+      The normalised array, of the same shape.
+    """
+    # In float32 and with the two-pass variance, as in PyTorch: the one-pass form loses precision.
+    wide = x.astype(np.promote_types(x.dtype, np.float32))
+    norm = nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name=name)
+    return norm(wide).astype(dtype)
+
+
 def max_pool(x: jax.Array, size: int, stride: int, padding: int) -> jax.Array:
     """Compute the maximum over windows as a maximum of shifted slices.
 

@@ -1,4 +1,4 @@
-"""Vision transformers with pre-norm, class token and learned positions.
+"""Vision transformers with pre-norm, class token and learned positions, DINOv2's among them.
 
 Module names follow timm's state dicts (`blocks_0` for `blocks.0`), so that its weights are imported
 by name.
@@ -13,19 +13,13 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from compat_jax.errors import UserError
-from compat_jax.models.layers import Conv, linear_init
+from compat_jax.models.layers import Conv, layer_norm, linear_init
 
 _truncated = nn.initializers.truncated_normal(0.02)
 
 
 def _dense(features, dtype, name):
     return nn.Dense(features, dtype=dtype, kernel_init=_truncated, name=name)
-
-
-def _norm(x, dtype, name):
-    # In float32 and with the two-pass variance, as in PyTorch: the one-pass form loses precision.
-    norm = nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name=name)
-    return norm(x.astype(jnp.float32)).astype(dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -105,23 +99,51 @@ class Mlp(nn.Module):
         return _dense(x.shape[-1], self.dtype, "fc2")(hidden)
 
 
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a residual branch.
+
+    Attributes:
+      initial: value of the factors at first.
+      dtype: dtype of the computation; parameters are float32.
+
+    Source: Touvron et al., "Going deeper with image transformers", ICCV 2021.
+    """
+
+    initial: float
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map float[..., width] to the same shape."""
+        gamma = self.param("gamma", nn.initializers.constant(self.initial), (x.shape[-1],))
+        return x * gamma.astype(self.dtype)
+
+
 class Block(nn.Module):
     """Residual attention and residual MLP, each after a norm.
 
     Attributes:
       heads: number of attention heads.
       dtype: dtype of the computation; parameters are float32.
+      layer_scale: first value of the factors on both branches; None for branches without.
     """
 
     heads: int
     dtype: DTypeLike = jnp.float32
+    layer_scale: float | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map float[batch, tokens, width] to the same shape."""
-        x = x + Attention(self.heads, self.dtype, name="attn")(_norm(x, self.dtype, "norm1"))
+        attention = Attention(self.heads, self.dtype, name="attn")
+        x = x + self._scaled(attention(layer_norm(x, self.dtype, "norm1")), "ls1")
         mlp = Mlp(4 * x.shape[-1], self.dtype, name="mlp")
-        return x + mlp(_norm(x, self.dtype, "norm2"))
+        return x + self._scaled(mlp(layer_norm(x, self.dtype, "norm2")), "ls2")
+
+    def _scaled(self, branch, name):
+        if self.layer_scale is None:
+            return branch
+        return LayerScale(self.layer_scale, self.dtype, name=name)(branch)
 
 
 class VisionTransformer(nn.Module):
@@ -134,8 +156,12 @@ class VisionTransformer(nn.Module):
       patch: side of a patch in pixels.
       image_size: side of a picture in pixels, a multiple of `patch`.
       dtype: dtype of the computation; parameters are float32.
+      registers: tokens that only give the attention room, between class token and patches; with any,
+        the class token has no position.
+      layer_scale: first value of the factors on the residual branches; None for branches without.
 
-    Source: Dosovitskiy et al. 2021, with timm's layer-norm epsilon of 1e-6.
+    Source: Dosovitskiy et al. 2021, with timm's layer-norm epsilon of 1e-6; registers from Darcet et
+    al., "Vision transformers need registers", ICLR 2024, laid out as in timm.
     """
 
     width: int
@@ -144,12 +170,14 @@ class VisionTransformer(nn.Module):
     patch: int = 16
     image_size: int = 224
     dtype: DTypeLike = jnp.float32
+    registers: int = 0
+    layer_scale: float | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Map float[batch, image_size, image_size, 3] to float[batch, width]."""
         del train  # no layer behaves differently in training
-        batch, height, width, _ = images.shape
+        _, height, width, _ = images.shape
         if (height, width) != (self.image_size, self.image_size):
             raise UserError(
                 f"the ViT was made for pictures of {self.image_size}x{self.image_size} pixels, got "
@@ -157,24 +185,52 @@ class VisionTransformer(nn.Module):
                 "image_size",
             )
         x = PatchEmbed(self.width, self.patch, self.dtype, name="patch_embed")(images)
-        cls = self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, self.width))
-        positions = self.param("pos_embed", _truncated, (1, x.shape[1] + 1, self.width))
-        cls = jnp.broadcast_to(cls.astype(self.dtype), (batch, 1, self.width))
-        x = jnp.concatenate([cls, x], axis=1) + positions.astype(self.dtype)
+        x = self._with_tokens(x)
         for index in range(self.depth):
-            x = Block(self.heads, self.dtype, name=f"blocks_{index}")(x)
-        return _norm(x[:, 0], self.dtype, "norm")
+            x = Block(self.heads, self.dtype, self.layer_scale, name=f"blocks_{index}")(x)
+        return layer_norm(x[:, 0], self.dtype, "norm")
+
+    def _with_tokens(self, patches):
+        """Put the class token and the registers before the patches, and add the positions."""
+
+        def token(name, count):
+            rows = self.param(name, nn.initializers.normal(1e-6), (1, count, self.width))
+            return jnp.broadcast_to(rows.astype(self.dtype), (len(patches), count, self.width))
+
+        cls = token("cls_token", 1)
+        count = patches.shape[1] + (0 if self.registers else 1)
+        positions = self.param("pos_embed", _truncated, (1, count, self.width)).astype(self.dtype)
+        if not self.registers:
+            return jnp.concatenate([cls, patches], axis=1) + positions
+        registers = token("reg_token", self.registers)
+        return jnp.concatenate([cls, registers, patches + positions], axis=1)
 
 
-def _vit(width, heads, *, patch, image_size, dtype):
+def _vit(width, heads, depth=12, *, patch, image_size, dtype, **more):
     if patch < 1 or image_size < 1 or image_size % patch:
         raise UserError(
             f"a ViT cuts its pictures into whole patches: image_size={image_size} is no multiple "
             f"of patch={patch}",
             "image_size",
         )
-    shape = {"width": width, "depth": 12, "heads": heads, "patch": patch, "image_size": image_size}
-    return VisionTransformer(**shape, dtype=dtype)
+    shape = {"width": width, "depth": depth, "heads": heads, "patch": patch}
+    return VisionTransformer(**shape, image_size=image_size, dtype=dtype, **more)
+
+
+def vit_ti16(
+    dtype: DTypeLike = jnp.float32, patch: int = 16, image_size: int = 224
+) -> VisionTransformer:
+    """Build ViT-Ti/16, of 192 features.
+
+    Args:
+      dtype: dtype of the computation; parameters are float32.
+      patch: side of a patch in pixels, for ViT-Ti/`patch`.
+      image_size: side of a picture in pixels, a multiple of `patch`.
+
+    Raises:
+      UserError: `image_size` is no multiple of `patch`.
+    """
+    return _vit(192, 3, patch=patch, image_size=image_size, dtype=dtype)
 
 
 def vit_s16(
@@ -193,17 +249,94 @@ def vit_s16(
     return _vit(384, 6, patch=patch, image_size=image_size, dtype=dtype)
 
 
-def vit_ti16(
+def vit_b16(
     dtype: DTypeLike = jnp.float32, patch: int = 16, image_size: int = 224
 ) -> VisionTransformer:
-    """Build ViT-Ti/16, of 192 features.
+    """Build ViT-B/16, of 768 features.
 
     Args:
       dtype: dtype of the computation; parameters are float32.
-      patch: side of a patch in pixels, for ViT-Ti/`patch`.
+      patch: side of a patch in pixels, for ViT-B/`patch`.
       image_size: side of a picture in pixels, a multiple of `patch`.
 
     Raises:
       UserError: `image_size` is no multiple of `patch`.
     """
-    return _vit(192, 3, patch=patch, image_size=image_size, dtype=dtype)
+    return _vit(768, 12, patch=patch, image_size=image_size, dtype=dtype)
+
+
+def vit_l16(
+    dtype: DTypeLike = jnp.float32, patch: int = 16, image_size: int = 224
+) -> VisionTransformer:
+    """Build ViT-L/16, of 1024 features.
+
+    Args:
+      dtype: dtype of the computation; parameters are float32.
+      patch: side of a patch in pixels, for ViT-L/`patch`.
+      image_size: side of a picture in pixels, a multiple of `patch`.
+
+    Raises:
+      UserError: `image_size` is no multiple of `patch`.
+    """
+    return _vit(1024, 16, depth=24, patch=patch, image_size=image_size, dtype=dtype)
+
+
+def _dinov2(width, heads, depth=12, *, registers, image_size, dtype):
+    if registers not in (0, 4):
+        raise UserError(f"DINOv2 has 0 or 4 registers, got registers={registers}", "registers")
+    more = {"registers": registers, "layer_scale": 1e-5}
+    return _vit(width, heads, depth, patch=14, image_size=image_size, dtype=dtype, **more)
+
+
+def dinov2_s14(
+    dtype: DTypeLike = jnp.float32, registers: int = 0, image_size: int = 224
+) -> VisionTransformer:
+    """Build DINOv2's ViT-S/14, of 384 features.
+
+    Args:
+      dtype: dtype of the computation; parameters are float32.
+      registers: 0, or 4 for the variant with register tokens.
+      image_size: side of a picture in pixels, a multiple of 14; the published weights have 518.
+
+    Raises:
+      UserError: `image_size` is no multiple of 14, or another number of registers.
+
+    Source: Oquab et al., "DINOv2: learning robust visual features without supervision", 2024.
+    """
+    return _dinov2(384, 6, registers=registers, image_size=image_size, dtype=dtype)
+
+
+def dinov2_b14(
+    dtype: DTypeLike = jnp.float32, registers: int = 0, image_size: int = 224
+) -> VisionTransformer:
+    """Build DINOv2's ViT-B/14, of 768 features.
+
+    Args:
+      dtype: dtype of the computation; parameters are float32.
+      registers: 0, or 4 for the variant with register tokens.
+      image_size: side of a picture in pixels, a multiple of 14; the published weights have 518.
+
+    Raises:
+      UserError: `image_size` is no multiple of 14, or another number of registers.
+
+    Source: Oquab et al., "DINOv2: learning robust visual features without supervision", 2024.
+    """
+    return _dinov2(768, 12, registers=registers, image_size=image_size, dtype=dtype)
+
+
+def dinov2_l14(
+    dtype: DTypeLike = jnp.float32, registers: int = 0, image_size: int = 224
+) -> VisionTransformer:
+    """Build DINOv2's ViT-L/14, of 1024 features.
+
+    Args:
+      dtype: dtype of the computation; parameters are float32.
+      registers: 0, or 4 for the variant with register tokens.
+      image_size: side of a picture in pixels, a multiple of 14; the published weights have 518.
+
+    Raises:
+      UserError: `image_size` is no multiple of 14, or another number of registers.
+
+    Source: Oquab et al., "DINOv2: learning robust visual features without supervision", 2024.
+    """
+    return _dinov2(1024, 16, depth=24, registers=registers, image_size=image_size, dtype=dtype)

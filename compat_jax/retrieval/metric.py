@@ -1,6 +1,7 @@
 """Metrics of a pair of versions, by name, with a score for every query."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -14,9 +15,11 @@ from compat_jax.retrieval.metrics import (
     average_precision_scores,
     class_templates,
     neighbour_scores,
+    precision_at_r_scores,
     template_scores,
     template_scores_without_self,
 )
+from compat_jax.retrieval.verification import pair_scores, query_pairs
 
 Prepared = tuple[np.ndarray, ...]
 
@@ -82,10 +85,11 @@ def _identification(queries: Queries, galleries: Sequence[Prepared]) -> np.ndarr
     return template_scores(queries.features, queries.labels, templates, classes=classes[0])
 
 
-def _average_precision(queries: Queries, galleries: Sequence[Prepared]) -> np.ndarray:
+def _ranking(score: Callable[..., np.ndarray], queries: Queries, galleries: Sequence[Prepared]):
+    """Score the whole ranking of each gallery."""
     return np.stack(
         [
-            average_precision_scores(
+            score(
                 queries.features,
                 queries.labels,
                 features,
@@ -95,6 +99,23 @@ def _average_precision(queries: Queries, galleries: Sequence[Prepared]) -> np.nd
             for features, labels in galleries
         ]
     )
+
+
+def _pairs(far: float | None, queries: Queries, galleries: Sequence[Prepared]) -> np.ndarray:
+    """Score pairs, the same in every gallery."""
+    pairs = query_pairs(queries.labels, galleries[0][1], queries.own)
+    return np.stack([pair_scores(queries.features, g[0], pairs, far=far) for g in galleries])
+
+
+def tar(far: str) -> Metric:
+    """Make the metric tar@far: pairs of one class accepted at a false accept rate, e.g. "0.001"."""
+    unit = f"% of pairs of a class accepted, {100 * float(far):g} % of others"
+    return Metric(f"tar@{far}", unit, functools.partial(_pairs, float(far)))
+
+
+def cmc(rank: int) -> Metric:
+    """Make the metric cmc@rank: recall@k under the name that re-identification gives it."""
+    return dataclasses.replace(recall(rank), name=f"cmc@{rank}")
 
 
 def recall(k: int) -> Metric:
@@ -139,7 +160,7 @@ def names() -> tuple[str, ...]:
 
 
 def get(metric: Metric | str) -> Metric:
-    """Return the metric of a name; "recall@K" for any K.
+    """Return the metric of a name; "recall@K", "cmc@K" and "tar@FAR" for any K and rate.
 
     Raises:
       UserError: unknown name, with the valid ones.
@@ -148,14 +169,30 @@ def get(metric: Metric | str) -> Metric:
         return metric
     if metric in _METRICS:
         return _METRICS[metric]
-    if match := re.fullmatch(r"recall@([1-9][0-9]{0,5})", metric):
-        return recall(int(match[1]))
+    if match := re.fullmatch(r"(recall|cmc)@([1-9][0-9]{0,5})", metric):
+        return {"recall": recall, "cmc": cmc}[match[1]](int(match[2]))
+    if match := re.fullmatch(r"tar@(0\.[0-9]{1,9}|[1-9]e-[1-9])", metric):
+        return tar(match[1])
     raise unknown("metric", metric, _METRICS, "metric")
 
 
 identification = register(
     Metric("identification", "% of queries identified", _identification, prepare=class_templates)
 )
-mean_average_precision = register(Metric("map", "mean average precision, %", _average_precision))
+mean_average_precision = register(
+    Metric(
+        "map",
+        "mean average precision, %",
+        functools.partial(_ranking, average_precision_scores),
+    )
+)
+mean_average_precision_at_r = register(
+    Metric("map@r", "mAP@R, %", functools.partial(_ranking, precision_at_r_scores))
+)
 for _k in (1, 5, 10):
     register(recall(_k))
+verification = register(
+    Metric("verification", "% of pairs decided rightly", functools.partial(_pairs, None))
+)
+for _far in ("0.01", "0.001"):
+    register(tar(_far))

@@ -210,7 +210,7 @@ def neighbour_scores(
     has_match = _has_match(query_labels, gallery_labels, own)
     neighbours = index.search(query, max_rank + (own is not None))[1]
     if own is not None:
-        neighbours = _drop_self(neighbours, own)
+        neighbours = drop_self(neighbours, own)
     hits = gallery_labels[neighbours] == query_labels[:, None]
     found = np.logical_or.accumulate(hits, axis=1).astype(np.float64)
     found[~has_match] = np.nan
@@ -359,6 +359,56 @@ def average_precision_scores(
     Raises:
       UserError: see `mean_average_precision`.
     """
+    return _score_rankings(
+        query,
+        query_labels,
+        gallery,
+        gallery_labels=gallery_labels,
+        own=own,
+        score=_average_precision,
+    )
+
+
+def precision_at_r_scores(
+    query: np.ndarray,
+    query_labels: np.ndarray,
+    gallery: np.ndarray,
+    gallery_labels: np.ndarray,
+    own: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return MAP@R of each query, R being the number of its matches.
+
+    It is (1/R) Σ_{i=1..R} P(i) rel(i), with P(i) the share of matches among the first i images and
+    rel(i) whether the i-th is a match: 1 exactly where the R matches come first. Unlike average
+    precision it ignores what follows. Of equal scores, the gallery's first comes first.
+
+    Args:
+      query: float[q, d].
+      query_labels: int[q].
+      gallery: float[n, d].
+      gallery_labels: int[n].
+      own: int[q], the gallery row of the same picture, which is left out; -1 for none.
+
+    Returns:
+      float64[q], NaN for queries without a match.
+
+    Raises:
+      UserError: see `mean_average_precision`.
+
+    Source: Musgrave, Belongie, Lim, "A Metric Learning Reality Check", ECCV 2020.
+    """
+    return _score_rankings(
+        query,
+        query_labels,
+        gallery,
+        gallery_labels=gallery_labels,
+        own=own,
+        score=_precision_at_r,
+    )
+
+
+def _score_rankings(query, query_labels, gallery, *, gallery_labels, own, score):
+    """Score each query by its scores of all gallery images; the processes share the queries."""
     query, query_labels = _checked("query", query, query_labels)
     gallery, gallery_labels = _checked("gallery", gallery, gallery_labels)
     check_labels(query_labels, gallery_labels)
@@ -372,7 +422,7 @@ def average_precision_scores(
             match = gallery_labels == query_labels[row]
             if own is not None and own[row] >= 0:
                 scores, match = np.delete(scores, own[row]), np.delete(match, own[row])
-            precisions[row] = _average_precision(scores, match)
+            precisions[row] = score(scores, match)
     precisions = hosts.sum_over_processes(precisions)
     precisions[~has_match] = np.nan
     return precisions
@@ -391,8 +441,25 @@ def _average_precision(scores: np.ndarray, match: np.ndarray) -> float:
     return float(np.mean(matches_at_least / at_least))
 
 
-def _drop_self(neighbours: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Leave each row's own number out, or its last neighbour where it is not among them."""
+def _precision_at_r(scores: np.ndarray, match: np.ndarray) -> float:
+    """MAP@R; only the images that can be among the first R are sorted."""
+    r = int(match.sum())
+    least = np.partition(scores, len(scores) - r)[len(scores) - r]
+    near = np.flatnonzero(scores >= least)
+    first = match[near[np.argsort(-scores[near], kind="stable")[:r]]]
+    return float(np.sum(first * np.cumsum(first) / np.arange(1, r + 1)) / r)
+
+
+def drop_self(neighbours: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Leave each query's own picture out, or its last neighbour where it is not among them.
+
+    Args:
+      neighbours: int[q, k + 1], rows of the gallery.
+      own: int[q], the gallery row of the same picture, -1 for none.
+
+    Returns:
+      int[q, k].
+    """
     is_self = neighbours == own[:, None]
     is_self[~is_self.any(axis=1), -1] = True
     return neighbours[~is_self].reshape(len(neighbours), -1)

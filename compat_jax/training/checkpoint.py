@@ -1,11 +1,13 @@
 """Saved training states: a killed run resumes from here, to the same bits."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,14 +22,15 @@ from compat_jax.files import first_line, in_bucket, sha256, storage, walk, write
 from compat_jax.training.state import TrainState
 
 _NAME = re.compile(r"task([0-9]+)-step([0-9]+)")
+_NO_NOTES: Mapping[str, Any] = types.MappingProxyType({})
 
 
 class Checkpointer:
-    """Keeps the last saved state of the present task, in a folder of its own.
+    """Keeps the last saved state of the present task, and its best weights so far, in a folder.
 
-    Beside each state lies `NAME.json`, written last: size and SHA-256 of its files, and the metrics of
-    steps that the log does not have yet. A state without it was cut off, a state that differs from it
-    is refused.
+    Beside each lies `NAME.json`, written last: size and SHA-256 of its files, and the notes that belong
+    to it, such as the metrics of steps that the log does not have yet. A state without it was cut off,
+    a state that differs from it is refused.
 
     Args:
       path: of the folder.
@@ -36,32 +39,82 @@ class Checkpointer:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = storage(path)
 
-    def save(self, task: int, state: TrainState, pending: Sequence[Any] = ()) -> None:
+    def save(self, task: int, state: TrainState, notes: Mapping[str, Any] = _NO_NOTES) -> None:
         """Replace the saved state; the older one is removed only when this one is whole.
 
         Args:
           task: number of the task.
           state: to save.
-          pending: JSON values that belong to it, see `pending`.
+          notes: JSON values that belong to it, see `notes`. "best" names the step whose weights
+            (`save_best`) are kept; others are removed.
 
         Raises:
           UserError: the folder cannot be written to; the state saved before is still there.
         """
-        name = f"task{task}-step{int(state.step)}"
+        name, best = f"task{task}-step{int(state.step)}", notes.get("best")
+        kept = {name} if best is None else {name, _best(task, best)}
         tree = _without_empty(serialization.to_state_dict(state))
+        with self._located():
+            self._store(name, tree, dict(notes))
+            hosts.on_first(lambda: self._remove_others(kept))
+
+    def save_best(self, task: int, step: int, variables: Any) -> None:
+        """Save the weights of a step beside the state; earlier ones stay until the next `save`.
+
+        Args:
+          task: number of the task.
+          step: of the task.
+          variables: as a chain holds them.
+
+        Raises:
+          UserError: the folder cannot be written to.
+        """
+        name = _best(task, step)
+        with self._located():
+            hosts.on_first(lambda: self._remove({name, f"{name}.json"}))
+            self._store(name, _without_empty(dict(variables)), {})
+
+    def load_best(self, task: int, step: int) -> dict[str, Any]:
+        """Return the weights that `save_best` saved.
+
+        Raises:
+          UserError: they are damaged or missing.
+        """
+        name = _best(task, step)
         try:
-            hosts.on_first(lambda: self._prepare(name))
-            if not hosts.broadcast(self._is_whole(name)):
-                # Several processes write a share each. A state without its list was cut off.
-                tree = tree if hosts.is_distributed() else _on_host(tree)
-                ocp.save(self.path / name, tree, overwrite=in_bucket(self.path))
-                hosts.on_first(lambda: self._write_list(name, list(pending)))
-            hosts.on_first(lambda: self._remove_others(name))
+            self._verify(name)
+            metadata: Any = ocp.metadata(self.path / name).metadata
+            template = jax.tree.map(
+                lambda leaf: np.empty(leaf.shape, leaf.dtype),
+                metadata,
+                is_leaf=lambda leaf: hasattr(leaf, "shape"),
+            )
+            loaded = ocp.load(self.path / name, template)
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise UserError(
+                f"{self.path / name} is damaged ({first_line(error)}): "
+                f"remove {self.path} and the task begins again"
+            ) from error
+        return {key: loaded.get(key, {}) for key in ("params", "batch_stats")}
+
+    @contextlib.contextmanager
+    def _located(self):
+        try:
+            yield
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise UserError(
                 f"cannot save to {self.path} ({first_line(error)}): make room or free it, then "
                 "run the same again to go on from the save before"
             ) from error
+
+    def _store(self, name, tree, notes):
+        hosts.on_first(lambda: self._prepare(name))
+        if hosts.broadcast(self._is_whole(name)):
+            return
+        # Several processes write a share each. A state without its list was cut off.
+        tree = tree if hosts.is_distributed() else _on_host(tree)
+        ocp.save(self.path / name, tree, overwrite=in_bucket(self.path))
+        hosts.on_first(lambda: self._write_list(name, notes))
 
     def restore(self, task: int, state: TrainState) -> TrainState:
         """Return the saved state of a task, or `state` itself if none is saved.
@@ -76,10 +129,9 @@ class Checkpointer:
         Raises:
           UserError: the saved state is damaged.
         """
-        saved = [m for m in self._saved() if int(m[1]) == task]
-        if not saved:
+        latest = self._latest(task)
+        if latest is None:
             return state
-        latest = max(saved, key=lambda m: int(m[2]))[0]
         tree = serialization.to_state_dict(state)
         try:
             self._verify(latest)
@@ -92,14 +144,19 @@ class Checkpointer:
         restored = serialization.from_state_dict(state, _with_empty(loaded, tree))
         return meshes.shard_like(restored, state)
 
-    def pending(self, task: int, step: int) -> list[Any]:
-        """Return the values that were saved beside the state of a step; [] if there is none."""
+    def notes(self, task: int, step: int) -> dict[str, Any]:
+        """Return the values that were saved with the state of a step; {} if there are none."""
         name = f"task{task}-step{step}"
-        return self._list(name)["pending"] if self._is_whole(name) else []
+        found = self._list(name)["pending"] if self._is_whole(name) else {}
+        return found if isinstance(found, dict) else {}  # release 0.2 wrote a list
+
+    def has_state(self) -> bool:
+        """Return whether a state is saved: a task is under way."""
+        return bool(self._saved())
 
     def clear(self) -> None:
         """Remove all saved states: the task is in the chain now."""
-        hosts.on_first(lambda: self._remove_others(None))
+        hosts.on_first(lambda: self._remove_others(set()))
 
     def _load(self, name, tree):
         metadata: Any = ocp.metadata(self.path / name).metadata
@@ -116,6 +173,10 @@ class Checkpointer:
         if saved != wanted:
             raise UserError(f"it holds {sorted(saved ^ wanted)[:3]}, which do not fit the run")
         return ocp.load(self.path / name, jax.tree_util.tree_map_with_path(template, tree))
+
+    def _latest(self, task):
+        saved = [m for m in self._saved() if int(m[1]) == task]
+        return max(saved, key=lambda m: int(m[2]))[0] if saved else None
 
     def _saved(self):
         if not self.path.exists():
@@ -141,8 +202,8 @@ class Checkpointer:
             for p in walk(folder)
         }
 
-    def _write_list(self, name, pending):
-        body = {"files": self._listed(name), "pending": pending}
+    def _write_list(self, name, notes):
+        body = {"files": self._listed(name), "pending": notes}
         write_json(self.path / f"{name}.json", {**body, "sha256": _digest(body)})
 
     def _list(self, name):
@@ -156,16 +217,22 @@ class Checkpointer:
         if self._list(name)["files"] != self._listed(name):
             raise UserError("its files differ from those that were saved (SHA-256)")
 
-    def _remove_others(self, name):
-        if not self.path.exists():
-            return
-        keep = {name, f"{name}.json"}
-        paths = [p for p in self.path.iterdir() if p.name not in keep]
+    def _remove_others(self, names):
+        if self.path.exists():
+            kept = names | {f"{name}.json" for name in names}
+            self._remove({p.name for p in self.path.iterdir()} - kept)
+
+    def _remove(self, names):
+        paths = [path for path in (self.path / name for name in names) if path.exists()]
         for path in sorted(paths, key=lambda p: p.is_dir()):  # first the lists, then the states
             if path.is_dir():
                 path.rmtree()
             else:
                 path.unlink()
+
+
+def _best(task, step):
+    return f"task{task}-best{step}"
 
 
 def _digest(body: Any) -> str:

@@ -1,30 +1,55 @@
-"""The steps of one task: batches to the devices, saves, the log, an orderly stop."""
+"""The steps of one task: batches to the devices, saves, validation, an orderly stop."""
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from compat_jax import hosts
 from compat_jax import mesh as meshes
 from compat_jax.data import streaming
 from compat_jax.data.dataset import Dataset
-from compat_jax.errors import Diverged, Stopped
-from compat_jax.meter import Meter
+from compat_jax.errors import Stopped, UserError
+from compat_jax.meter import SECONDS, Meter, duration
 from compat_jax.session import Session
+from compat_jax.training.log import Board
 from compat_jax.training.state import TrainState
-from compat_jax.training.step import DeviceData, Feed, Metrics, Trainer
+from compat_jax.training.step import DeviceData, Feed, Metrics, Trainer, batch_key
 from compat_jax.training.task import Task, image_bytes
+from compat_jax.training.validation import (
+    Interrupted,
+    Validation,
+    check_validation,
+    previous_version,
+)
+from compat_jax.training.watch import Watch
 from compat_jax.training.workdir import Workdir
 
 # An epoch on an accelerator may take less than its save.
 _SAVE_SECONDS = 30.0
+# Seconds of a dispatch on an accelerator: between them the host asks, notes and logs.
+_FAST, _SLOW = 1.0, 4.0
+_SHOWN = 16  # pictures of a batch on TensorBoard
+
+
+class Fitted(NamedTuple):
+    """What training a task ends as.
+
+    Attributes:
+      trainer: of the task.
+      variables: as the chain holds them.
+      step: of the task, after which the variables were these.
+      validation: {measure: share} of these variables; {} without validation.
+    """
+
+    trainer: Trainer
+    variables: Any
+    step: int
+    validation: Mapping[str, float]
 
 
 @dataclasses.dataclass
@@ -35,20 +60,24 @@ class Fit:
       data: all images and labels.
       session: where and how.
       workdir: takes the state and the log.
+      validation: held-out pictures of the same classes; None for none.
     """
 
     data: Dataset
     session: Session
     workdir: Workdir
+    validation: Dataset | None = None
 
     def __post_init__(self):
         self.mesh = self.session.devices()
-        self.on_device = None
+        self.board = Board(self.session.tensorboard)
+        self.on_device, self.warm = None, None  # the trainer whose program was compiled last
+        self.pace = 1  # steps a dispatch
         budget = self.session.device_budget
         if not budget or image_bytes(self.data) * len(self.data) <= budget:
             self.on_device = self._place(np.asarray(self.data.images), self.data.labels)
 
-    def __call__(self, task: Task, meter: Meter, longest: int) -> tuple[Trainer, Any]:
+    def __call__(self, task: Task, meter: Meter, longest: int) -> Fitted:
         """Train a task.
 
         Args:
@@ -56,25 +85,28 @@ class Fit:
           meter: of the steps of the run.
           longest: steps of the longest task, to which every plan is padded: one program for all.
 
-        Returns:
-          The trainer, and the variables after the task's steps, as the chain holds them.
-
         Raises:
           Stopped: after saving, when the session asked to stop.
           Diverged: the loss or the weights are not finite.
+          UserError: validation that does not fit; fewer epochs than are done.
         """
+        check_validation(self.data, self.validation, task.run)
         trainer = task.trainer(self.mesh)
         variables = task.starting_variables(trainer, self.data.images.shape[1:])
         frozen = task.freeze(trainer, variables, self.data)
-        state = trainer.create_state(variables, task.info())
-        state = self.workdir.checkpointer.restore(task.index, state)
-        self.workdir.log.rewind(task.index, int(state.step))
-        meter.skip(int(state.step))
-        pending = self.workdir.checkpointer.pending(task.index, int(state.step))
-        parts = [(count, seconds, Metrics(*metrics)) for count, seconds, metrics in pending]
-        progress = _Progress(task, self.workdir, meter, parts=parts)
-        state = self._steps(trainer, frozen, state, progress=progress, longest=longest)
-        return trainer, trainer.stored(state.variables)
+        begun = trainer.create_state(variables, task.info())
+        state = self.workdir.checkpointer.restore(task.index, begun)
+        state = state.replace(task=begun.task)  # the epochs to come may have changed
+        step = int(state.step)
+        _check_epochs(task, step)
+        self.workdir.log.rewind(task.index, step)
+        meter.skip(step)
+        meter.say("")
+        course = _Course(self, task, trainer, frozen, watch=self._watch(task, trainer, meter, step))
+        with contextlib.closing(self.board):
+            self.board.begin(task.label, step)
+            state = course.run(state, longest)
+        return course.fitted(state)
 
     def publish(
         self, task: Task, data: Dataset, config: Mapping[str, Any], *, meter: Meter, longest: int
@@ -87,47 +119,47 @@ class Fit:
           config: settings for the record.
           meter, longest: see `__call__`.
         """
-        trainer, variables = self(task, meter, longest)
+        began = time.monotonic()
+        trainer, variables, step, results = self(task, meter, longest)
+        record = task.record(trainer, data, config)
+        if results:
+            shares = {name: round(value, 6) for name, value in results.items()}
+            learnt = {**record.learnt, "validation": {"step": step, **shares}}
+            record = dataclasses.replace(record, learnt=learnt)
         variables = trainer.head.trim(variables, task.num_seen)
-        self.workdir.chain.add(variables, task.record(trainer, data, config), task.index)
+        self.workdir.chain.add(variables, record, task.index)
         self.workdir.checkpointer.clear()
+        seconds = time.monotonic() - began
+        if hosts.is_first() and (not self.session.progress or seconds >= SECONDS):
+            note = f", {meter.note.partition(', ')[2]}" if meter.note else ""
+            meter.print(
+                f"{task.label}: version {task.index} of {self.workdir.chain.path} after "
+                f"{task.steps} steps in {duration(seconds)}{note}"
+            )
 
-    def _steps(self, trainer, frozen, state, *, progress, longest) -> TrainState:
-        task, total, epoch = progress.task, progress.task.steps, progress.task.steps_per_epoch
-        save_every, saved, end = self.session.save_every or epoch, time.monotonic(), 0
-        batches, plan = self._batches(task.plan, int(state.step), longest)
-        with contextlib.closing(batches):
-            while (step := int(state.step)) < total:
-                began = time.perf_counter()
-                if step >= end:
-                    on_device, end = next(batches)
-                stop = min(_next_multiple(step, epoch), _next_multiple(step, save_every), end)
-                state, metrics = trainer.run_steps(
-                    state,
-                    frozen,
-                    Feed(on_device, plan),
-                    stop=stop,
-                    should_stop=lambda: progress.tick() or self.session.should_stop(),
-                )
-                metrics, stop = jax.tree.map(float, metrics), int(state.step)
-                progress.add(step, stop, metrics, time.perf_counter() - began)
-                due = stop < total and stop % save_every == 0
-                stopping = stop < total and self.session.should_stop()
-                if due or stopping or not stop % epoch:  # a chunk may end before that
-                    progress.check(stop, state)
-                if due or not stop % epoch:
-                    progress.report(stop)
-                if due and not self.session.save_every:
-                    due = hosts.broadcast(time.monotonic() - saved > _SAVE_SECONDS)
-                if stopping or due:
-                    self.workdir.checkpointer.save(task.index, state, progress.pending())
-                    saved = time.monotonic()
-                if stopping:
-                    raise Stopped
-        return state
+    def _watch(self, task, trainer, meter, step):
+        return Watch(
+            task,
+            self.workdir.log,
+            self.board,
+            meter,
+            step=step,
+            is_cold=self.warm is not trainer,
+            log_every=self.session.log_every,
+        )
 
-    def _batches(self, plan, first, longest):
-        """Return the data of `run_steps`, with the step until which they serve, and the plan in them."""
+    def batches(self, plan: np.ndarray, first: int, longest: int) -> tuple[Iterator[Any], Any]:
+        """Return the data of a plan's steps, and the plan as positions in them.
+
+        Args:
+          plan: int32[steps, batch].
+          first: step to begin with.
+          longest: steps to which the plan is padded.
+
+        Returns:
+          An iterator of (data on the devices, the step until which they serve), and int32[longest,
+          batch] on the devices.
+        """
         steps, size = plan.shape
 
         def put(plan):
@@ -150,77 +182,181 @@ class Fit:
 
 
 @dataclasses.dataclass
-class _Progress:
-    """Steps since the last report: feeds the bar and the log, and refuses values that are not finite."""
+class _Course:
+    """One task under way.
 
+    Attributes:
+      fit: what it belongs to.
+      task, trainer, frozen: of the task.
+      watch: takes the metrics.
+      total: their sum since the last line at the end of an epoch or a save.
+      validated: the last step that was validated.
+      results: of that validation.
+      best: step of the best validation, where the run keeps the best.
+      best_results: of that step.
+    """
+
+    fit: Fit
     task: Task
-    workdir: Workdir
-    meter: Meter
-    ticked: int = 0
-    parts: list[tuple[int, float, Metrics]] = dataclasses.field(default_factory=list)
+    trainer: Trainer
+    frozen: Any
+    watch: Watch
 
-    def tick(self) -> bool:
-        """Count a step whose metrics are yet to come; False."""
-        self.ticked += 1
-        self.meter.update()
-        return False
+    def __post_init__(self):
+        task, fit = self.task, self.fit
+        self.exam: Validation | None = None
+        if fit.validation is not None:
+            previous = previous_version(task, fit.workdir.chain)
+            session = dataclasses.replace(fit.session, mesh=fit.mesh)
+            self.exam = Validation(fit.validation, task, self.trainer, session, previous)
+        self.judge: str | None = None
+        if self.exam is not None and task.run.keep != "last":
+            self.judge = self.exam.judge(task.run.keep)
+        self.save_every = fit.session.save_every or task.steps_per_epoch
+        self.saved = time.monotonic()
+        notes = fit.workdir.checkpointer.notes(task.index, self.watch.step)
+        total = self.watch.restore(notes)
+        self.total: Metrics = self.trainer.no_metrics()
+        if total is not None:
+            self.total = meshes.device_put(total, meshes.replicated(fit.mesh))
+        self.validated, self.results = notes.get("validated", 0), notes.get("results", {})
+        self.best, self.best_results = None, {}
+        if self.judge is not None:
+            self.best, self.best_results = notes.get("best"), notes.get("best_results", {})
 
-    def add(self, first: int, stop: int, metrics: Metrics, seconds: float) -> None:
-        """Count steps first..stop-1; refuse a loss that is not finite."""
-        if metrics.finite != 1.0:
-            self._diverged("loss", first + round(float(metrics.finite) * (stop - first)))
-        self.parts.append((stop - first, seconds, metrics))
-        self.meter.update(stop - first - self.ticked)
-        self.ticked = 0
+    def run(self, state: TrainState, longest: int) -> TrainState:
+        """Do the steps that are left."""
+        step, end = int(state.step), 0
+        if self._is_due(step) and not self._validate(state):  # stopped before it was done
+            raise Stopped("stopped and saved")
+        batches: Any
+        batches, plan = self.fit.batches(self.task.plan, step, longest)
+        with contextlib.closing(batches):
+            while (step := int(state.step)) < self.task.steps:
+                self.watch.start_clock()
+                if step >= end:
+                    on_device, end = next(batches)
+                self._show(step)
+                stop = min(self._next_stop(step), end)
+                state = self._advance(state, Feed(on_device, plan), stop)
+                self._settle(state)
+        return state
 
-    def pending(self) -> list[Any]:
-        """Return the steps since the last line of the log, as JSON values."""
-        return [[count, seconds, [float(m) for m in part]] for count, seconds, part in self.parts]
+    def fitted(self, state: TrainState) -> Fitted:
+        """Return what is published: the last weights, or the best."""
+        step = int(state.step)
+        if self.best is None or self.best == step:
+            variables = self.trainer.stored(state.variables)
+            return Fitted(self.trainer, variables, step, self.results)
+        variables = self.fit.workdir.checkpointer.load_best(self.task.index, self.best)
+        return Fitted(self.trainer, variables, self.best, self.best_results)
 
-    def check(self, step: int, state: TrainState) -> None:
-        """Refuse weights that are not finite."""
-        if not bool(_all_finite((state.params, state.batch_stats))):
-            self._diverged("weights", step - 1)
+    def _advance(self, state, feed, stop):
+        """Dispatch steps: on an accelerator some seconds of them, on a CPU one by one."""
+        asked = self.fit.session.should_stop
 
-    def report(self, step: int) -> None:
-        """Show the bar's text and write a line of the log."""
-        if not self.parts:
+        def after(step, total):
+            if step < stop:
+                self.watch.tick(step, total)
+            return asked()
+
+        if not self.trainer.dispatches_each_step:
+            stop = min(stop, int(state.step) + self.fit.pace)
+        began, is_cold = time.monotonic(), self.watch.is_cold
+        state, self.total = self.trainer.advance(
+            state, self.frozen, feed, self.total, stop=stop, after=after
+        )
+        self.watch.observe(int(state.step), self.total, show=not self._is_regular(int(state.step)))
+        self.fit.warm = self.trainer
+        if not self.trainer.dispatches_each_step and not is_cold:
+            seconds = time.monotonic() - began
+            # All hosts dispatch alike: the first one's clock decides.
+            if hosts.broadcast(seconds < _FAST):
+                self.fit.pace *= 2
+            elif hosts.broadcast(seconds > _SLOW):
+                self.fit.pace = max(1, self.fit.pace // 2)
+        return state
+
+    def _settle(self, state):
+        """Report, validate, save and stop where it is due after a step."""
+        session, step = self.fit.session, int(state.step)
+        due = step < self.task.steps and step % self.save_every == 0
+        stopping = step < self.task.steps and session.should_stop()
+        if stopping or self._is_regular(step) or self._is_due(step):
+            self.watch.check(state)
+        if self._is_regular(step):
+            self.watch.report(self.total)
+            self.total = self.trainer.no_metrics()
+        if not stopping and self._is_due(step):
+            stopping = not self._validate(state)
+        if due and not session.save_every:
+            due = hosts.broadcast(time.monotonic() - self.saved > _SAVE_SECONDS)
+        if stopping or due:
+            self._save(state)
+        if stopping:
+            raise Stopped("stopped and saved")
+
+    def _is_regular(self, step):
+        """Whether an epoch ends or a save is due after a step."""
+        at_save = step < self.task.steps and step % self.save_every == 0
+        return at_save or step % self.task.steps_per_epoch == 0
+
+    def _is_due(self, step):
+        return self.exam is not None and step != self.validated and self.exam.due(step)
+
+    def _next_stop(self, step):
+        """The step before which something is due."""
+        session = self.fit.session
+        periods = [self.task.steps_per_epoch, self.save_every]
+        if self.exam is not None and session.validate_every:
+            periods.append(session.validate_every)
+        if session.log_every and not self.trainer.dispatches_each_step:
+            periods.append(session.log_every)
+        return min((step // period + 1) * period for period in periods)
+
+    def _validate(self, state):
+        """Validate, and keep the best weights; False where the session asked to stop meanwhile."""
+        assert self.exam is not None
+        self.watch.meter.say(f"{self.task.label}, {self.watch.text}, validating")
+        try:
+            self.results = self.exam(state.variables)
+        except Interrupted:
+            return False
+        self.validated = step = int(state.step)
+        self.watch.validated(step, self.results)
+        if self.judge is not None:
+            score, best = self.results[self.judge], self.best_results.get(self.judge, -1.0)
+            if hosts.broadcast(score > best):
+                variables = self.trainer.stored(state.variables)
+                self.fit.workdir.checkpointer.save_best(self.task.index, step, variables)
+                self.best, self.best_results = step, self.results
+        return True
+
+    def _save(self, state):
+        notes = {
+            **self.watch.notes(self.total),
+            "validated": self.validated,
+            "results": self.results,
+            "best": self.best,
+            "best_results": self.best_results,
+        }
+        self.fit.workdir.checkpointer.save(self.task.index, state, notes)
+        self.saved = time.monotonic()
+
+    def _show(self, step):
+        """Show pictures of the first batch, augmented as in training, on TensorBoard."""
+        if not self.fit.board.is_on or step:
             return
-        counts, seconds, metrics = zip(*self.parts, strict=True)
-        self.parts.clear()
-        rate = sum(counts) * self.task.plan.shape[1] / max(sum(seconds), 1e-9)
-        mean = Metrics(*(np.average(m, weights=counts) for m in zip(*metrics, strict=True)))
-        self.meter.say(
-            f"{self.task.label}, loss {mean.loss:.3f}, accuracy {mean.accuracy:.2f}, "
-            f"{rate:.0f} images/s"
+        images = np.asarray(self.fit.data.images[self.task.plan[0][:_SHOWN]])
+        key = batch_key(self.task.info(), np.int32(0))
+        augmented = jax.jit(self.trainer.preprocess.augment)(key, images)
+        self.fit.board.show(0, np.asarray(augmented).astype(np.uint8))
+
+
+def _check_epochs(task, step):
+    if step > task.steps:
+        raise UserError(
+            f"{task.label} has done {step // task.steps_per_epoch} epochs already, so it cannot end "
+            f"after {task.run.epochs}: give as many at least",
+            "epochs",
         )
-        line = {"loss": float(mean.loss), "accuracy": float(mean.accuracy)}
-        line["images_per_second"] = round(rate, 1)
-        self.workdir.log.add({"task": self.task.index, "step": step, **line})
-
-    def _diverged(self, what, step):
-        epoch = step // self.task.steps_per_epoch
-        verb = "is" if what == "loss" else "are"
-        raise Diverged(
-            f"{self.task.label} diverged: the {what} {verb} not finite at step {step} (epoch "
-            f"{epoch}); nothing of this task was published. Lower the learning rate, and give the "
-            "run another workdir",
-            "optimizer.lr",
-        )
-
-
-@functools.cache
-def _all_finite_program():
-    def check(tree):
-        floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, np.floating)]
-        return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
-
-    return jax.jit(check)
-
-
-def _all_finite(tree):
-    return _all_finite_program()(tree)
-
-
-def _next_multiple(step, period):
-    return (step // period + 1) * period

@@ -18,8 +18,10 @@ from compat_jax.errors import UserError
 from compat_jax.fields import Rule, check_fields
 from compat_jax.methods import Method
 from compat_jax.models import DTYPES, Backbone, GivenBackbone, as_backbone
-from compat_jax.training.optimizer import Optimizer, Sgd
+from compat_jax.training.optimizer import Optimizer, Settings, Sgd
 from compat_jax.training.step import Trainer
+
+KEEP = ("last", "accuracy", "recall@1", "cross")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,12 +36,14 @@ class Run:
       tasks: how classes are split into tasks.
       epochs: of each task.
       batch_size: images per batch, over all devices.
-      optimizer: `Sgd`, or an optax transformation, which each task starts anew.
+      optimizer: `Sgd`, `Adamw`, `Lars`, or an optax transformation, which each task starts anew.
       preprocess: normalisation and augmentation.
       num_prototypes: K, classes that the simplex has room for; every class to come needs one.
       label_order: which prototype a class is written to, see `simplex.prototype_rows`.
       seed: of everything random.
       dtype: of the computation, "float32" or "bfloat16"; parameters are float32.
+      keep: which weights of a task become the version: those of the last step, or those of the best
+        validation by accuracy, by recall@1, or by recall@1 in the gallery of the version before.
 
     Raises:
       UserError: unknown name, or a number out of range.
@@ -60,6 +64,9 @@ class Run:
     ] = "descending"
     seed: Annotated[int, Rule("of everything random", low=0, high=2**32 - 1)] = 0
     dtype: Annotated[str, Rule("of the computation", choices=tuple(DTYPES))] = "float32"
+    keep: Annotated[
+        str, Rule("weights that become the version: the last, or the best by", choices=KEEP)
+    ] = "last"
 
     def __post_init__(self):
         check_fields(self)
@@ -83,12 +90,18 @@ class Run:
         assert isinstance(self.backbone, Backbone)
         return self.backbone
 
+    @property
+    def rehearsal(self) -> int | None:
+        """Return the images kept of each earlier class; None for all, see `Method.all_data`."""
+        return None if self.given_method.all_data else self.tasks.rehearsal
+
     def describe(self) -> dict[str, Any]:
         """Return all settings as JSON values, for a workdir and for records."""
         method, backbone = self.given_method, self.given_backbone
         optimizer: Any = "an optax transformation, given as an object"
-        if isinstance(self.optimizer, Sgd):
-            optimizer = dataclasses.asdict(self.optimizer)
+        if not isinstance(self.optimizer, optax.GradientTransformation):
+            optimizer = self.optimizer.describe()
+        kept = {} if self.keep == "last" else {"keep": self.keep}
         return {
             "method": {"name": method.name, **method.arguments},
             "backbone": {"name": backbone.name, **backbone.arguments},
@@ -96,16 +109,22 @@ class Run:
             "epochs": self.epochs,
             "batch_size": self.batch_size,
             "optimizer": optimizer,
-            "preprocess": {
-                **dataclasses.asdict(self.preprocess),
-                "mean": list(self.preprocess.mean),
-                "std": list(self.preprocess.std),
-            },
+            "preprocess": self.preprocess.describe(),
             "num_prototypes": self.num_prototypes,
             "label_order": self.label_order,
             "seed": self.seed,
             "dtype": self.dtype,
+            **kept,
         }
+
+    def check_epochs(self) -> None:
+        """Refuse a warm-up that takes all epochs.
+
+        Raises:
+          UserError: see `optimizer.Settings.check_epochs`.
+        """
+        if isinstance(self.optimizer, Settings):
+            self.optimizer.check_epochs(self.epochs)
 
     def check(self, sequence: TaskSequence, labels: np.ndarray, mesh: Mesh) -> None:
         """Refuse what cannot work on this data and these devices, before any work.
@@ -125,12 +144,11 @@ class Run:
                 "more, since every class to come needs one",
                 "num_prototypes",
             )
+        self.check_epochs()
         meshes.check_batch(mesh, self.batch_size)
         counts = np.bincount(labels, minlength=sequence.num_classes)
         for task in range(len(sequence)):
-            _, size = sequence.plan_shape(
-                task, counts, self.tasks.rehearsal, batch_size=self.batch_size
-            )
+            _, size = sequence.plan_shape(task, counts, self.rehearsal, batch_size=self.batch_size)
             devices = mesh.shape["data"]
             if size % devices or not size:
                 raise UserError(
@@ -143,7 +161,10 @@ class Run:
 _PARTS: Mapping[str, tuple[Any, str]] = {
     "method": ((str, Method), "a name or a Method"),
     "tasks": (Tasks, "Tasks"),
-    "optimizer": ((Sgd, optax.GradientTransformation), "Sgd or an optax transformation"),
+    "optimizer": (
+        (Settings, optax.GradientTransformation),
+        "Sgd, Adamw, Lars or an optax transformation",
+    ),
     "preprocess": (Preprocess, "Preprocess"),
 }
 
@@ -162,7 +183,7 @@ def make_trainer(
     backbone = backbone or run.given_backbone
     # The seed, the tasks and the epochs are arguments of the program, not part of it.
     same_program = dataclasses.replace(
-        run, backbone=backbone, seed=0, tasks=Tasks(), epochs=1, batch_size=1
+        run, backbone=backbone, seed=0, tasks=Tasks(), epochs=1, batch_size=1, keep="last"
     )
     return _trainer(same_program, num_classes, mesh)
 

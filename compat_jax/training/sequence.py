@@ -16,7 +16,8 @@ from compat_jax.meter import Meter
 from compat_jax.session import Session
 from compat_jax.training.fit import Fit
 from compat_jax.training.run import Run
-from compat_jax.training.task import longest_plan, sequence_task
+from compat_jax.training.task import adopting, longest_plan, sequence_task
+from compat_jax.training.validation import check_validation, validation_identity
 from compat_jax.training.workdir import Workdir, data_identity, recorded_settings
 
 
@@ -26,6 +27,7 @@ def train(
     workdir: str | os.PathLike[str],
     *,
     replacements: Mapping[int, Version] | None = None,
+    validation: Dataset | None = None,
     session: Session | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Chain:
@@ -40,7 +42,9 @@ def train(
       workdir: folder of the run, local or gs://; it belongs to this run alone.
       replacements: {task: pre-trained version that the task starts from instead of the version
         before}, e.g. of a chain that `pretrain` made.
-      session: where and how to train: devices, saves, progress bars.
+      validation: held-out pictures that training is watched on, and chosen by where `run.keep` says
+        so; its classes are the first of the data's, numbered alike.
+      session: where and how to train: devices, saves, validation, progress bars.
       config: JSON values for every record; the run's own settings by default.
 
     Returns:
@@ -58,23 +62,30 @@ def train(
     sequence = run.tasks.sequence(data.num_classes)
     run.check(sequence, data.labels, session.devices())
     check_replacements(run, sequence, replacements, data.images.shape[1:])
+    _check_classes(run, data, replacements)
     folder, config = Workdir(workdir, run.given_backbone), recorded_settings(run, config)
     models = {str(t): v.sha256 for t, v in replacements.items()}
-    folder.claim({**run.describe(), "data": data_identity(data), "models": models})
+    check_validation(data, validation, run)
+    watched = validation_identity(run, validation, session)
+    identity = {**run.describe(), "data": data_identity(data), "models": models, **watched}
+    folder.claim(identity, session.accept_changes)
     done = folder.chain.numbers()
     missing = [task for task in range(len(sequence)) if task not in done]
     if not missing:
         return folder.chain
     bar, steps = session.bar(run.given_method.name), _steps(run, sequence, data)
     with saved_on_interrupt(session) as session, Meter(bar, sum(steps)) as meter:
-        fit, (longest, _) = Fit(data, session, folder), longest_plan(run, sequence, data.labels)
+        fit, (longest, _) = (
+            Fit(data, session, folder, validation),
+            longest_plan(run, sequence, data.labels),
+        )
         meter.skip(sum(steps) - sum(steps[task] for task in missing))
         for index in missing:
             if session.should_stop():
                 raise Stopped
-            start = replacements.get(index) or (folder.chain.open(index - 1) if index else None)
-            replaced = index in replacements
-            task = sequence_task(run, sequence, index, data.labels, start=start, replaced=replaced)
+            start, replaced = _start(run, folder.chain, replacements, index)
+            own = adopting(run) if start is not None and start.record.fresh else run
+            task = sequence_task(own, sequence, index, data.labels, start=start, replaced=replaced)
             fit.publish(task, data, config, meter=meter, longest=longest)
     return folder.chain
 
@@ -135,14 +146,41 @@ def check_replacements(
             )
 
 
+def _check_classes(run: Run, data: Dataset, replacements: Mapping[int, Version]) -> None:
+    """Refuse to write classes to prototypes that other classes of a starting version have."""
+    for task, version in replacements.items():
+        record = version.record
+        if record.task is None or record.fresh or record.label_order != run.label_order:
+            continue
+        pairs = zip(record.class_names, data.class_names, strict=False)
+        for number, (old, new) in enumerate(pairs):
+            if old != new and record.head.is_fixed:
+                raise UserError(
+                    f"prototype number {number} is {old!r} in the version that task {task} starts from, "
+                    f"but {new!r} in the data: name the classes alike, or continue that chain with "
+                    "update, which keeps its prototypes",
+                    "start",
+                )
+
+
 def _close(a, b):
     return len(a) == len(b) and np.allclose(a, b, rtol=0, atol=1e-6)
+
+
+def _start(run, chain, replacements, index) -> tuple[Version | None, bool]:
+    """The version that a task starts from, and whether that is a pre-trained model."""
+    if run.given_method.fresh_start:  # from the model of its generation, never from a version
+        due = max((task for task in replacements if task <= index), default=None)
+        return (None, False) if due is None else (replacements[due], True)
+    if index in replacements:
+        return replacements[index], True
+    return (chain.open(index - 1) if index else None), False
 
 
 def _steps(run, sequence, data):
     counts = data.counts()
     shapes = [
-        sequence.plan_shape(task, counts, run.tasks.rehearsal, batch_size=run.batch_size)
+        sequence.plan_shape(task, counts, run.rehearsal, batch_size=run.batch_size)
         for task in range(len(sequence))
     ]
     return [run.epochs * batches for batches, _ in shapes]

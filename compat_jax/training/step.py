@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,19 +19,38 @@ from compat_jax.models import Embedder, init_variables
 from compat_jax.training.optimizer import Optimizer, make_optimizer
 from compat_jax.training.state import TaskInfo, TrainState, create_state
 
+# `Metrics.broken` where every loss is finite.
+NO_STEP = np.iinfo(np.int32).max
+
 
 class Metrics(NamedTuple):
-    """Of a step or the mean over several: float32[] each.
+    """Of a step, or of several: their sum, or their mean.
 
     Attributes:
-      loss: mean over the batch.
-      accuracy: share of the batch whose class has the largest score.
-      finite: 1 where the loss is finite, 0 where it is not.
+      loss: float32[], mean over the batch.
+      accuracy: float32[], share of the batch whose class has the largest score.
+      broken: int32[], the first step whose loss is not finite; `NO_STEP` for none.
+      terms: {name: float32[]} of the loss, mean over the batch; {} for a method that names none.
     """
 
-    loss: jax.Array
-    accuracy: jax.Array
-    finite: jax.Array
+    loss: Any
+    accuracy: Any
+    broken: Any
+    terms: Mapping[str, Any]
+
+    def __add__(self, other: "Metrics") -> "Metrics":  # type: ignore[override]
+        """Sum the metrics of steps; the first broken step counts."""
+        return Metrics(
+            self.loss + other.loss,
+            self.accuracy + other.accuracy,
+            jnp.minimum(self.broken, other.broken),
+            {name: self.terms[name] + other.terms[name] for name in self.terms},
+        )
+
+    def over(self, steps: Any) -> "Metrics":
+        """Divide a sum by its number of steps, float32[]."""
+        terms = {name: total / steps for name, total in self.terms.items()}
+        return Metrics(self.loss / steps, self.accuracy / steps, self.broken, terms)
 
 
 class DeviceData(NamedTuple):
@@ -152,17 +171,23 @@ class Trainer:
                 targets=targets,
                 num_seen=task.num_seen,
                 head=self.head,
+                classifier=params["head"]["kernel"] if not self.head.is_fixed else None,
             )
-            return self.method.loss(inputs).mean(), (inputs, updated)
+            loss, terms = self.method.losses(inputs)
+            # Of what the loss is made of anyway: watching changes no bit of it or of the gradient.
+            means = {k: lax.stop_gradient(v).mean().astype(jnp.float32) for k, v in terms.items()}
+            return loss.mean(), (inputs, updated, means)
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (inputs, updated)), grads = grad_fn(state.params)
+        (loss, (inputs, updated, terms)), grads = grad_fn(state.params)
         updates, opt_state = make_optimizer(self.optimizer).update(
             grads,
             state.opt_state,
             state.params,
             epoch=state.step // task.steps_per_epoch,
             epochs=task.epochs,
+            step=state.step,
+            steps_per_epoch=task.steps_per_epoch,
         )
         params = optax.apply_updates(state.params, updates)
         batch_stats = updated.get("batch_stats", state.batch_stats)
@@ -176,7 +201,8 @@ class Trainer:
         )
         right = self.head.predict(inputs.outputs, task.num_seen) == targets
         accuracy = right.mean(dtype=jnp.float32)
-        return new_state, Metrics(loss, accuracy, jnp.isfinite(loss).astype(jnp.float32))
+        broken = jnp.where(jnp.isfinite(loss), jnp.int32(NO_STEP), state.step)
+        return new_state, Metrics(loss, accuracy, broken, terms)
 
     def _split(self, outputs):
         """Split the feature columns of a projection over the model axis."""
@@ -186,13 +212,7 @@ class Trainer:
         return outputs._replace(features=lax.with_sharding_constraint(outputs.features, columns))
 
     def run_steps(
-        self,
-        state: TrainState,
-        frozen: Any,
-        feed: Feed,
-        *,
-        stop: int,
-        should_stop: Callable[[], bool] = lambda: False,
+        self, state: TrainState, frozen: Any, feed: Feed, *, stop: int
     ) -> tuple[TrainState, Metrics]:
         """Do the steps from `state.step` to `stop`, at least one; the state is donated.
 
@@ -201,25 +221,57 @@ class Trainer:
           frozen: see `train_step`.
           feed: images on the devices, and the batches in them.
           stop: the step before which to stop, <= len(feed.plan).
-          should_stop: asked after each step where a step is a dispatch of its own (CPU); True ends
-            the call.
 
         Returns:
           The new state and the mean of the metrics over the steps done.
         """
         start = int(state.step)
+        state, total = self.advance(state, frozen, feed, self.no_metrics(), stop=stop)
+        steps = jax.device_put(np.float32(stop - start), meshes.replicated(self.mesh))
+        return state, total.over(steps)
+
+    def advance(
+        self,
+        state: TrainState,
+        frozen: Any,
+        feed: Feed,
+        total: Metrics,
+        *,
+        stop: int,
+        after: Callable[[int, Metrics], bool] = lambda step, total: False,
+    ) -> tuple[TrainState, Metrics]:
+        """Do steps as `run_steps` does, and add their metrics to those of the steps before.
+
+        One sum goes on through any number of calls, so that where they part changes no bit of it.
+
+        Args:
+          state, frozen, feed, stop: see `run_steps`.
+          total: sum over the steps before, see `no_metrics`; not donated.
+          after: (steps done, their sum) -> whether to end the call; asked after each step where a step
+            is a dispatch of its own (CPU). The sum is on its way: reading it waits for the step.
+
+        Returns:
+          The new state, and `total` with the metrics of the steps done.
+        """
         program = self._program(state, frozen)
         if not self.dispatches_each_step:
             last = jax.device_put(np.int32(stop), meshes.replicated(self.mesh))
-            return program(state, frozen, *feed, last)
-        total = None
-        for _ in range(start, stop):
-            state, metrics = program(state, frozen, *feed)
-            total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
-            if should_stop():
+            return program(state, frozen, *feed, total, last)
+        for step in range(int(state.step), stop):
+            before = total
+            state, total = program(state, frozen, *feed, total)
+            # One step at most waits behind the one that runs: what is asked after a step is asked in
+            # time, where JAX would let thirty queue up.
+            jax.block_until_ready(before)
+            if after(step + 1, total):
                 break
-        steps = jax.device_put(np.float32(int(state.step) - start), meshes.replicated(self.mesh))
-        return state, jax.tree.map(lambda x: x / steps, total)
+        return state, total
+
+    def no_metrics(self) -> Metrics:
+        """Return the sum of the metrics of no steps, on the mesh."""
+        zero = np.float32(0)
+        none = Metrics(zero, zero, np.int32(NO_STEP), {name: zero for name in self.method.terms})
+        return meshes.device_put(none, meshes.replicated(self.mesh))
 
     def shapes(self, image_shape: tuple[int, int, int]) -> tuple[TrainState, Any]:
         """Return the shapes of a state and of the frozen state, for `lower`.
@@ -245,7 +297,10 @@ class Trainer:
           state, frozen, feed: see `run_steps`; arrays or their shapes (`shapes`).
         """
         stop = () if self.dispatches_each_step else (np.int32(feed.plan.shape[0]),)
-        return self._program(state, frozen).lower(state, frozen, *feed, *stop)
+        zero = jax.ShapeDtypeStruct((), np.float32)
+        broken = jax.ShapeDtypeStruct((), np.int32)
+        total = Metrics(zero, zero, broken, {name: zero for name in self.method.terms})
+        return self._program(state, frozen).lower(state, frozen, *feed, total, *stop)
 
     @property
     def dispatches_each_step(self) -> bool:
@@ -254,29 +309,23 @@ class Trainer:
         # (jax issue 12868), which costs far more than a dispatch a step.
         return self.mesh.devices.flat[0].platform == "cpu"
 
-    def _planned_step(self, state, frozen, data, plan):
+    def _planned_step(self, state, frozen, data, plan, total):
         index = lax.dynamic_index_in_dim(plan, state.step, keepdims=False)
         batch = {"image": data.images[index], "label": data.labels[index]}
         # The backbone's work is shared by all devices, those of the model axis included.
         split = meshes.over_all(self.mesh, len(index))
         batch["image"] = lax.with_sharding_constraint(batch["image"], split)
         batch["label"] = lax.with_sharding_constraint(batch["label"], meshes.along_data(self.mesh))
-        return self.train_step(state, batch, frozen)
+        state, metrics = self.train_step(state, batch, frozen)
+        return state, total + metrics
 
-    def _loop(self, state, frozen, data, plan, stop):
-        first = state.step
-
-        def body(_, carry):
-            state, total = carry
-            state, metrics = self._planned_step(state, frozen, data, plan)
-            return state, jax.tree.map(jnp.add, total, metrics)
-
+    def _loop(self, state, frozen, data, plan, total, stop):
         # A loop with a traced bound, not a scan: tasks with other numbers of steps, or a stop in
         # mid epoch to save, run the same executable.
-        zero = Metrics(*[jnp.float32(0)] * 3)
-        state, total = lax.fori_loop(first, stop, body, (state, zero))
-        steps = jnp.maximum(stop - first, 1).astype(jnp.float32)
-        return state, jax.tree.map(lambda x: x / steps, total)
+        def body(_, carry):
+            return self._planned_step(carry[0], frozen, data, plan, carry[1])
+
+        return lax.fori_loop(state.step, stop, body, (state, total))
 
     @functools.cached_property
     def _programs(self):
@@ -291,7 +340,8 @@ class Trainer:
 
     def _jitted(self, state, frozen):
         everywhere = meshes.replicated(self.mesh)
-        inputs: tuple[Any, ...] = (state, frozen, everywhere, meshes.along_data(self.mesh, 1))
+        plan = meshes.along_data(self.mesh, 1)
+        inputs: tuple[Any, ...] = (state, frozen, everywhere, plan, everywhere)
         function: Callable[..., Any] = self._planned_step
         if not self.dispatches_each_step:
             function, inputs = self._loop, (*inputs, everywhere)
@@ -305,7 +355,12 @@ class Trainer:
 
 def step_key(state: TrainState) -> jax.Array:
     """Fold the random key of a step from (seed, task, epoch, step)."""
-    key = jax.random.key(state.task.seed)
-    for part in (state.task.index, state.step // state.task.steps_per_epoch, state.step):
+    return batch_key(state.task, state.step)
+
+
+def batch_key(task: TaskInfo, step: Any) -> jax.Array:
+    """Return the `step_key` of a step of a task, int32[]."""
+    key = jax.random.key(task.seed)
+    for part in (task.index, step // task.steps_per_epoch, step):
         key = jax.random.fold_in(key, part)
     return key

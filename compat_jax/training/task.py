@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compat_jax import methods
 from compat_jax.chain import Record, Version
 from compat_jax.data.dataset import Dataset
 from compat_jax.data.tasks import TaskSequence, batch_plan
@@ -34,6 +35,7 @@ class Task:
       start: version that it starts from; None for fresh weights.
       kind: "task" of a sequence, "replacement" for one that starts from a pre-trained model,
         "pretraining" for a model that is to replace others.
+      lineage: fields of `Record` that differ from what the run and the data say.
     """
 
     run: Run
@@ -44,6 +46,7 @@ class Task:
     plan: np.ndarray
     start: Version | None = None
     kind: str = "task"
+    lineage: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -83,12 +86,20 @@ class Task:
         """Return the variables that it starts from: fresh ones, or those of `start`."""
         if self.start is None:
             key = init_key(self.run)
-            if self.kind == "pretraining":
+            if self.kind == "pretraining" or self.run.given_method.fresh_start:
                 key = jax.random.fold_in(key, self.index)
             return trainer.init(key, image_shape)
-        same_classes = self.start.record.task is not None
         key = head_key(self.run, self.index)
-        return trainer.head.begin(self.start.variables, key, same_classes)
+        return trainer.head.begin(self.start.variables, key, self.num_known > 0)
+
+    @property
+    def num_known(self) -> int:
+        """Return how many columns of a learnable head it takes over: 0 where classes differ."""
+        if self.start is None or self.start.record.task is None:  # none, or a pre-trained head
+            return 0
+        if self.kind == "replacement" and self.lineage:
+            return 0
+        return self.start.record.head_classes or 0
 
     def freeze(self, trainer: Trainer, variables: Any, data: Dataset) -> Any:
         """Return the method's frozen state on the devices."""
@@ -106,7 +117,12 @@ class Task:
             return padded[:, : trainer.embedder.projection_size]
 
         start = TaskStart(
-            variables=own, num_old=self.num_old, num_seen=self.num_seen, mean_features=means
+            variables=own,
+            num_old=self.num_old,
+            num_seen=self.num_seen,
+            mean_features=means,
+            num_known=self.num_known,
+            steps_per_epoch=self.steps_per_epoch,
         )
         return trainer.shard(trainer.method.freeze(start))
 
@@ -116,20 +132,28 @@ class Task:
         if self.kind == "replacement" and self.start is not None:
             described = f"pre-trained version {self.start.number}"
         shape: Any = tuple(int(n) for n in data.images.shape[1:])
-        return version_record(
-            self.run,
-            trainer.embedder,
-            shape,
-            backbone=self.backbone,
-            head_classes=None if trainer.head.is_fixed else self.num_seen,
-            task=None if self.kind == "pretraining" else self.index,
-            classes_seen=self.num_seen,
-            class_names=data.class_names[: self.num_seen],
-            parent=self.index - 1 if self.kind == "task" and self.index > 0 else None,
-            replaced_by=described,
-            data_fingerprint=data.fingerprint(),
-            config=config,
-        )
+        lineage: dict[str, Any] = {
+            "head_classes": None if trainer.head.is_fixed else self.num_seen,
+            "task": None if self.kind == "pretraining" else self.index,
+            "classes_seen": self.num_seen,
+            "class_names": data.class_names[: self.num_seen],
+            "parent": self.index - 1 if self.kind == "task" and self.index and self.start else None,
+            "replaced_by": described,
+            "data_fingerprint": data.fingerprint(),
+            "preparation": data.preparation.describe() if data.preparation else {},
+            "config": config,
+        }
+        lineage |= self.lineage
+        return version_record(self.run, trainer.embedder, shape, backbone=self.backbone, **lineage)
+
+
+def adopting(run: Run) -> Run:
+    """Return the run for weights that never met the simplex: with cross-entropy alone.
+
+    There are no earlier features to stay near, and random ones are not worth it.
+    """
+    method = methods.get("sce") if run.given_method.fixed_simplex else run.given_method
+    return run if run.given_method.fresh_start else dataclasses.replace(run, method=method)
 
 
 def version_record(
@@ -148,7 +172,7 @@ def version_record(
       image_shape: (height, width, channels).
       backbone: of the network.
       **lineage: fields of `Record` that say where it comes from: head_classes, task, classes_seen,
-        class_names, parent, replaced_by, data_fingerprint, config.
+        class_names, parent, replaced_by, data_fingerprint, config, and optional ones.
     """
     return Record(
         method=run.given_method.name,
@@ -188,7 +212,7 @@ def sequence_task(
     plan = sequence.batch_plan(
         index,
         labels,
-        run.tasks.rehearsal,
+        run.rehearsal,
         batch_size=run.batch_size,
         epochs=run.epochs,
         seed=run.seed,
@@ -238,7 +262,7 @@ def longest_plan(run: Run, sequence: TaskSequence, labels: np.ndarray) -> tuple[
     """
     counts = np.bincount(labels, minlength=sequence.num_classes)
     shapes = [
-        sequence.plan_shape(task, counts, run.tasks.rehearsal, batch_size=run.batch_size)
+        sequence.plan_shape(task, counts, run.rehearsal, batch_size=run.batch_size)
         for task in range(len(sequence))
     ]
     return run.epochs * max(b for b, _ in shapes), max(size for _, size in shapes)

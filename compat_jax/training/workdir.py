@@ -1,20 +1,25 @@
 """The folder of a run: its identity, its chain, its saved state, its log."""
 
+import datetime
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-from etils import epath
 
 from compat_jax import hosts
 from compat_jax.chain import Chain
 from compat_jax.data.dataset import Dataset
+from compat_jax.data.ledger import LEDGER
 from compat_jax.errors import UserError
-from compat_jax.files import append, in_bucket, storage, write_bytes, write_json
+from compat_jax.files import in_bucket, storage, write_json
 from compat_jax.models import GivenBackbone
 from compat_jax.training.checkpoint import Checkpointer
+from compat_jax.training.log import Log
 from compat_jax.training.run import Run
+
+# Settings that a run may change when it is told so, by the beginning of their names.
+_ANY_TIME = ("optimizer", "epochs", "keep", "adopt", "preprocess.")
+_BETWEEN_VERSIONS = ("batch_size", "tasks.rehearsal", "dtype", "method")
 
 
 class Workdir:
@@ -47,21 +52,24 @@ class Workdir:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(f"cannot write to {self.path}: no permission in {folder}", "workdir")
 
-    def claim(self, identity: Mapping[str, Any]) -> None:
+    def claim(self, identity: Mapping[str, Any], change: bool = False) -> None:
         """Write the run's identity into the folder, or check it against what is there.
 
         Also removes what killed writers left in the chain.
 
         Args:
           identity: JSON values that decide what the run computes.
+          change: continue with changed settings, where they may change: those of the optimiser, the
+            epochs, the augmentation and what is kept at any time, batch and rehearsal between two
+            versions. `run.json` keeps what changed, when, and at which version.
 
         Raises:
           UserError: the folder belongs to another run (the differing values are named), or cannot be
             written to.
         """
-        hosts.on_first(lambda: self._claim(identity))
+        hosts.on_first(lambda: self._claim(identity, change))
 
-    def _claim(self, identity):
+    def _claim(self, identity, change):
         path = self.path / "run.json"
         mine = json.loads(json.dumps(identity))
         if path.exists():
@@ -74,18 +82,18 @@ class Workdir:
                     f"{self.path} was begun with release 0.1: finish it there, or use another workdir",
                     "workdir",
                 )
-            differing = sorted(_differences(theirs, mine))
+            changes = theirs.pop("changes", [])
+            differing = dict(_differences(theirs, mine))
             if differing:
-                raise UserError(
-                    f"{self.path} belongs to a run with other settings: {'; '.join(differing[:6])}. "
-                    "Give them as they were to go on with it, or use another workdir",
-                    "workdir",
-                )
+                self._check_changes(differing, change)
+                entry = {"version": len(self.chain), "time": _now(), "changed": differing}
+                write_json(path, {**mine, "changes": [*changes, entry]})
             self.chain.sweep()
             return
-        if self.chain.path.exists():
+        if self.chain.path.exists() and not (self.path / LEDGER).exists():
             raise UserError(
-                f"{self.path} has a chain but no run.json: use another workdir", "workdir"
+                f"{self.path} has a chain but neither run.json nor {LEDGER}: use another workdir",
+                "workdir",
             )
         try:
             write_json(path, mine)
@@ -94,46 +102,31 @@ class Workdir:
                 f"cannot write to {self.path}: {error.strerror or error}", "workdir"
             ) from error
 
+    def _check_changes(self, differing, change):
+        """Refuse settings that differ and may not, or that nobody said may."""
+        named = [f"{name} was {a}, now {b}" for name, (a, b) in sorted(differing.items())]
+        fixed = [n for n in differing if not n.startswith((*_ANY_TIME, *_BETWEEN_VERSIONS))]
+        if change and not fixed:
+            midway = [n for n in differing if n.startswith(_BETWEEN_VERSIONS)]
+            if not midway or not self.checkpointer.has_state():
+                return
+            raise UserError(
+                f"a version is being trained, and {', '.join(midway)} may change only between two "
+                "versions: let it finish as it was first",
+                "workdir",
+            )
+        remedy = "Give them as they were to go on with it, or use another workdir"
+        if not fixed:
+            remedy += "; to go on with the change, say continue_with_changes"
+        raise UserError(
+            f"{self.path} belongs to a run with other settings: {'; '.join(named[:6])}. {remedy}",
+            "workdir",
+        )
+
 
 def data_identity(data: Dataset) -> dict[str, Any]:
     """Return the JSON values by which a run knows its data again."""
     return {"images": len(data), "classes": data.num_classes, "sha256": data.fingerprint()}
-
-
-class Log:
-    """A file of one JSON line per epoch; what is logged belongs to what is saved.
-
-    Args:
-      path: of the file.
-    """
-
-    def __init__(self, path: epath.Path):
-        self.path = path
-
-    def add(self, line: Mapping[str, Any]) -> None:
-        """Append a line; on the first host only."""
-        if hosts.is_first():
-            append(self.path, json.dumps(line, allow_nan=False))
-
-    def rewind(self, task: int, step: int) -> None:
-        """Drop the lines of steps that will be done again, and of lines cut off in the middle.
-
-        Args:
-          task: at which the run resumes.
-          step: of the task at which it resumes.
-        """
-        hosts.on_first(lambda: self._rewind(task, step))
-
-    def _rewind(self, task, step):
-        if not self.path.exists():
-            return
-        text = self.path.read_text()
-        kept = [
-            line for line, entry in _entries(text) if entry["task"] != task or entry["step"] <= step
-        ]
-        content = "".join(f"{line}\n" for line in kept)
-        if content != text:
-            write_bytes(self.path, content.encode())
 
 
 def recorded_settings(run: Run, config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -148,21 +141,14 @@ def recorded_settings(run: Run, config: Mapping[str, Any] | None) -> dict[str, A
         raise UserError(f"config must be JSON values, finite ones: {error}", "config") from error
 
 
-def _entries(text) -> Iterator[tuple[str, dict[str, Any]]]:
-    for line in text.splitlines():
-        try:
-            entry = json.loads(line)
-            position = (entry["task"], entry["step"])
-        except (KeyError, TypeError, ValueError):
-            continue
-        if all(isinstance(n, int) for n in position):
-            yield line, entry
-
-
 def _differences(theirs, mine, prefix=""):
     for key in {*theirs, *mine}:
         a, b = theirs.get(key), mine.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             yield from _differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            yield f"{prefix}{key} was {a}, now {b}"
+            yield f"{prefix}{key}", (a, b)
+
+
+def _now():
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

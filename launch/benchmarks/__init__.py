@@ -1,11 +1,19 @@
 """The measures of `launch.benchmark`: one function each, which yields lines of the table."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 from compat_jax.errors import unknown
-from launch.benchmarks import growth, retrieval, training, work
-from launch.benchmarks.sides import Context, on_accelerator
+from launch.benchmarks import growth, photos, pictures, retrieval, training, work
+from launch.benchmarks.sides import (
+    PHOTO_VARIANTS,
+    Context,
+    multiplies_bfloat16,
+    on_accelerator,
+)
 from launch.benchmarks.timing import Result
 from launch.reference.clone_speed import VARIANTS, Unavailable, Worker
 
@@ -20,69 +28,107 @@ MEASURES: dict[str, Callable[[Context], Iterator[Result]]] = {
     "scaling": growth.scaling,
     "streaming": training.streaming,
     "protocol": training.protocol,
+    "photo_step": photos.step,
+    "photo_features": photos.features,
+    "latency": photos.latency,
+    "decoding": pictures.decoding,
+    "from_disk": pictures.from_disk,
+    "photo_memory": pictures.memory,
 }
+# Names that stand for several measures.
+GROUPS = {
+    "photos": ("photo_step", "photo_features"),
+    "pictures": ("latency", "decoding", "from_disk", "photo_memory"),
+}
+ALL_VARIANTS = tuple(dict.fromkeys((*VARIANTS, *PHOTO_VARIANTS)))
 SIZES = {"full": None, "tiny": work.TINY}
 
 
-def sizes(name: str) -> work.Sizes:
-    """Return the sizes of a name: "full", for this platform, or "tiny", to try that everything runs."""
+def sizes(name: str, **photo: Any) -> work.Sizes:
+    """Return the sizes of a name: "full", for this platform, or "tiny", to try that everything runs.
+
+    Args:
+      name: of SIZES.
+      **photo: fields of `work.PhotoSizes` to change; None leaves one as it is.
+    """
     full = work.ON_ACCELERATOR if on_accelerator() else work.Sizes()
-    return SIZES[name] or full
+    found = SIZES[name] or full
+    changes = {field: value for field, value in photo.items() if value is not None}
+    return dataclasses.replace(found, photos=dataclasses.replace(found.photos, **changes))
+
+
+def chosen_dtypes(given: Sequence[str], names: Iterable[str]) -> tuple[str, ...]:
+    """Return the dtypes to measure in: those given, or float32 and, where it pays, bfloat16.
+
+    Args:
+      given: dtypes; none for the default.
+      names: measures. On a CPU that multiplies bfloat16, those of real picture sizes take it as well.
+    """
+    real_sizes = {*names} & {*GROUPS["photos"]}
+    both = on_accelerator() or (real_sizes and multiplies_bfloat16())
+    return tuple(given) or (("float32", "bfloat16") if both else ("float32",))
 
 
 def chosen(only: Sequence[str]) -> tuple[str, ...]:
     """Return the names of the measures to take; by default all, but the protocol on accelerators only.
 
+    Args:
+      only: names in MEASURES or GROUPS.
+
     Raises:
-      UserError: a name is not in MEASURES.
+      UserError: a name is in neither.
     """
     for name in only:
-        if name not in MEASURES:
-            raise unknown("measure", name, MEASURES)
-    everything = (m for m in MEASURES if m != "protocol" or on_accelerator())
-    return tuple(only) or tuple(everything)
+        if name not in MEASURES and name not in GROUPS:
+            raise unknown("measure", name, (*MEASURES, *GROUPS))
+    if only:
+        return tuple(dict.fromkeys(m for name in only for m in GROUPS.get(name, (name,))))
+    return tuple(m for m in MEASURES if m != "protocol" or on_accelerator())
 
 
 def measure(
     only: Sequence[str] = (),
     *,
     clone: str | None = None,
-    dtypes: Sequence[str] = ("float32",),
+    dtypes: Sequence[str] = (),
     sizes_name: str = "full",
-    variants: Sequence[str] = VARIANTS,
+    variants: Sequence[str] | None = None,
+    photo: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[Result]:
     """Take the measures and yield the lines of the table.
 
     Args:
-      only: names in MEASURES; see `chosen` for the default.
-      clone: folder of a clone of the reference; None to measure our side only.
-      dtypes: dtypes to compute in.
+      only: names in MEASURES or GROUPS; see `chosen` for the default.
+      clone: folder of a clone of the reference; None to measure our side only, and at real picture
+        sizes beside torchvision.
+      dtypes: dtypes to compute in; those that are fast here by default.
       sizes_name: see `sizes`.
-      variants: variants of PyTorch to measure, from VARIANTS.
+      variants: variants of PyTorch to measure, from ALL_VARIANTS; by default VARIANTS, and
+        PHOTO_VARIANTS at real picture sizes.
+      photo: see `sizes`.
 
     Raises:
       UserError: a name or a variant is unknown, or the folder is no clone.
     """
     names = chosen(only)
-    for variant in variants:
-        if variant not in VARIANTS:
-            raise unknown("variant", variant, VARIANTS)
-    worker = Worker(clone)
-    try:
+    for variant in variants or ():
+        if variant not in ALL_VARIANTS:
+            raise unknown("variant", variant, ALL_VARIANTS)
+    with contextlib.closing(Worker(clone)) as worker:
         context = Context(
-            sizes=sizes(sizes_name),
+            sizes=sizes(sizes_name, **photo),
             sizes_name=sizes_name,
-            dtypes=tuple(dtypes),
+            dtypes=chosen_dtypes(dtypes, ()),
             clone=clone,
-            variants=tuple(variants),
+            variants=VARIANTS if variants is None else tuple(variants),
             worker=worker,
+            photo_dtypes=chosen_dtypes(dtypes, GROUPS["photos"]),
+            photo_variants=PHOTO_VARIANTS if variants is None else tuple(variants),
         )
         for name in names:
             for result in _lines(name, context):
                 judged = sizes_name == "full"
                 yield result if judged else dataclasses.replace(result, met=None)
-    finally:
-        worker.close()
 
 
 def _lines(name, context):

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import math
-import re
-import resource
 import statistics
 import tempfile
 import time
@@ -17,7 +15,7 @@ import jax.numpy as jnp
 from compat_jax import Session, Tasks, evaluate, losses, train
 from launch.benchmarks import retrieval, work
 from launch.benchmarks.sides import Context, program
-from launch.benchmarks.timing import Result, alternate, seconds_of
+from launch.benchmarks.timing import Result, alternate, peak_bytes, seconds_of
 
 KINDS = ("classes", "images", "versions")
 # Memory that cross-entropy may take, in arrays of the features' size: two passes, one or two each.
@@ -106,19 +104,8 @@ def one_point(sizes: work.Sizes, kind: str, factor: int) -> dict[str, float]:
             classes * (factor if kind == "classes" else 1),
             images * (factor if kind == "images" else 1),
         )
-    before = _peak()
-    return {"seconds": action(), "bytes": max(_peak() - before, 1)}
-
-
-def _peak():
-    """Return the peak memory of this process in bytes.
-
-    On Linux not from getrusage, which starts from the peak of the parent process.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes()
+    return {"seconds": action(), "bytes": max(peak_bytes() - before, 1)}
 
 
 _SMALL = {"backbone": "resnet_small", "image": 8}

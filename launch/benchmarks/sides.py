@@ -1,10 +1,12 @@
 """The settings of all measures, and the sides that run in other processes."""
 
+import contextlib
 import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +14,12 @@ import jax
 from launch.benchmarks.timing import Result, Timing
 from launch.benchmarks.work import Sizes
 from launch.reference.clone_speed import Unavailable, Worker
+
+# Of PyTorch without the reference. "best" is compiled, channels last, in bfloat16; compiling a network
+# of real picture size takes minutes, so that it is compiled in this form only.
+PHOTO_VARIANTS = ("eager", "channels_last", "bf16", "channels_last_bf16", "best")
+
+Sides = dict[str, Callable[[], float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +33,8 @@ class Context:
       clone: folder of a clone of the reference, or None.
       variants: variants of PyTorch to measure.
       worker: the process that runs the reference and FAISS.
+      photo_dtypes: dtypes to compute in at real picture sizes.
+      photo_variants: variants of PyTorch to measure there.
     """
 
     sizes: Sizes
@@ -33,11 +43,11 @@ class Context:
     clone: str | None
     variants: Sequence[str]
     worker: Worker
+    photo_dtypes: Sequence[str] = ("float32",)
+    photo_variants: Sequence[str] = PHOTO_VARIANTS
 
 
-def reference_sides(
-    context: Context, measure: str, **settings: Any
-) -> tuple[dict[str, Callable[[], float]], list[Result]]:
+def reference_sides(context: Context, measure: str, **settings: Any) -> tuple[Sides, list[Result]]:
     """Prepare the reference in all its variants.
 
     Args:
@@ -63,6 +73,37 @@ def reference_sides(
     return sides, refused
 
 
+@contextlib.contextmanager
+def torch_sides(
+    context: Context, measure: str, work: str, *, variants: Sequence[str], **settings: Any
+) -> Iterator[tuple[Sides, list[Result]]]:
+    """Prepare PyTorch's own form of a work, without the reference, in a process of its own.
+
+    Args:
+      context: the settings of all measures.
+      measure: name of the measure.
+      work: "step", "features" or "picture", see `torch_photos`.
+      variants: variants of PyTorch.
+      **settings: arguments of that work.
+
+    Yields:
+      {name: function that does a repetition and returns its seconds}, and a line for each variant
+      that cannot run here; the process ends with the context.
+    """
+    sides, refused = {}, []
+    if not variants:
+        yield sides, refused
+        return
+    with contextlib.closing(Worker(program="launch.benchmarks.torch_photos")) as worker:
+        for variant in variants:
+            name = f"torch {variant}"
+            try:
+                sides[name] = worker.prepare(name, work, variant=variant, **settings)
+            except Unavailable as error:
+                refused.append(Result.not_run(measure, name, error))
+        yield sides, refused
+
+
 def program(context: Context, part: str, **environment: str) -> str:
     """Run `launch.benchmark --part=...` in a separate process and return its output.
 
@@ -75,8 +116,14 @@ def program(context: Context, part: str, **environment: str) -> str:
       Unavailable: it fails, e.g. because only one process may use the accelerator.
     """
     command = [sys.executable, "-m", "launch.benchmark", f"--part={part}"]
+    photos = context.sizes.photos
     done = subprocess.run(
-        [*command, f"--sizes={context.sizes_name}"],
+        [
+            *command,
+            f"--sizes={context.sizes_name}",
+            f"--size={photos.image}",
+            f"--batch={photos.batch}",
+        ],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -100,3 +147,14 @@ def best_reference(timings: Mapping[str, Timing]) -> Timing | None:
 def on_accelerator() -> bool:
     """Return whether JAX computes on a GPU or TPU."""
     return jax.default_backend() != "cpu"
+
+
+def multiplies_bfloat16() -> bool:
+    """Return whether the device multiplies bfloat16 faster than float32."""
+    if on_accelerator():
+        return True
+    try:
+        described = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in described or "amx_bf16" in described

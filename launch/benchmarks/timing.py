@@ -4,10 +4,13 @@ import dataclasses
 import math
 import os
 import platform
+import re
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -121,9 +124,31 @@ def matmul_flops(dtype: str, repeats: int = 7) -> float:
     return 2 * size**3 / timing["matmul"].median
 
 
+def peak_bytes() -> int:
+    """Return the peak resident memory of this process in bytes.
+
+    On Linux not from getrusage, which starts from the peak of the parent process.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def machine() -> dict[str, Any]:
     """Describe the hardware and the versions, for the head of the table."""
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "faiss-cpu")
+    packages = (
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "numpy",
+        "grain",
+        "pillow",
+        "torch",
+        "torchvision",
+        "faiss-cpu",
+    )
     device = jax.devices()[0]
     return {
         "device": f"{len(jax.devices())} x {device.device_kind} ({device.platform})",

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from compat_jax import Session, Tasks, train
+from compat_jax import Dataset, Run, Session, Tasks, Version, train
 from compat_jax.data.streaming import RecordImages
 from compat_jax.meter import Meter
 from compat_jax.training.fit import Fit
@@ -79,7 +79,7 @@ def epoch(context: Context) -> Iterator[Result]:
     run = work.run(sizes, Tasks(initial=first, increment=new), epochs)
     one = work.Training.create(sizes)
     with tempfile.TemporaryDirectory() as folder:
-        epoch_of = _Epochs(run, data, folder, start=work.version(sizes))
+        epoch_of = Epochs(run, data, folder, start=work.version(sizes))
         timings = alternate(
             {
                 "steps": seconds_of(lambda: one.advance(epoch_of.steps)),
@@ -102,10 +102,23 @@ def epoch(context: Context) -> Iterator[Result]:
     )
 
 
-class _Epochs:
-    """Run all epochs of task 1 as training does, saves included; return the seconds."""
+class Epochs:
+    """Run all epochs of task 1 as training does, saves included; return the seconds.
 
-    def __init__(self, run, data, folder, *, start, budget=0):
+    Args:
+      run: what to compute.
+      data: the images.
+      folder: for the saves.
+      start: version that the task starts from.
+      budget: bytes of images that may lie on a device; 0 for no limit.
+
+    Attributes:
+      steps: of all epochs.
+    """
+
+    def __init__(
+        self, run: Run, data: Dataset, folder: str | Path, *, start: Version, budget: int = 0
+    ):
         session = Session(mesh=work.mesh(), device_budget=budget)
         self._fit = Fit(data, session, Workdir(folder))
         sequence = run.tasks.sequence(data.num_classes)
@@ -114,10 +127,11 @@ class _Epochs:
         )
         self.steps = self._task.steps
 
-    def __call__(self):
+    def __call__(self) -> float:
+        """Run them and return the seconds."""
         self._fit.workdir.checkpointer.clear()
         began = time.perf_counter()
-        _, trained = self._fit(self._task, Meter(None, 0), self.steps)
+        trained = self._fit(self._task, Meter(None, 0), self.steps).variables
         jax.block_until_ready(trained)
         return time.perf_counter() - began
 
@@ -161,8 +175,8 @@ def streaming(context: Context) -> Iterator[Result]:
         folder = Path(name)
         on_disk = dataclasses.replace(data, images=_in_records(data.images, folder / "images"))
         sides = {
-            "in memory": _Epochs(run, data, folder / "a", start=start),
-            "streamed": _Epochs(run, on_disk, folder / "b", start=start, budget=budget),
+            "in memory": Epochs(run, data, folder / "a", start=start),
+            "streamed": Epochs(run, on_disk, folder / "b", start=start, budget=budget),
         }
         timings = alternate(sides, max(sizes.repeats // 5, 2), 1)
     share = timings["in memory"].median / timings["streamed"].median

@@ -15,6 +15,35 @@ from compat_jax.training.task import sequence_task
 
 
 @dataclasses.dataclass(frozen=True)
+class PhotoSizes:
+    """Sizes of the measures of real pictures; the defaults are for two CPU cores.
+
+    Attributes:
+      backbone: name of the backbone of `photo_step` and `photo_features`.
+      image: height and width of the pictures, in pixels.
+      batch: pictures in a batch.
+      repeats: repetitions of most measures.
+      features: pictures in one repetition of `photo_features`.
+      files: JPEG files of `decoding`.
+      trained: (backbone, pictures, repetitions) of `from_disk`.
+      read: (backbone, JPEG files, pictures embedded) of `photo_memory`.
+      latency: (backbone, size) of each network of `latency`; None for `image`.
+      lookups: repetitions of `latency`.
+    """
+
+    backbone: str = "resnet50"
+    image: int = 224
+    batch: int = 8
+    repeats: int = 5
+    features: int = 16
+    files: int = 300
+    trained: tuple[str, int, int] = ("resnet18", 100, 3)
+    read: tuple[str, int, int] = ("resnet50", 5000, 64)
+    latency: tuple[tuple[str, int | None], ...] = (("resnet50", None), ("resnet18", 96))
+    lookups: int = 20
+
+
+@dataclasses.dataclass(frozen=True)
 class Sizes:
     """Sizes of the workloads; the defaults are for two CPU cores.
 
@@ -35,6 +64,7 @@ class Sizes:
       scaling: (classes, images, versions) of the small side of `scaling`.
       streaming: (images, bytes for images on the device, steps) of `streaming`.
       protocol: (epochs of a task, images a class, least K) of `protocol`.
+      photos: sizes of the measures of real pictures.
     """
 
     backbone: str = "resnet18"
@@ -53,6 +83,16 @@ class Sizes:
     scaling: tuple[int, int, int] = (20, 4000, 3)
     streaming: tuple[int, int, int] = (8000, 1 << 23, 24)
     protocol: tuple[int, int, int] = (70, 300, 1024)
+    photos: PhotoSizes = PhotoSizes()
+
+    def of_photos(self, backbone: str = "", image: int | None = None) -> "Sizes":
+        """Return the sizes with the backbone, image size and batch of `photos`, or those given."""
+        return dataclasses.replace(
+            self,
+            backbone=backbone or self.photos.backbone,
+            image=image or self.photos.image,
+            batch=self.photos.batch,
+        )
 
 
 # An accelerator does in a second the work of minutes on two cores.
@@ -64,12 +104,13 @@ ON_ACCELERATOR = Sizes(
     evaluated=(10_000, 2000),
     search=(10_000, 1000, 1_000_000, 128, 10),
     streaming=(50_000, 1 << 25, 500),
+    photos=PhotoSizes(batch=128, features=1024),
 )
 TINY = Sizes(
     backbone="resnet_small",
     image=8,
     batch=8,
-    num_prototypes=16,
+    num_prototypes=32,
     repeats=2,
     features=16,
     feature_batch=8,
@@ -81,6 +122,16 @@ TINY = Sizes(
     scaling=(2, 40, 2),
     streaming=(64, 1 << 12, 4),
     protocol=(1, 4, 100),
+    photos=PhotoSizes(
+        backbone="resnet_small",
+        image=16,
+        repeats=2,
+        files=6,
+        trained=("resnet_small", 40, 2),
+        read=("resnet_small", 12, 4),
+        latency=(("resnet_small", None),),
+        lookups=2,
+    ),
 )
 
 
@@ -139,9 +190,11 @@ class Training:
     feed: Feed
 
     @classmethod
-    def create(cls, sizes: Sizes, dtype: str = "float32", steps: int = 1000) -> "Training":
-        """Set up a task with a plan of `steps` random batches."""
-        devices, data = mesh(), dataset(25, 80, sizes.image)
+    def create(
+        cls, sizes: Sizes, dtype: str = "float32", *, steps: int = 1000, per_class: int = 80
+    ) -> "Training":
+        """Set up a task with a plan of `steps` random batches of `per_class` images a class."""
+        devices, data = mesh(), dataset(25, per_class, sizes.image)
         settings = run(sizes, Tasks(), 1, dtype=dtype)
         sequence = settings.tasks.sequence(data.num_classes)
         task = sequence_task(settings, sequence, 1, labels=data.labels, start=None, replaced=False)
@@ -168,9 +221,9 @@ class Training:
         return self.state.params, metrics
 
 
-def version(sizes: Sizes) -> Version:
-    """Return a version that was not trained, as if opened from a chain."""
-    training = Training.create(sizes, steps=1)
+def version(sizes: Sizes, per_class: int = 80) -> Version:
+    """Return a version that was not trained, as if opened from a chain; see `Training.create`."""
+    training = Training.create(sizes, steps=1, per_class=per_class)
     stored = training.trainer.stored(training.state.variables)
     variables = jax.tree.map(np.asarray, stored)
     return Version(

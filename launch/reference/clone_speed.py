@@ -27,12 +27,13 @@ class Worker:
 
     Args:
       clone: folder of the reference's repository; None if only FAISS is needed.
+      program: module to run, which calls `serve`.
 
     Raises:
       UserError: the folder is no clone of the reference.
     """
 
-    def __init__(self, clone: str | None = None):
+    def __init__(self, clone: str | None = None, program: str = "launch.reference.clone_speed"):
         folder = [] if clone is None else [Path(clone).expanduser()]
         if folder and not (folder[0] / "src" / "iamcl2r" / "models").is_dir():
             raise UserError(
@@ -40,7 +41,7 @@ class Worker:
                 "https://github.com/miccunifi/iamcl2r and give its folder"
             )
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "launch.reference.clone_speed", *map(str, folder)],
+            [sys.executable, "-m", program, *map(str, folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -48,7 +49,7 @@ class Worker:
         )
 
     def ask(self, **request: Any) -> Any:
-        """Send a request, see `_answer`, and return its result.
+        """Send a request, see `serve`, and return its result.
 
         Raises:
           Unavailable: the request failed; the message is the library's own.
@@ -68,7 +69,7 @@ class Worker:
 
         Args:
           name: name of this piece.
-          work: "step", "features" or "search".
+          work: one that the program knows; here "step", "features" or "search".
           **settings: arguments of that work.
 
         Returns:
@@ -95,13 +96,20 @@ class Unavailable(Exception):
     """A library is missing, or refuses the settings."""
 
 
-def _main() -> None:
+def serve(prepare: Callable[..., Callable[[], Any]]) -> None:
+    """Answer the requests of a `Worker`, one line of JSON each, until it closes.
+
+    A request is {"prepare": name, "work": …}, {"repeat": name}, {"forget": name} or
+    {"describe": library}.
+
+    Args:
+      prepare: (work, **settings) -> function that does one repetition, warmed up.
+    """
     answers, sys.stdout = sys.stdout, sys.stderr  # keep what libraries print out of the answers
-    clone = sys.argv[1] if len(sys.argv) > 1 else None
     prepared = {}
     for line in sys.stdin:
         try:
-            result = {"result": _answer(json.loads(line), clone, prepared)}
+            result = {"result": _answer(json.loads(line), prepare, prepared)}
         except Exception as error:  # any failure: the caller reports it and goes on
             text = str(error).strip().splitlines() or [""]
             result = {"error": f"{type(error).__name__}: {text[0][:200]}"}
@@ -109,8 +117,7 @@ def _main() -> None:
         answers.flush()
 
 
-def _answer(request, clone, prepared):
-    """Answer {"prepare": name, "work": …}, {"repeat": name}, {"forget": name}, {"describe": library}."""
+def _answer(request, prepare, prepared):
     if "describe" in request:
         return _describe(request["describe"])
     if "forget" in request:
@@ -120,14 +127,19 @@ def _answer(request, clone, prepared):
         began = time.perf_counter()
         prepared[request["repeat"]]()
         return time.perf_counter() - began
-    name, work = request.pop("prepare"), request.pop("work")
-    if work != "search":
-        _open(clone)
-    repeat = {"step": _step, "features": _features, "search": _search}[work](**request)
-    if work != "search":
-        repeat()
-    prepared[name] = repeat
+    name = request.pop("prepare")
+    prepared[name] = prepare(**request)
     return None
+
+
+def _prepare(work, **settings):
+    """Set up the work of the reference, or FAISS."""
+    if work == "search":
+        return _search(**settings)
+    _open(sys.argv[1] if len(sys.argv) > 1 else None)
+    repeat = {"step": _step, "features": _features}[work](**settings)
+    repeat()
+    return repeat
 
 
 def _describe(library):
@@ -160,20 +172,26 @@ def _network(num_classes, feature_size, device):
     return net.to(device)
 
 
-def _as(variant, net):
-    """Return the network in a variant, a function that places images, and the context of a call."""
+def as_variant(variant: str, net: Any) -> tuple[Any, Callable[[Any], Any], Callable[[], Any]]:
+    """Return the network in a variant, a function that places images, and the context of a call.
+
+    Args:
+      variant: of VARIANTS, or "channels_last_bf16".
+      net: a module on its device.
+    """
     import contextlib
 
     import torch
 
     device = next(net.parameters()).device
-    layout = torch.channels_last if variant in ("channels_last", "best") else torch.preserve_format
+    last = "channels_last" in variant or variant == "best"
+    layout = torch.channels_last if last else torch.preserve_format
     net = net.to(memory_format=layout)
     if variant in ("compile", "best"):
         net = torch.compile(net)
 
     def context():
-        if variant in ("bf16", "best"):
+        if "bf16" in variant or variant == "best":
             return torch.autocast(device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
@@ -190,7 +208,7 @@ def _step(variant, batch, num_classes, seed, steps):
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     nets = [_network(num_classes, num_classes - 1, device) for _ in range(2)]
-    (net, place, context), (previous, *_) = (_as(variant, n) for n in nets)
+    (net, place, context), (previous, *_) = (as_variant(variant, n) for n in nets)
     previous.eval()
     decayed = [p for p in nets[0].parameters() if p.requires_grad and p.ndim >= 2]
     others = [p for p in nets[0].parameters() if p.requires_grad and p.ndim < 2]
@@ -225,7 +243,7 @@ def _features(variant, batch, num_classes, seed, count):
 
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net, place, context = _as(variant, _network(num_classes, num_classes - 1, device).eval())
+    net, place, context = as_variant(variant, _network(num_classes, num_classes - 1, device).eval())
     images = torch.randn(batch, 3, 32, 32)
 
     def repeat():
@@ -252,4 +270,4 @@ def _search(queries, rows, size, k, seed):
 
 
 if __name__ == "__main__":
-    _main()
+    serve(_prepare)

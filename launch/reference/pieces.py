@@ -100,7 +100,7 @@ def _batch_loss(new, old, classes, lam, mu):
         num_seen=jnp.int32(num_classes),
         head=head,
     )
-    return method.loss(inputs)
+    return method.losses(inputs)[0]
 
 
 def _learning_rates(lr, min_lr, epochs):

@@ -1,0 +1,208 @@
+"""The ledger of a run's pictures: each one's class, its part of the data, the version that learnt it.
+
+`pictures.csv` beside a chain has a row for every picture that was ever there, addressed by the BLAKE2
+digest of its file: a picture that was renamed or moved is the same one, and one that was learnt stays
+learnt. The part that a picture was assigned (train, validation, query, gallery) never changes when
+others are added. The file is written whole, before training starts, so that a run that was killed
+goes on with the pictures it began with.
+"""
+
+import collections
+import csv
+import dataclasses
+import hashlib
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
+
+from etils import epath
+
+from compat_jax.errors import UserError
+from compat_jax.fields import Rule, check_fields
+from compat_jax.files import write_bytes
+
+PARTS = ("train", "validation", "query", "gallery")
+SPLIT_BY = ("picture", "class")
+NOT_LEARNT = -1
+LEDGER = "pictures.csv"  # name of the file, in the folder of a run
+
+
+class Row(NamedTuple):
+    """One picture.
+
+    Attributes:
+      digest: hexadecimal BLAKE2b-16 of the file.
+      label: class name, as its folder or table says.
+      part: "train", "validation", "query" or "gallery".
+      version: number of the version that learnt it; -1 for pictures that none learns.
+      path: where it is; empty for a picture that is gone.
+      size: of the file in bytes.
+      modified: time of the file in ns; a file of the same path, size and time is not read again.
+    """
+
+    digest: str
+    label: str
+    part: str
+    version: int
+    path: str
+    size: int
+    modified: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """How pictures are shared out between training and evaluation.
+
+    Attributes:
+      validation: share of the pictures that training is watched on.
+      query: share that asks in evaluation.
+      gallery: share that answers in evaluation.
+      by: "picture" takes pictures of every class (closed set: retrieval among classes that were
+        trained on); "class" holds out whole classes for query and gallery (open set: classes that no
+        version has seen).
+      seed: of the assignment.
+    """
+
+    validation: Annotated[float, Rule("share of pictures for validation", low=0, below=1)] = 0.1
+    query: Annotated[float, Rule("share of pictures or classes for queries", low=0, below=1)] = 0.1
+    gallery: Annotated[
+        float, Rule("share of pictures or classes for the gallery", low=0, below=1)
+    ] = 0.2
+    by: Annotated[
+        str,
+        Rule("pictures of every class, or whole classes, for query and gallery", choices=SPLIT_BY),
+    ] = "picture"
+    seed: Annotated[int, Rule("of the assignment to the parts", low=0, high=2**32 - 1)] = 0
+
+    def __post_init__(self):
+        check_fields(self, "splits.")
+        if self.validation + self.query + self.gallery >= 1:
+            raise UserError(
+                "nothing is left to train on: validation + query + gallery must stay below 1, got "
+                f"{self.validation} + {self.query} + {self.gallery}",
+                "splits.validation",
+            )
+
+    def assign(self, rows: Iterable[Row], new: Mapping[str, Sequence[str]]) -> dict[str, str]:
+        """Share out new pictures; what was assigned before counts and stays.
+
+        Args:
+          rows: of all pictures so far.
+          new: {class: digests of its new pictures}.
+
+        Returns:
+          {digest: part}.
+        """
+        counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+        for row in rows:
+            counts[row.label][row.part] += 1
+        held = self._held_classes(counts, new) if self.by == "class" else frozenset()
+        found = {}
+        for label in sorted(new):
+            shares = self._shares(label in held)
+            for digest in sorted(new[label], key=lambda d: self._order("picture", d)):
+                part = _scarcest(shares, counts[label])
+                counts[label][part] += 1
+                found[digest] = part
+        return found
+
+    def _shares(self, is_held: bool) -> dict[str, float]:
+        if self.by == "picture":
+            train = 1 - self.validation - self.query - self.gallery
+            shares = (train, self.validation, self.query, self.gallery)
+        elif is_held:
+            both = self.query + self.gallery
+            shares = (0.0, 0.0, self.query / both, self.gallery / both)
+        else:
+            shares = (1 - self.validation, self.validation, 0.0, 0.0)
+        return {part: share for part, share in zip(PARTS, shares, strict=True) if share}
+
+    def _held_classes(self, counts, new) -> frozenset[str]:
+        """Classes whose pictures all go to query and gallery, those held before among them."""
+        held = {label for label, c in counts.items() if c["query"] or c["gallery"]}
+        shares = {"train": 1 - self.query - self.gallery, "held": self.query + self.gallery}
+        totals = collections.Counter(train=len(counts) - len(held), held=len(held))
+        for label in sorted(new.keys() - counts.keys(), key=lambda c: self._order("class", c)):
+            kind = _scarcest({k: v for k, v in shares.items() if v}, totals)
+            totals[kind] += 1
+            if kind == "held":
+                held.add(label)
+        return frozenset(held)
+
+    def _order(self, kind, text):
+        return hashlib.blake2b(f"{self.seed} {kind} {text}".encode(), digest_size=16).digest()
+
+
+def _scarcest(shares: Mapping[str, float], counts: Mapping[str, int]) -> str:
+    """Return the part that lacks most of its share, counting the picture to come."""
+    total = sum(counts.get(part, 0) for part in shares) + 1
+    return max(shares, key=lambda part: round(shares[part] * total - counts.get(part, 0), 9))
+
+
+class Ledger:
+    """The rows of all pictures, by digest.
+
+    Args:
+      rows: of the pictures.
+    """
+
+    def __init__(self, rows: Iterable[Row] = ()):
+        self.rows = {row.digest: row for row in rows}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows.values())
+
+    def part(self, *parts: str) -> list[Row]:
+        """Return the rows of some parts, sorted by class and digest."""
+        found = [row for row in self if row.part in parts]
+        return sorted(found, key=lambda row: (row.label, row.digest))
+
+    def pending(self, version: int) -> bool:
+        """Return whether pictures wait for a version that is not in the chain yet."""
+        return any(row.version >= version for row in self)
+
+    def known_files(self) -> dict[str, Row]:
+        """Return {path: row}, to pass over files that did not change."""
+        return {row.path: row for row in self}
+
+    def write(self, path: epath.Path) -> None:
+        """Write the ledger as CSV, whole or not at all."""
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(Row._fields)
+        ordered: list[Row] = sorted(
+            self.rows.values(), key=lambda row: (row.version, row.label, row.digest)
+        )
+        writer.writerows(ordered)
+        write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+    @classmethod
+    def read(cls, path: epath.Path) -> "Ledger":
+        """Read a ledger; an empty one if there is no file.
+
+        Raises:
+          UserError: the file is no ledger.
+        """
+        if not path.exists():
+            return cls()
+        try:
+            text = path.read_bytes().decode("utf-8", "surrogateescape")
+            header, *lines = csv.reader(io.StringIO(text, newline=""))
+            if tuple(header) != Row._fields:
+                raise ValueError(f"its columns are {header}")
+            return cls(_row(line) for line in lines)
+        except (ValueError, TypeError, csv.Error) as error:
+            raise UserError(
+                f"{path} is no ledger of pictures ({error}): restore it from a backup; without it, "
+                "nothing says which pictures were learnt"
+            ) from error
+
+
+def _row(line: Sequence[Any]) -> Row:
+    digest, label, part, version, path, size, modified = line
+    if part not in PARTS or len(digest) != 32 or not label:
+        raise ValueError(f"a row reads {','.join(line)[:80]}")
+    return Row(digest, label, part, int(version), path, int(size), int(modified))

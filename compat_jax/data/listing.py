@@ -1,0 +1,361 @@
+"""Lists of pictures: folders of classes, tables, data sets of Hugging Face on disk, and plain trees.
+
+In a folder, hidden files and what systems leave behind (`@eaDir`, `__MACOSX`, `Thumbs.db`, …) are no
+pictures; links are followed, dangling ones refused.
+"""
+
+import difflib
+import glob
+import os
+import stat
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from compat_jax.data.huggingface import is_saved, open_saved, saved_splits
+from compat_jax.errors import UserError, unknown
+from compat_jax.files import absolute
+
+COLUMNS = ("path", "label", "split")
+TABLES = (".csv", ".tsv", ".parquet")
+_LEFT_BEHIND = {"@eadir", "__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db", "lost+found"}
+# Names of folders that hold class folders rather than pictures of a class.
+_PARTS = {
+    *("train", "training", "val", "valid", "validation", "dev", "test", "testing"),
+    *("query", "gallery", "probe", "eval", "holdout"),
+}
+
+
+class Picture(NamedTuple):
+    """A picture of a list.
+
+    Attributes:
+      path: absolute path of the file.
+      label: class name, or None.
+      split: part of the data that it belongs to, or None.
+    """
+
+    path: str
+    label: str | None = None
+    split: str | None = None
+
+
+def class_name(text: str, where: str) -> str:
+    """Return the class name that a text stands for; the one function that decides it.
+
+    Args:
+      text: name of a folder, or entry of a table.
+      where: what to call it in errors.
+
+    Returns:
+      The text in Unicode's composed form (NFC), without blanks around it.
+
+    Raises:
+      UserError: empty, with a NUL, or not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} is not UTF-8: rename it", "path") from error
+    name = unicodedata.normalize("NFC", text).strip()
+    if not name or "\0" in name:
+        raise UserError(f"{where} is empty or has a NUL: give it a name", "path")
+    return name
+
+
+def list_labelled(path: str | os.PathLike) -> list[Picture]:
+    """List class folders, a table, or a data set of Hugging Face, whatever the path is.
+
+    Args:
+      path: a folder, or a file of `TABLES`.
+
+    Raises:
+      UserError: see `list_folder`, `list_table` and `list_huggingface`.
+    """
+    root = absolute(path)
+    if root.suffix.lower() in TABLES and not root.is_dir():
+        return list_table(root)
+    if is_saved(root):
+        return list_huggingface(root)
+    return list_folder(root)
+
+
+def list_folder(path: str | os.PathLike) -> list[Picture]:
+    """List a folder with one sub-folder of pictures per class.
+
+    Args:
+      path: of the folder.
+
+    Returns:
+      The pictures class by class, sorted by class name and path.
+
+    Raises:
+      UserError: no such folder, no class, an empty class, two folders of one class name, folders one
+        level too high, a name that is not UTF-8, a dangling link, or a file that is neither a file nor
+        a folder.
+    """
+    root = Path(absolute(path))
+    if not root.is_dir():
+        raise UserError(
+            f"no folder {path}: it must hold one sub-folder of pictures per class", "path"
+        )
+    folders: dict[str, Path] = {}
+    for folder in (p for p in _entries(root) if p.is_dir()):
+        name = class_name(folder.name, f"the name of class folder {os.fsencode(folder)!r}")
+        if name in folders:
+            raise UserError(
+                f"class folders {folders[name].name!r} and {folder.name!r} of {root} have the same "
+                f"class name {name!r}: rename one, or move its pictures into the other",
+                "path",
+            )
+        folders[name] = folder
+    if not folders:
+        raise UserError(
+            f"{path} has no sub-folder: it must hold one folder of pictures per class", "path"
+        )
+    _refuse_parts(root, list(folders.values()))
+    return [
+        Picture(str(file), name)
+        for name, folder in sorted(folders.items())
+        for file in _pictures(folder)
+    ]
+
+
+def _refuse_parts(root, folders):
+    """Refuse train, query and gallery in the place of classes: the folder is one level too high."""
+    inside = [_entries(folder) for folder in folders]
+    if not all(entries and all(p.is_dir() for p in entries) for entries in inside):
+        return
+    named = [folder.name for folder in folders if folder.name.lower() in _PARTS]
+    names = [p.name for entries in inside for p in entries]
+    if named and (len(named) == len(folders) or len(set(names)) < len(names)):
+        raise UserError(
+            f"{root} holds no classes, but folders of classes ({', '.join(f.name for f in folders)}): "
+            f"give one of them, such as {root / named[0]}",
+            "path",
+        )
+
+
+def _pictures(folder):
+    files = list(_walk(folder, ()))
+    if not files:
+        raise UserError(f"class folder {folder} is empty: add pictures or remove it", "path")
+    return files
+
+
+def _walk(folder, above) -> Iterable[Path]:
+    where = folder.resolve()
+    if where in above:
+        raise UserError(f"{folder} links to a folder around itself: remove the link", "path")
+    for path in _entries(folder):
+        if path.is_dir():
+            yield from _walk(path, (*above, where))
+        else:
+            yield path
+
+
+def _entries(folder):
+    """List pictures and folders of them, in the order of names."""
+    return [path for path in sorted(folder.iterdir()) if _is_data(path)]
+
+
+def _is_data(path):
+    """Whether this is a file or folder of data; raise for what is neither."""
+    if path.name.startswith(".") or path.name.lower() in _LEFT_BEHIND:
+        return False
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        kind = "a link to nowhere" if path.is_symlink() else "nothing that can be read"
+        raise UserError(
+            f"{path} is {kind} ({error.strerror}): remove it or restore what it names", "path"
+        ) from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{path} is neither a file nor a folder: remove it", "path")
+    return True
+
+
+def list_pictures(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
+    """List pictures without labels.
+
+    Args:
+      paths: a file, a folder (with all folders in it), a pattern such as "photos/**/*.jpg", or a list
+        of such.
+
+    Returns:
+      Absolute paths: those of a folder or pattern sorted, those of a list in its order.
+
+    Raises:
+      UserError: nothing there, or a folder that cannot be listed, see `list_folder`.
+    """
+    if isinstance(paths, str | os.PathLike):
+        return _found(paths)
+    return [path for given in paths for path in _found(given)]
+
+
+def _found(path):
+    root = Path(absolute(path))
+    if root.is_dir():
+        files = [str(file) for file in _walk(root, ())]
+    elif root.exists():
+        files = [str(root)]
+    elif glob.has_magic(str(root)):
+        matches = sorted(Path(p) for p in glob.iglob(str(root), recursive=True))
+        files = [str(p) for p in matches if _is_data(p) and not p.is_dir()]
+    else:
+        raise UserError(f"no file or folder {path}", "path")
+    if not files:
+        raise UserError(f"{path} holds no pictures", "path")
+    return files
+
+
+def list_table(path: str | os.PathLike, columns: Sequence[str] = COLUMNS) -> list[Picture]:
+    """List the pictures of a table.
+
+    Args:
+      path: of a .csv or .tsv file with a line of column names, or of a .parquet file.
+      columns: names of the columns of paths, labels and splits; "" for one that does not exist. Paths
+        are relative to the table. By default, labels and splits may be missing.
+
+    Returns:
+      The pictures, row by row.
+
+    Raises:
+      UserError: no such table, no such column (with the nearest), an empty path or label, or a table
+        that cannot be read.
+    """
+    root = absolute(path)
+    if root.suffix.lower() not in TABLES:
+        raise UserError(f"{path} is no table: its name must end with {', '.join(TABLES)}", "path")
+    if not root.is_file():
+        raise UserError(f"no table {path}", "path")
+    if len(columns) != len(COLUMNS):
+        raise UserError(
+            f"columns must name those of path, label and split ('' for none), got {tuple(columns)}",
+            "columns",
+        )
+    paths, labels, splits = _read_table(root, columns)
+    if paths is None:
+        raise UserError(f"columns must name the column of paths in {path}", "columns")
+    base = root.parent
+    found = []
+    for row, file in enumerate(paths, start=1):
+        if not file or not file.strip():
+            raise UserError(f"row {row} of {path} has no path", "path")
+        if "\0" in file:
+            raise UserError(f"the path in row {row} of {path} has a NUL: mend the table", "path")
+        label = None if labels is None else _label(labels[row - 1], row, path)
+        split = None if splits is None else (splits[row - 1] or "").strip() or None
+        found.append(Picture(os.path.join(base, os.path.expanduser(file)), label, split))
+    if not found:
+        raise UserError(f"{path} has no rows", "path")
+    return found
+
+
+def _label(text, row, path):
+    if not (text or "").strip():
+        raise UserError(f"row {row} of {path} has no label: give one or remove the row", "path")
+    return class_name(text, f"the label in row {row} of {path}")
+
+
+def _read_table(root, columns) -> list[list[str | None] | None]:
+    """Return the three columns as lists of texts, None for a column that does not exist."""
+    import pyarrow  # only this source needs it
+
+    read = _read_parquet if root.suffix.lower() == ".parquet" else _read_text
+    try:
+        with root.open("rb") as file:
+            return read(file, root, columns)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{root} cannot be read as a table ({reason})", "path") from error
+
+
+def _read_parquet(file, root, columns):
+    import pyarrow
+    from pyarrow import parquet
+
+    names = parquet.read_schema(file).names
+    wanted = _columns(names, columns, root)
+    table = parquet.read_table(file, columns=[name for name in wanted if name])
+    return [name and table[name].cast(pyarrow.string()).to_pylist() for name in wanted]
+
+
+def _read_text(file, root, columns):
+    import pyarrow
+    from pyarrow import csv
+
+    parse = csv.ParseOptions(
+        delimiter="\t" if root.suffix.lower() == ".tsv" else ",", newlines_in_values=True
+    )
+    names = csv.open_csv(file, parse_options=parse).schema.names
+    file.seek(0)
+    wanted = _columns(names, columns, root)
+    kept = [name for name in wanted if name]
+    convert = csv.ConvertOptions(
+        include_columns=kept,
+        column_types={name: pyarrow.string() for name in kept},  # 007 is a name, not a number
+    )
+    table = csv.read_csv(file, parse_options=parse, convert_options=convert)
+    return [name and table[name].to_pylist() for name in wanted]
+
+
+def _columns(names, columns, root) -> list[str | None]:
+    """Return which columns of a table are meant; None for one that does not exist."""
+    stripped = {name.strip(): name for name in names}
+    found = []
+    for wanted, default in zip(columns, COLUMNS, strict=True):
+        near = difflib.get_close_matches(wanted.lower(), [n.lower() for n in stripped], n=1)
+        if wanted in stripped or not wanted:
+            found.append(stripped.get(wanted))
+        elif wanted == default != "path" and not near:
+            found.append(None)
+        else:
+            raise unknown(f"column of {root}", wanted, stripped, "columns")
+    return found
+
+
+def list_huggingface(path: str | os.PathLike) -> list[Picture]:
+    """List a data set of Hugging Face on disk whose pictures are files.
+
+    Args:
+      path: what `save_to_disk` wrote, or a folder of class folders or of a folder of them per split.
+
+    Raises:
+      UserError: `datasets` is not installed, no pictures, or pictures inside the data set, which
+        `from_huggingface` reads.
+    """
+    root = absolute(path)
+    if not is_saved(root):
+        return list_parts(root)
+    found = []
+    for split in saved_splits(root):
+        records = open_saved(root, split)
+        files = records.files()
+        if files is None:
+            raise UserError(
+                f"{path} holds the pictures themselves, not their files: read it with "
+                "data.from_huggingface",
+                "path",
+            )
+        labels = records.labels
+        found += [
+            Picture(file, labels[row] if labels else None, split) for row, file in enumerate(files)
+        ]
+    return found
+
+
+def list_parts(path: str | os.PathLike) -> list[Picture]:
+    """List class folders, or folders of class folders called train, test, query, … (their splits).
+
+    Raises:
+      UserError: see `list_folder`.
+    """
+    root = Path(absolute(path))
+    folders = [p for p in _entries(root) if p.is_dir()] if root.is_dir() else []
+    if not folders or any(folder.name.lower() not in _PARTS for folder in folders):
+        return list_folder(root)
+    return [
+        picture._replace(split=folder.name) for folder in folders for picture in list_folder(folder)
+    ]

@@ -1,0 +1,201 @@
+"""From pictures to features by a model: files, PIL images or arrays, one or a stream of them."""
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NoReturn, Protocol
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from compat_jax import hosts
+from compat_jax import mesh as meshes
+from compat_jax.data.augment import Preprocess
+from compat_jax.data.listing import list_pictures
+from compat_jax.data.pictures import Preparation
+from compat_jax.data.reading import LazyImages, block_size, in_order
+from compat_jax.errors import UserError
+from compat_jax.features import Extractor
+from compat_jax.meter import Meter
+from compat_jax.models.fold import fold_batch_norm
+
+# Fewer pictures than a batch are padded to one of these, so that few programs are compiled.
+BATCHES = (1, 8, 64)
+_AHEAD = 2  # batches in flight
+
+
+class Model(Protocol):
+    """What extraction needs of a version."""
+
+    @property
+    def number(self) -> int:
+        """Number in its chain."""
+
+    @property
+    def record(self) -> Any:
+        """Description of the version."""
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Return {"params", "batch_stats"} as arrays."""
+
+    def embedder(self, dtype: str = "float32") -> nn.Module:
+        """Build the network."""
+
+
+class Embedding:
+    """A model on its devices, ready to embed; made once for a version, mesh and dtype.
+
+    Args:
+      model: the version.
+      mesh: devices to spread each batch over.
+      dtype: of the network's computation.
+    """
+
+    def __init__(self, model: Model, mesh: Mesh, dtype: str):
+        record = model.record
+        network: Any = meshes.pad_projection(model.embedder(dtype), mesh)
+        folded = fold_batch_norm(network, model.variables, record.image_shape)
+        self.variables = meshes.shard(folded, mesh, network.projection_size)
+        preprocess = Preprocess(record.mean, record.std, crop_padding=0, flip=False)
+        self.extractor, self.mesh = Extractor(network, preprocess, mesh), mesh
+        self.size, self.shape = record.feature_size, record.image_shape
+        self.number = model.number
+
+    def batches(self, batches: Iterable[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
+        """Embed batches, a few of them in flight.
+
+        Args:
+          batches: uint8[n, height, width, channels] each, 1 <= n <= batch_size.
+          batch_size: that batches are padded to, unless a size of `BATCHES` will do for the first.
+
+        Yields:
+          float32[n, feature_size], in order.
+        """
+        apply = self.extractor.program(jax.tree.structure(self.variables))
+        pending: list[tuple[jax.Array, int]] = []
+        padded = 0
+        for batch in batches:
+            if not padded:
+                fit = (b for b in (*BATCHES, batch_size) if len(batch) <= b <= batch_size)
+                padded = meshes.round_up(self.mesh, next(fit, batch_size))
+            missing = padded - len(batch)
+            whole = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else batch
+            found = apply(self.variables, meshes.shard_batch(whole, self.mesh))
+            pending.append((found, len(batch)))
+            if len(pending) > _AHEAD:
+                yield self._rows(*pending.pop(0))
+        for found, count in pending:
+            yield self._rows(found, count)
+
+    def _rows(self, found, count):
+        return hosts.gather(found)[:count, : self.size]
+
+
+def embed_pictures(
+    embedding: Embedding,
+    pictures: Any,
+    *,
+    prepare: Callable[[Any], np.ndarray] | None,
+    batch_size: int,
+    progress: str | None,
+) -> np.ndarray:
+    """Embed pictures of any kind.
+
+    Args:
+      embedding: the model on its devices.
+      pictures: see `Version.embed`.
+      prepare: brings a picture to the model's size; None where nobody said how.
+      batch_size: pictures per batch.
+      progress: label of a progress bar; None for none.
+
+    Returns:
+      float32[n, feature_size], rows of norm 1.
+
+    Raises:
+      UserError: pictures that cannot be read, or of another size without `prepare`.
+    """
+    pictures = _pictures(pictures)
+    known = len(pictures) if hasattr(pictures, "__len__") else 0
+    found = []
+    with Meter(progress, known, units="pictures", keep=False) as meter:
+        batches = _prepared(pictures, embedding, prepare, batch_size=batch_size)
+        for rows in embedding.batches(batches, batch_size):
+            found.append(rows)
+            meter.update(len(rows))
+    return np.concatenate(found) if found else np.zeros((0, embedding.size), np.float32)
+
+
+def preparation_of(record: Any, given: Preparation | None) -> Preparation | None:
+    """Return how pictures become the input of a version: as given, or as its record says; or None."""
+    if given is not None:
+        return given
+    return Preparation.from_mapping(record.preparation) if record.preparation else None
+
+
+def _pictures(given: Any) -> Any:
+    """An array of images, or an iterable of pictures."""
+    given = getattr(given, "images", given)  # of a Dataset
+    if isinstance(given, str | os.PathLike):
+        return list_pictures(given)
+    if isinstance(given, bytes | Image.Image):
+        return [given]
+    if isinstance(given, LazyImages):
+        return given
+    if hasattr(given, "__array__"):
+        array = np.asarray(given)
+        return [array] if array.ndim in (2, 3) else array
+    if not isinstance(given, Iterable) or isinstance(given, Mapping):
+        raise UserError(
+            f"pictures are paths, PIL images or uint8 arrays, one or many of them, got {given!r:.80}"
+        )
+    return given
+
+
+def _prepared(pictures, embedding, prepare, *, batch_size) -> Iterator[np.ndarray]:
+    """uint8[n, height, width, channels] batches of the model's size."""
+    own, shape = getattr(pictures, "shape", None), embedding.shape
+    if own is not None and len(own) == 4:
+        if pictures.dtype == np.uint8 and tuple(own[1:]) == tuple(shape):
+            for start in range(0, own[0], batch_size):
+                yield np.asarray(pictures[start : start + batch_size])
+            return
+        if pictures.dtype != np.uint8 or prepare is None:
+            _refuse(embedding, pictures.dtype, own)
+    rest, first = iter(pictures), 0
+    while chunk := list(itertools.islice(rest, batch_size)):
+        yield _batch(chunk, embedding, prepare, first=first)
+        first += len(chunk)
+
+
+def _batch(chunk, embedding, prepare, *, first) -> np.ndarray:
+    shape = tuple(embedding.shape)
+
+    def one(i):
+        picture = chunk[i]
+        array = np.asarray(picture) if hasattr(picture, "__array__") else None
+        if array is not None and array.dtype == np.uint8 and array.shape == shape:
+            return array
+        if prepare is None:
+            kind, found = (None, ()) if array is None else (array.dtype, array.shape)
+            _refuse(embedding, kind, found)
+        where = "" if isinstance(picture, str | os.PathLike) else f"picture {first + i}"
+        return prepare(picture, where)
+
+    return np.stack(list(in_order(len(chunk), one, block=block_size(int(np.prod(shape))))))
+
+
+def _refuse(embedding: Embedding, dtype: Any, found: Any) -> NoReturn:
+    shape = ", ".join(map(str, embedding.shape))
+    got = "files or images of any size" if dtype is None else f"{dtype} {list(found)}"
+    wanted = f"version {embedding.number} embeds uint8 images of shape [n, {shape}], got {got}"
+    if dtype is not None and dtype != np.uint8:
+        raise UserError(f"{wanted}: convert them to uint8, values 0..255")
+    raise UserError(
+        f"{wanted}, and its record does not say how pictures were brought to that size: give "
+        "preparation=Preparation(size=...), as in training",
+        "preparation",
+    )

@@ -1,0 +1,26 @@
+"""Results as text, JSON, CSV and pictures, and a page that shows them all."""
+
+from compat_jax.report.findings import Findings, collect
+from compat_jax.report.matrices import (
+    accuracy_curves,
+    check_writable,
+    heat_map,
+    heat_maps,
+    sentence,
+    table,
+    write,
+)
+from compat_jax.report.page import write_page
+
+__all__ = [
+    "Findings",
+    "accuracy_curves",
+    "check_writable",
+    "collect",
+    "heat_map",
+    "heat_maps",
+    "sentence",
+    "table",
+    "write",
+    "write_page",
+]

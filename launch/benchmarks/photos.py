@@ -1,0 +1,161 @@
+"""Measures at real picture sizes beside PyTorch: a training step, features, one picture."""
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from compat_jax import Preparation, Version
+from launch.benchmarks import pictures, work
+from launch.benchmarks.flops import forward_flops, hoc_step_flops
+from launch.benchmarks.sides import Context, best_reference, on_accelerator, torch_sides
+from launch.benchmarks.timing import Result, Timing, alternate, seconds_of
+
+_PER_CLASS = 4  # random images: a batch is all that a step reads
+
+
+def step(context: Context) -> Iterator[Result]:
+    """Measure a step of HOC, beside PyTorch in all its variants."""
+    sizes = context.sizes.of_photos()
+    sides, forward = {}, []
+    for dtype in context.photo_dtypes:
+        one = work.Training.create(sizes, dtype, per_class=_PER_CLASS)
+        sides[f"jax {dtype}"] = seconds_of(lambda one=one: one.advance(1))
+        shape = one.data.images.shape[1:]
+        forward = forward_flops(one.trainer.network, one.frozen["previous"], shape)
+    settings = _settings(sizes, batch=sizes.batch)
+    variants = context.photo_variants
+    with torch_sides(context, "photo_step", "step", variants=variants, **settings) as (
+        more,
+        refused,
+    ):
+        timings = alternate({**sides, **more}, sizes.photos.repeats, 1)
+    for name, timing in timings.items():
+        yield Result.of(
+            "photo_step",
+            _what(name, sizes),
+            timing,
+            value=1e3 * timing.median,
+            unit="ms",
+            flops=sizes.batch * hoc_step_flops(forward) / timing.median,
+            **beside_torch("step", name, timings),
+        )
+    yield from refused
+
+
+def features(context: Context) -> Iterator[Result]:
+    """Measure the images per second of a frozen version, beside PyTorch in all its variants."""
+    sizes = context.sizes.of_photos()
+    # Whole batches, because those are what PyTorch's side computes.
+    count = max(sizes.photos.features // sizes.batch, 1) * sizes.batch
+    images = work.dataset(1, count, sizes.image).images
+    frozen = work.version(sizes, _PER_CLASS)
+    sides = {
+        f"jax {dtype}": _extraction(frozen, images, dtype=dtype, batch_size=sizes.batch)
+        for dtype in context.photo_dtypes
+    }
+    settings = _settings(sizes, batch=sizes.batch, count=count)
+    variants = context.photo_variants
+    with torch_sides(context, "photo_features", "features", variants=variants, **settings) as torch:
+        timings = alternate({**sides, **torch[0]}, sizes.photos.repeats, 2)
+    needed = count * sum(
+        forward_flops(frozen.embedder("float32"), frozen.variables, frozen.record.image_shape)
+    )
+    for name, timing in timings.items():
+        yield Result.of(
+            "photo_features",
+            _what(name, sizes),
+            timing,
+            value=count / timing.median,
+            unit="images/s",
+            flops=needed / timing.median,
+            **beside_torch("features", name, timings),
+        )
+    yield from torch[1]
+
+
+def latency(context: Context) -> Iterator[Result]:
+    """Measure the time from the path of one picture to its feature, and of a decoded picture."""
+    photos = context.sizes.photos
+    variants = [v for v in context.photo_variants if v == "eager"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = pictures.draw(Path(folder), 1)[0]
+        for backbone, size in photos.latency:
+            sizes = context.sizes.of_photos(backbone, size)
+            frozen = work.version(sizes, _PER_CLASS)
+            preparation = Preparation(sizes.image)
+            decoded = preparation(path)
+            sides = {
+                "jax, from the file": _extraction(frozen, path, preparation=preparation),
+                "jax, decoded": _extraction(frozen, decoded, preparation=preparation),
+            }
+            settings = _settings(sizes, path=path)
+            with torch_sides(context, "latency", "picture", variants=variants, **settings) as torch:
+                timings = alternate({**sides, **torch[0]}, photos.lookups, 3)
+            eager = timings.get("torch eager")
+            for name, timing in timings.items():
+                both = name == "jax, decoded" and eager is not None
+                yield Result.of(
+                    "latency",
+                    f"{name}, {sizes.backbone}, {sizes.image} px",
+                    timing,
+                    value=1e3 * timing.median,
+                    unit="ms",
+                    ratio=timing.median / eager.median if both else None,
+                    note="ratio to torch eager" if both else "",
+                )
+            yield from torch[1]
+
+
+def _settings(sizes, **more) -> dict[str, Any]:
+    shared = {"backbone": sizes.backbone, "image": sizes.image}
+    return {**shared, "num_prototypes": sizes.num_prototypes, **more}
+
+
+def _extraction(frozen: Version, images: Any, **settings: Any):
+    def repeat():
+        began = time.perf_counter()
+        frozen.embed(images, **settings)
+        return time.perf_counter() - began
+
+    return repeat
+
+
+def _what(name, sizes):
+    return f"{name}, {sizes.backbone}, {sizes.image} px, batch {sizes.batch}"
+
+
+def beside_torch(measure: str, name: str, timings: Mapping[str, Timing]) -> dict[str, Any]:
+    """Return the ratio to PyTorch, the goal and the note of a side of "step" or "features".
+
+    A step is judged by eager PyTorch; features by its fastest variant, of ours the fastest dtype. The
+    goals are for the CPU.
+
+    Args:
+      measure: "step" or "features".
+      name: of the side.
+      timings: of all sides.
+
+    Returns:
+      Fields of `Result`: none for PyTorch's own sides, or where there is none to compare with.
+    """
+    ours = [side for side in timings if side.startswith("jax")]
+    eager, best, own = timings.get("torch eager"), best_reference(timings), timings[name].median
+    fields: dict[str, Any] = {}
+    if name not in ours or best is None:
+        return fields
+    if measure == "features":
+        ratio = best.median / own
+        goal, met = "at least 1.0 of the fastest variant of torch", ratio >= 1.0
+        fastest = name == min(ours, key=lambda side: timings[side].median)
+        fields = {"ratio": ratio, **({"goal": goal, "met": met} if fastest else {})}
+    else:
+        fields["note"] = f"{own / best.median:.2f} of the time of the fastest variant of torch"
+        if eager is not None:
+            ratio = own / eager.median
+            goal, met = "at most 1.0 of torch eager", ratio <= 1.0
+            fields |= {"ratio": ratio, "goal": goal, "met": met}
+    if on_accelerator():
+        fields = {field: fields[field] for field in fields if field not in ("goal", "met")}
+    return fields

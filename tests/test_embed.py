@@ -1,0 +1,284 @@
+"""From files to features: every kind of picture, one or many, and the program that writes them."""
+
+import dataclasses
+import io
+import json
+import os
+
+import drawn_photos
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from compat_jax import embed
+from compat_jax.chain import Chain
+from compat_jax.data import Preparation, from_arrays, from_folder
+from compat_jax.data.listing import list_pictures
+from compat_jax.embedding_job import EmbeddingJob
+from compat_jax.enlarge import enlarge, enlarge_features
+from compat_jax.errors import Stopped, UserError
+from compat_jax.features_file import read_features
+from compat_jax.retrieval import Index
+
+PREPARATION = Preparation(tiny.SIZE)
+
+
+@pytest.fixture(scope="module")
+def version():
+    """A version whose record says how pictures become 8 x 8."""
+    return tiny.version(preparation=PREPARATION.describe())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Drawn photos of two classes."""
+    root = tmp_path_factory.mktemp("photos")
+    drawn_photos.draw(root, ["pear", "plum"], 8)
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(version, folder):
+    """Features by a path of its own: Pillow to prepare, the plain network, NumPy to normalise."""
+    files = list_pictures(str(folder))
+    pixels = np.stack([PREPARATION(file) for file in files]).astype(np.float32) / 255
+    mean, std = (np.float32(x) for x in (version.record.mean, version.record.std))
+    images = (pixels - mean) / std
+    rows = np.asarray(version.embedder().apply(version.variables, images, train=False).features)
+    return files, rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def opened(file):
+    """A PIL image."""
+    with Image.open(file) as image:
+        image.load()
+        return image
+
+
+def content(file):
+    """The bytes of a file."""
+    with open(file, "rb") as stream:
+        return stream.read()
+
+
+KINDS = {
+    "a list of paths": lambda files: files,
+    "paths as objects": lambda files: tuple(map(os.fspath, files)),
+    "PIL images": lambda files: [opened(f) for f in files],
+    "bytes": lambda files: [content(f) for f in files],
+    "a generator": lambda files: (f for f in files),
+    "arrays of any size": lambda files: [np.asarray(opened(f).convert("RGB")) for f in files[:1]],
+    "prepared pixels": lambda files: np.stack([PREPARATION(f) for f in files]),
+    "prepared pixels one by one": lambda files: [PREPARATION(f) for f in files],
+    "a data set": lambda files: from_arrays(np.stack([PREPARATION(f) for f in files])),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_picture_has_the_same_features(version, expected, kind):
+    files, rows = expected
+    found = version.embed(KINDS[kind](files))
+    assert found.dtype == np.float32 and found.shape[1] == rows.shape[1]
+    np.testing.assert_allclose(found, rows[: len(found)], atol=2e-5)
+
+
+def test_a_folder_and_a_pattern_are_lists_of_their_pictures(version, folder, expected):
+    np.testing.assert_allclose(version.embed(str(folder)), expected[1], atol=2e-5)
+    np.testing.assert_allclose(version.embed(folder / "p*" / "*"), expected[1], atol=2e-5)
+
+
+def test_one_picture_gives_one_row(version, expected):
+    files, rows = expected
+    array = np.asarray(opened(files[0]).convert("RGB"))
+    for one in (files[0], opened(files[0]), content(files[0]), array):
+        assert version.embed(one).shape == (1, rows.shape[1])
+    grey = array[..., 0]
+    np.testing.assert_array_equal(version.embed(grey), version.embed(grey[..., None]))
+
+
+def test_none_at_all_is_an_empty_answer(version):
+    assert version.embed([]).shape == (0, tiny.K - 1)
+    assert version.embed(np.zeros((0, 8, 8, 3), np.uint8)).shape == (0, tiny.K - 1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 9, 16])
+def test_batches_change_no_feature(version, expected, count):
+    files, rows = expected
+    found = version.embed(files[:count], batch_size=8)
+    np.testing.assert_allclose(found, rows[:count], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "message"),
+    [
+        (3, "pictures are paths, PIL images or uint8 arrays, one or many of them, got 3"),
+        ({"a": 1}, "pictures are paths"),
+        (
+            [3],
+            "picture 0 must be a path, the bytes of a file, a PIL image or a uint8 array, got int",
+        ),
+        ([np.zeros((4, 4, 3))], "picture 0 must be uint8 in 0..255, got float64"),
+        (
+            np.zeros((2, 8, 8, 3), np.float32),
+            r"embeds uint8 images of shape \[n, 8, 8, 3\], got float32",
+        ),
+        (["/nowhere.jpg"], r"/nowhere\.jpg"),
+    ],
+)
+def test_what_is_no_picture_is_refused(version, pictures, message):
+    with pytest.raises(UserError, match=message):
+        version.embed(pictures)
+
+
+def test_a_version_that_does_not_say_how_asks(expected):
+    silent, files = tiny.version(), expected[0]
+    for pictures in (files, np.zeros((2, 9, 9, 3), np.uint8)):
+        with pytest.raises(
+            UserError, match=r"does not say how .*give preparation=Preparation\(size"
+        ):
+            silent.embed(pictures)
+    given = silent.embed(files, preparation=PREPARATION)
+    np.testing.assert_allclose(given, expected[1], atol=2e-5)
+
+
+def test_a_gallery_of_files_needs_no_labels(version, expected):
+    files, _ = expected
+    index = Index(version, files)
+    scores, rows = index.search(version, files[3], k=1)
+    assert rows.tolist() == [[3]]
+    np.testing.assert_allclose(scores, 1, atol=1e-5)
+
+
+def test_from_folder_reads_what_embed_reads(version, folder):
+    data = from_folder(folder, size=tiny.SIZE)
+    np.testing.assert_array_equal(version.embed(data), embed(version, list(data.files)))
+
+
+# The program's work: parts, resuming, shares
+
+
+@pytest.mark.parametrize("name", ["features.npz", "features.parquet"])
+def test_a_job_writes_features_and_paths(version, expected, tmp_path, name):
+    files, rows = expected
+    written = EmbeddingJob(version, files, tmp_path / name, part=5).run()
+    found = read_features(tmp_path / name)
+    assert found.paths == written.paths == tuple(files)
+    np.testing.assert_array_equal(found.features, written.features)
+    np.testing.assert_allclose(found.features, rows, atol=2e-5)
+    assert found.made_by["sha256"] == version.sha256
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_stopped_job_resumes_with_the_parts_it_has(version, expected, tmp_path, monkeypatch):
+    files, _ = expected
+    answers = iter([False, False, True])
+    job = EmbeddingJob(version, files, tmp_path / "f.npz", part=4)
+    with pytest.raises(Stopped):
+        job.run(should_stop=lambda: next(answers))
+    embedded = []
+    original = type(version).embed
+    monkeypatch.setattr(
+        type(version),
+        "embed",
+        lambda self, pictures, **more: (
+            embedded.append(len(pictures)) or original(self, pictures, **more)
+        ),
+    )
+    whole = EmbeddingJob(version, files, tmp_path / "f.npz", part=4).run()
+    assert sum(embedded) == len(files) - 8
+    again = EmbeddingJob(version, files, tmp_path / "f.npz", part=4).run()
+    assert sum(embedded) == len(files) - 8  # nothing is left to do
+    np.testing.assert_array_equal(again.features, whole.features)
+
+
+def test_shares_of_several_hosts_make_one_file(version, expected, tmp_path):
+    files, rows = expected
+    jobs = [EmbeddingJob(version, files, tmp_path / "f.npz", part=3, shard=(i, 2)) for i in (0, 1)]
+    assert jobs[0].run() is None and "the last host writes" in jobs[0].sentence(None)
+    np.testing.assert_allclose(jobs[1].run().features, rows, atol=2e-5)
+
+
+def test_features_of_another_list_are_not_overwritten(version, expected, tmp_path):
+    files, _ = expected
+    EmbeddingJob(version, files, tmp_path / "f.npz").run()
+    with pytest.raises(UserError, match="has features of other pictures or of another version"):
+        EmbeddingJob(version, files[:4], tmp_path / "f.npz").run()
+
+
+def test_bad_pictures_stop_all_at_once_or_are_skipped(version, expected, tmp_path):
+    files = list(expected[0])
+    for name in ("one.jpg", "two.jpg"):
+        (tmp_path / name).write_bytes(b"no picture")
+        files.insert(3, str(tmp_path / name))
+    with pytest.raises(UserError, match=r"2 pictures cannot be read: .*two\.jpg.*one\.jpg"):
+        EmbeddingJob(version, files, tmp_path / "f.npz", part=4).run()
+    job = EmbeddingJob(version, files, tmp_path / "f.npz", part=4, on_bad="skip")
+    done = job.run()
+    assert len(done.paths) == len(files) - 2
+    assert "2 files that are no pictures left out" in job.sentence(done)
+    np.testing.assert_allclose(done.features, expected[1], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [(b"", "holds no features"), (b"PK\x03\x04 broken", "holds no features")]
+)
+def test_a_damaged_file_of_features_is_refused(tmp_path, text, message):
+    for name in ("f.npz", "f.parquet"):
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(UserError, match=message):
+            read_features(tmp_path / name)
+    buffer = io.BytesIO()
+    np.savez(buffer, features=np.zeros((2, 3)), paths=np.array(["a"]), made_by=np.array("{}"))
+    (tmp_path / "g.npz").write_bytes(buffer.getvalue())
+    with pytest.raises(UserError, match=r"\(2, 3\) features of 1 paths"):
+        read_features(tmp_path / "g.npz")
+
+
+def test_the_command_writes_features(version, expected, folder, tmp_path):
+    record = dataclasses.replace(version.record, task=0, backbone="resnet_small")
+    record = dataclasses.replace(record, backbone_arguments={"width": 4})
+    chain = Chain(tmp_path / "chain")
+    chain.add(tiny.variables(record), record)
+    out = tmp_path / "f.npz"
+    code, said, err = tiny.call(
+        "embed", f"--chain={chain.path}", f"--pictures={folder}", f"--out={out}", "--noprogress"
+    )
+    assert (code, err) == (0, ""), err
+    assert said == f"16 features of 15 numbers by version 0 in {out}\n"
+    np.testing.assert_allclose(read_features(out).features, chain[0].embed(str(folder)), atol=2e-5)
+
+
+# A larger simplex
+
+
+def test_an_enlarged_chain_searches_what_the_old_one_embedded(version, expected, tmp_path):
+    files, _ = expected
+    old, new = Chain(tmp_path / "old"), Chain(tmp_path / "new")
+    record = dataclasses.replace(version.record, task=0, class_names=("a", "b"))
+    old.add(version.variables, record)
+    old.add(tiny.variables(record, seed=1), dataclasses.replace(record, task=1))
+    enlarge(old, new, 40)
+    enlarge(old, new, 40)  # again, as after a kill
+    assert new.record(1).class_names == ("a", "b") and new.record(1).num_prototypes == 40
+    moved = enlarge_features(old[0].embed(files), old.record(0), 40)
+    np.testing.assert_allclose(new[0].embed(files), moved, atol=2e-5)
+    scores_old = old[1].embed(files) @ old[0].embed(files).T
+    np.testing.assert_allclose(new[1].embed(files) @ moved.T, scores_old, atol=5e-5)
+    assert json.loads(json.dumps(dict(new.record(0).learnt)))["enlarged_from"] == tiny.K
+
+
+def test_a_chain_is_enlarged_only_upwards_and_once(tmp_path):
+    old, new = Chain(tmp_path / "old"), Chain(tmp_path / "new")
+    record = tiny.record(task=0)
+    old.add(tiny.variables(record), record)
+    with pytest.raises(UserError, match="num_prototypes can only grow: the chain has 16, got 16"):
+        enlarge(old, new, 16)
+    enlarge(old, new, 20)
+    with pytest.raises(UserError, match="there is another chain"):
+        enlarge(old, new, 24)
+    er = Chain(tmp_path / "er")
+    record = tiny.record(method="er", head_classes=2, feature_size=16)
+    er.add(tiny.variables(record), record)
+    with pytest.raises(UserError, match="learnable head, which grows by itself"):
+        enlarge(er, Chain(tmp_path / "er2"), 32)
