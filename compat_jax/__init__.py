@@ -13,7 +13,7 @@ from etils import epy
 
 # Imported when first used, so that a program's --help does not wait for JAX.
 with epy.lazy_api_imports(globals()):
-    from compat_jax import data, methods, metrics, models, retrieval
+    from compat_jax import align, data, methods, metrics, models, retrieval
     from compat_jax.chain import Chain, Record, Version
     from compat_jax.data import Dataset, Preparation, Preprocess, Tasks
     from compat_jax.data.ledger import Splits
@@ -53,6 +53,7 @@ __all__ = [
     "UserError",
     "VectorIndex",
     "Version",
+    "align",
     "data",
     "embed",
     "evaluate",

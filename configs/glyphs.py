@@ -6,7 +6,7 @@ A small network, 7 tasks, three pre-trained models of growing quality (`configs/
 that come in at tasks 0, 2 and 4. Pre-training reads mostly clean print; tasks and retrieval are noisy
 photographs of characters of which no role shares one.
 
-Arguments: method=hoc|sce|fd|er, replace=true|false, seed=0, optimizer=sgd|adamw|lars.
+Arguments: method=hoc|er|... (docs/methods.md), replace=true|false, seed=0, optimizer=sgd|adamw|lars.
 """
 
 from ml_collections import ConfigDict

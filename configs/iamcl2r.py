@@ -8,7 +8,7 @@ siblings). CIFAR comes through TFDS (TFDS_DATA_DIR); the models that replace oth
 `launch.pretrain` (`configs/pretrain.py`), whose folder is `--config.pretrained`. Without it
 (`replace=false`) one model is fine-tuned all along: CL2R.
 
-Arguments: method=hoc|sce|fd|er, tasks=7|31, replace=true|false, optimizer=sgd|adamw|lars.
+Arguments: method=hoc|er|... (docs/methods.md), tasks=7|31, replace=true|false, optimizer=sgd|adamw|lars.
 """
 
 from ml_collections import ConfigDict

@@ -13,7 +13,7 @@ With `weights=FILE` (see configs/weights.md) version 0 puts a pre-trained backbo
 embed your gallery with it once, and never again after. Another `backbone` or `weights` later replaces
 the model; old galleries stay searchable.
 
-Arguments: method=hoc|sce|fd|er, path=DIR|FILE, size=224, backbone=resnet18, weights=FILE,
+Arguments: method=hoc|er|... (docs/methods.md), path=DIR|FILE, size=224, backbone=resnet18, weights=FILE,
 optimizer=sgd|adamw|lars, by=picture|class (closed or open set), epochs=20, batch=64, seed=0.
 """
 

@@ -23,12 +23,14 @@ class Program(NamedTuple):
 
 PROGRAMS = (
     Program("launch.quickstart", "see the paper's claim on a laptop", "workdir"),
+    Program("launch.tour", "take a tour in the plane: three classes, two versions, one query"),
     Program("launch.pretrain", "pre-train the models that replace others", "workdir"),
     Program(
         "launch.train", "train the next version on new photos, or a sequence of tasks", "workdir"
     ),
     Program("launch.evaluate", "compare every version of a chain with every older one", "chain"),
     Program("launch.report", "put chains side by side on one page"),
+    Program("launch.sweep", "run a grid of configurations, print mean and spread"),
     Program("launch.embed", "write the features of pictures by a version of a chain"),
     Program("launch.enlarge", "move a chain to a larger K without reading a picture again"),
     Program("launch.import_torch", "make a chain of PyTorch weights"),

@@ -196,7 +196,7 @@ def _config_file():
     """The file of --config; "" if it was neither given nor has a default."""
     try:
         return config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
-    except flags.Error:
+    except (flags.Error, TypeError):  # the latter where it is a plain flag, as of a sweep
         return ""
 
 

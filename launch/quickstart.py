@@ -5,7 +5,8 @@
 
 Renders characters, pre-trains three models on growing sets of them, fine-tunes over 7 tasks with
 replacements at tasks 0, 2 and 4, and tries every version against every older one: once with the
-fixed d-Simplex and the HOC loss, once with an ordinary learnable classifier (ER).
+fixed d-Simplex and the HOC loss, once with an ordinary learnable classifier (ER). Ends with a page to
+open in a browser: matrices, what queries find in old galleries, drift, training curves.
 """
 
 import time
@@ -37,20 +38,25 @@ def main(_) -> None:
     for method in args.methods:
         methods.factory(method)
     stop, results, folder = cli.StopSignal(), {}, absolute(args.workdir)
-    for method in args.methods:
+    found, data = [], None
+    for method in dict.fromkeys(args.methods):
         models, config = configurations(method, args.seed)
         models_session, session = cli.session(models, stop), cli.session(config, stop)
         pretrained = experiment.pretrain(models, folder / f"{method}-models", models_session)
         config.pretrained = str(pretrained.path)
         chain = experiment.train(config, folder / method, session)
         session = dataclasses.replace(session, cache=folder / method / "evaluation" / "cache")
-        results[method] = experiment.evaluate(chain, config=config, session=session).main
+        data = data or experiment.load_retrieval(config, chain, session)
+        found.append(report.collect(chain, *data, session=session))
+        results[method] = found[-1].main
     if not hosts.is_first():
         return
     print(report.table(results))
     print("\n" + report.sentence(results))
     for path in report.write(results, folder):
         print(path)
+    page, *_ = report.write_page(found, *data, folder / "report", "Quickstart of compat_jax")
+    print(f"Open in a browser: {page}")
     print(f"{time.perf_counter() - began:.0f} s in all")
 
 

@@ -46,27 +46,33 @@ def main(_) -> None:
     chains = [Chain(path, args.backbone).require() for path in args.chains]
     out = absolute(args.out)
     report.check_writable(out)
-    stop, found, data = cli.StopSignal(), [], Data(args.config)
-    for chain, name in zip(chains, titles(chains), strict=True):
-        session = Session(
+    stop = cli.StopSignal()
+    sessions = [
+        Session(
             mesh=args.mesh,
             batch_size=args.batch_size,
             cache=chain.path.parent / "evaluation" / "cache",
             should_stop=stop,
             progress=args.progress,
         )
+        for chain in chains
+    ]
+    sessions[0].devices()  # refuses a mesh before any data is read
+    data = Data(args.config)
+    for chain, session in zip(chains, sessions, strict=True):
         query, gallery = data.load(chain, session)
-        found.append(
-            report.collect(
-                chain,
-                query,
-                gallery,
-                name=name,
-                metrics=args.metric,
-                dtype=args.dtype,
-                session=session,
-            )
+    found = [
+        report.collect(
+            chain,
+            query,
+            gallery,
+            name=name,
+            metrics=args.metric,
+            dtype=args.dtype,
+            session=session,
         )
+        for chain, name, session in zip(chains, report.titles(chains), sessions, strict=True)
+    ]
     if not hosts.is_first():
         return
     print(report.table({chain.name: chain.main for chain in found}))
@@ -107,19 +113,6 @@ class Data:
                 "config",
             )
         return first
-
-
-def titles(chains) -> list[str]:
-    """Name the chains by their methods; chains of one method by their folders as well."""
-    from compat_jax import methods
-
-    found = [methods.title(chain.record(-1).method) for chain in chains]
-    for folder in (lambda path: path.parent.name, str):
-        found = [
-            f"{title} ({folder(chain.path)})" if found.count(title) > 1 else title
-            for title, chain in zip(found, chains, strict=True)
-        ]
-    return found
 
 
 if __name__ == "__main__":

@@ -90,15 +90,15 @@ def backward_compatible(weight=1.0):
         drift = jnp.square(features - frozen["means"][inputs.classes]).mean(-1)
         return inputs.cross_entropy() + weight * is_old * (judged + drift)
 
-    return Method("bct", loss, fixed_simplex=False, freeze=freeze, arguments={"weight": weight})
+    return Method("judged", loss, fixed_simplex=False, freeze=freeze, arguments={"weight": weight})
 
 
 # Made once: equal objects share their compiled step.
-METHODS = {"ema": ema_teacher(), "queue": queue(), "bct": backward_compatible()}
+METHODS = {"ema": ema_teacher(), "queue": queue(), "judged": backward_compatible()}
 
 
 def start_of(name):
-    return tiny.start_of("er" if name == "bct" else "sce", backbone="flat")
+    return tiny.start_of("er" if name == "judged" else "sce", backbone="flat")
 
 
 def train(name, folder, **where):
@@ -135,7 +135,7 @@ def test_a_method_given_as_an_object_trains_and_its_chain_opens(unbroken, name):
     record = chain.record(2)
     assert record.method == name
     assert record.method_arguments == dict(METHODS[name].arguments)
-    assert record.head_classes == (6 if name == "bct" else None)
+    assert record.head_classes == (6 if name == "judged" else None)
     assert all(np.isfinite(line["loss"]) for line in log_of(unbroken[name]))
 
 
@@ -201,8 +201,8 @@ def test_a_queue_holds_the_features_of_the_last_batches():
 
 
 def test_what_a_task_begins_with_is_frozen(unbroken):
-    version = Chain(unbroken["bct"] / "chain").open(0)
-    trainer, state, frozen, feed = prepared("bct", 1, version)
+    version = Chain(unbroken["judged"] / "chain").open(0)
+    trainer, state, frozen, feed = prepared("judged", 1, version)
     classifier = np.asarray(frozen["classifier"])
     np.testing.assert_array_equal(classifier[:, :2], version.variables["params"]["head"]["kernel"])
     features = embed_raw(version, DATA.images)

@@ -9,6 +9,7 @@ import json
 import math
 from pathlib import Path
 
+import drawn_photos
 import flat  # noqa: F401, registers the backbone
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,10 @@ import numpy as np
 import pytest
 import tiny
 
+import compat_jax as cj
 from compat_jax import align, losses, methods, simplex
 from compat_jax import config as configs
+from compat_jax.data.photos import Photos
 from compat_jax.errors import UserError
 from compat_jax.fields import describe
 from compat_jax.methods import FixedSimplex, GrowingClassifier, LossInputs, TaskStart
@@ -275,7 +278,7 @@ def test_bct_on_a_fixed_simplex_is_the_simplex_cross_entropy():
     old = simplex.prototypes(7)[rows].T  # a head that never changes, a column for each class
 
     def by_old_head(x):
-        return influence(x, old, jnp.asarray(labels), jnp.int32(7)).sum()
+        return influence(x, old, jnp.asarray(labels), num_seen=jnp.int32(7)).sum()
 
     def by_simplex(x):
         return losses.simplex_cross_entropy(x, head.targets(jnp.asarray(labels))).sum()
@@ -285,10 +288,10 @@ def test_bct_on_a_fixed_simplex_is_the_simplex_cross_entropy():
 
 
 def test_bct_leaves_the_old_head_alone_and_equals_the_old_models_loss_on_old_features():
-    arguments = jnp.asarray(LABELS), jnp.int32(CLASSES)
-    grad = jax.grad(lambda head: influence(jnp.asarray(NEW), head, *arguments).sum())
+    judged = functools.partial(influence, classes=jnp.asarray(LABELS), num_seen=jnp.int32(CLASSES))
+    grad = jax.grad(lambda head: judged(jnp.asarray(NEW), head).sum())
     assert not np.any(grad(jnp.asarray(HEAD)))
-    found = influence(jnp.asarray(OLD), jnp.asarray(HEAD), *arguments)
+    found = judged(jnp.asarray(OLD), jnp.asarray(HEAD))
     np.testing.assert_allclose(found, plain_ce(OLD.astype(np.float64) @ HEAD), rtol=1e-5, atol=1e-6)
 
 
@@ -310,19 +313,23 @@ def test_an_old_head_keeps_what_was_learnt_and_makes_the_rest_of_class_means(kno
 
 @pytest.mark.parametrize("kind", DISTANCES)
 def test_alignment_sees_directions_only_and_rests_within_its_threshold(kind):
-    found = feature_distance(NEW, OLD, kind)
-    np.testing.assert_allclose(feature_distance(7 * NEW, 0.1 * OLD, kind), found, rtol=1e-5)
-    np.testing.assert_allclose(feature_distance(3 * OLD, OLD, kind), np.zeros(BATCH), atol=1e-6)
+    found = feature_distance(NEW, OLD, kind=kind)
+    np.testing.assert_allclose(feature_distance(7 * NEW, 0.1 * OLD, kind=kind), found, rtol=1e-5)
+    np.testing.assert_allclose(
+        feature_distance(3 * OLD, OLD, kind=kind), np.zeros(BATCH), atol=1e-6
+    )
     cosines = np.sum(UNIT_OLD * NEW, axis=1) / np.linalg.norm(NEW, axis=1)
     square = (2 - 2 * cosines) / SIZE
     expected = {"l2": np.sqrt(SIZE * square), "mean_square": square, "cosine": 1 - cosines}[kind]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     threshold = float(np.median(expected))
-    grad = jax.grad(lambda x: feature_distance(x, OLD, kind, threshold).sum())(jnp.asarray(NEW))
+    grad = jax.grad(lambda x: feature_distance(x, OLD, kind=kind, threshold=threshold).sum())(
+        jnp.asarray(NEW)
+    )
     moves = np.any(np.asarray(grad) != 0, axis=1)
     np.testing.assert_array_equal(moves, expected > threshold)
     with pytest.raises(UserError, match="unknown distance 'l3'"):
-        feature_distance(NEW, OLD, "l3")
+        feature_distance(NEW, OLD, kind="l3")
 
 
 def test_lwf_rests_where_both_agree_and_adds_nothing_without_old_classes():
@@ -396,7 +403,7 @@ def refine_formula(new, old, smoothing=0.9, temperature=0.05):
 def test_refinement_is_the_closed_form_and_moves_old_features_within_their_class():
     found = refine(NEW, OLD, LABELS)
     np.testing.assert_allclose(found, refine_formula(NEW, OLD), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(refine(NEW, OLD, LABELS, 0.0), OLD, atol=1e-6)
+    np.testing.assert_allclose(refine(NEW, OLD, LABELS, smoothing=0.0), OLD, atol=1e-6)
     alone = [1, 2, 5]  # images of classes 1, 2 and 4
     np.testing.assert_allclose(found[jnp.asarray(alone)], OLD[alone], rtol=1e-5, atol=1e-5)
     same = np.repeat(OLD[:1], BATCH, 0)  # equal features are a fixed point
@@ -445,7 +452,7 @@ def test_mixbcts_replaced_rows_teach_the_head_and_not_the_backbone():
 @pytest.mark.parametrize("credible", [0.5, 0.9, 1.0])
 def test_as_many_rows_are_mixed_as_the_share_says_all_of_them_credible(share, credible):
     means = MEANS[LABELS]
-    found = np.asarray(chosen_rows(OLD, means, jnp.float32(share), credible))
+    found = np.asarray(chosen_rows(OLD, means, share=jnp.float32(share), credible=credible))
     np.testing.assert_array_equal(np.flatnonzero(found), mixed_rows(share, credible))
     far = np.argsort(formulas.distillation(OLD, means))[round(credible * BATCH) :]
     assert not found[far].any()
@@ -541,6 +548,20 @@ def test_independent_models_start_from_the_model_of_their_generation(tmp_path, m
     assert seen == [(model, True), (model, True)]
     assert [chain.record(n).parent for n in range(2)] == [None] * 2
     assert [chain.record(n).replaced_by for n in range(2)] == ["pre-trained version 0"] * 2
+
+
+def test_an_update_that_starts_anew_learns_all_photos(tmp_path):
+    photos = Photos(path=str(tmp_path / "photos"), size=8)
+    for classes in (["melon", "pear"], ["apple"]):
+        drawn_photos.draw(tmp_path / "photos", classes, 20)
+        run = tiny_run("cores", epochs=1, batch_size=8)
+        done = cj.update(run, photos, tmp_path / "work", session=tiny.session(progress=False))
+    first, second = (version.record for version in done.chain)
+    assert [r.method for r in (first, second)] == ["cores"] * 2
+    assert [r.parent for r in (first, second)] == [None, None]
+    assert second.learnt["rehearsed"] == 0 and second.learnt["classes"] == ["apple"]
+    assert second.learnt["pictures"].keys() == {"melon", "pear", "apple"}
+    assert "cross" in second.learnt["validation"]  # against the version before
 
 
 def test_independent_models_may_learn_their_task_only():

@@ -87,7 +87,8 @@ def _linear(kind, pairs, matrix, bias=None, **settings):
 
 def _map(kind, pairs, arrays, **settings):
     single = {name: array.astype(np.float32) for name, array in arrays.items()}
-    return Map(kind, pairs.new.shape[1], pairs.old.shape[1], single, settings)
+    new_size, old_size = pairs.sizes
+    return Map(kind, new_size, old_size, arrays=single, settings=settings)
 
 
 def _apply(arrays, new, old):

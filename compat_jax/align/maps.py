@@ -37,6 +37,11 @@ class Pairs(NamedTuple):
     new: np.ndarray
     labels: np.ndarray | None = None
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Return the columns of the new features and of the old ones."""
+        return self.new.shape[1], self.old.shape[1]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Map:

@@ -33,7 +33,7 @@ def adapter(
 
     Source: residual MLP with diagonal scaling as in Drift-Adapter, EMNLP 2025 (arXiv 2509.23471).
     """
-    sizes = pairs.new.shape[1], pairs.old.shape[1]
+    sizes = pairs.sizes
     matrix = rotation(pairs) if base == "procrustes" else np.eye(*sizes)
     rng = np.random.default_rng([seed, len(pairs.new)])
     drawn = rng.normal(size=(sizes[0], hidden)) / np.sqrt(sizes[0])
@@ -50,16 +50,16 @@ def adapter(
     optimizer = optax.adam(optax.cosine_decay_schedule(lr, max(steps * epochs, 1)))
     new, old = jnp.asarray(pairs.new, np.float32), jnp.asarray(pairs.old, np.float32)
     state = optimizer.init(params)
-    best, kept = float(_loss(params, base_matrix, new, old)), params
+    best, kept = float(_loss(params, base_matrix, (new, old))), params
     for _ in range(epochs):
         order = rng.permutation(len(new))[: steps * size].reshape(steps, size)
-        params, state = _epoch(optimizer, (params, state), base_matrix, (new, old, order))
-        loss = float(_loss(params, base_matrix, new, old))
+        params, state = _epoch(optimizer, (params, state), (base_matrix, new, old, order))
+        loss = float(_loss(params, base_matrix, (new, old)))
         if loss < best:
             best, kept = loss, params
     arrays = {"matrix": base_matrix, **{k: np.asarray(v) for k, v in kept.items()}}
     settings = {"hidden": hidden, "epochs": epochs, "base": base, "seed": seed, "loss": best}
-    return Map("adapter", *sizes, arrays, settings)
+    return Map("adapter", *sizes, arrays=arrays, settings=settings)
 
 
 def transform(params: Any, matrix: Any, new: Any) -> jax.Array:
@@ -69,18 +69,19 @@ def transform(params: Any, matrix: Any, new: Any) -> jax.Array:
 
 
 @jax.jit
-def _loss(params, matrix, new, old):
+def _loss(params, matrix, data):
+    new, old = data
     return losses.feature_distillation(transform(params, matrix, new), old).mean()
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _epoch(optimizer, begun, matrix, data):
-    """The steps of an epoch; data is (new, old, int[steps, batch] order)."""
-    new, old, order = data
+def _epoch(optimizer, begun, fixed):
+    """The steps of an epoch; fixed is (base matrix, new, old, int[steps, batch] order)."""
+    matrix, new, old, order = fixed
 
     def step(carry, rows):
         params, state = carry
-        grads = jax.grad(_loss)(params, matrix, new[rows], old[rows])
+        grads = jax.grad(_loss)(params, matrix, (new[rows], old[rows]))
         with jax.numpy_dtype_promotion("standard"):  # optax raises b1 to an integer
             updates, state = optimizer.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None

@@ -41,7 +41,7 @@ def slerp(
         factor = _chosen(pairs, normalized(pairs.new @ matrix), queries)
     arrays = {"matrix": matrix.astype(np.float32), "factor": np.array(factor, np.float32)}
     settings = {"factor": float(factor)}
-    return Map("slerp", pairs.new.shape[1], pairs.old.shape[1], arrays, settings)
+    return Map("slerp", *pairs.sizes, arrays=arrays, settings=settings)
 
 
 def interpolate(start: np.ndarray, end: np.ndarray, factor: float) -> np.ndarray:

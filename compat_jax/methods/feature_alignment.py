@@ -16,7 +16,7 @@ DISTANCES = ("l2", "mean_square", "cosine")
 
 
 def feature_distance(
-    new: jax.Array, old: jax.Array, kind: str = "l2", threshold: float = 0.0
+    new: jax.Array, old: jax.Array, *, kind: str = "l2", threshold: float = 0.0
 ) -> jax.Array:
     """Compute the distance of normalised features from old ones, beyond a threshold.
 
@@ -68,7 +68,9 @@ def align(
         return {"previous": start.variables, "weight": weight_of(start, weight)}
 
     def loss(inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
-        away = feature_distance(inputs.outputs.features, inputs.taught, distance, threshold)
+        away = feature_distance(
+            inputs.outputs.features, inputs.taught, kind=distance, threshold=threshold
+        )
         cross_entropy = inputs.cross_entropy()
         terms = {"cross_entropy": cross_entropy, "distance": away}
         return cross_entropy + inputs.frozen["weight"] * away, terms

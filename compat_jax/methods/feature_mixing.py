@@ -13,7 +13,9 @@ from compat_jax.methods.old_classifier import weight_of
 from compat_jax.methods.registry import register
 
 
-def chosen_rows(old: jax.Array, means: jax.Array, share: jax.Array, credible: float) -> jax.Array:
+def chosen_rows(
+    old: jax.Array, means: jax.Array, *, share: jax.Array, credible: float
+) -> jax.Array:
     """Choose the rows of a batch whose feature is replaced by the old one.
 
     Only credible old features may replace: those nearest to the mean of their class. Of these, evenly
@@ -71,7 +73,7 @@ def mixbct(
     def loss(inputs: LossInputs) -> jax.Array:
         frozen, old = inputs.frozen, inputs.taught.astype(np.float32)
         means = frozen["means"][inputs.classes]
-        is_old = chosen_rows(old, means, frozen["share"], credible)
+        is_old = chosen_rows(old, means, share=frozen["share"], credible=credible)
         assert inputs.outputs.logits is not None, "its head is learnable"
         logits = inputs.outputs.logits.astype(np.float32)
         mixed = jnp.where(is_old[:, None], old @ inputs.classifier, logits)

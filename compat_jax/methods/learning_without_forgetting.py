@@ -13,7 +13,7 @@ from compat_jax.methods.registry import register
 
 
 def distillation(
-    new: jax.Array, old: jax.Array, temperature: float = 2.0, *, num_old: jax.Array
+    new: jax.Array, old: jax.Array, *, temperature: float = 2.0, num_old: jax.Array
 ) -> jax.Array:
     """Compute -sum softmax(old / T) * log softmax(new / T) over the old classes.
 
@@ -68,7 +68,7 @@ def lwf(
             x.astype(np.float32) @ jax.lax.stop_gradient(frozen["old_head"])
             for x in (inputs.outputs.features, inputs.taught)
         )
-        kept = distillation(new, old, temperature, num_old=frozen["num_old"])
+        kept = distillation(new, old, temperature=temperature, num_old=frozen["num_old"])
         cross_entropy = inputs.cross_entropy()
         terms = {"cross_entropy": cross_entropy, "distillation": kept}
         return cross_entropy + frozen["weight"] * kept, terms

@@ -44,7 +44,7 @@ def weight_of(start: TaskStart, weight: float) -> np.float32:
 
 
 def influence(
-    features: jax.Array, head: jax.Array, classes: jax.Array, num_seen: jax.Array
+    features: jax.Array, head: jax.Array, classes: jax.Array, *, num_seen: jax.Array
 ) -> jax.Array:
     """Compute the cross-entropy of new features under an old classifier.
 
@@ -86,7 +86,7 @@ def bct(
 
     def loss(inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
         frozen, features = inputs.frozen, inputs.outputs.features
-        old = influence(features, frozen["old_head"], inputs.classes, inputs.num_seen)
+        old = influence(features, frozen["old_head"], inputs.classes, num_seen=inputs.num_seen)
         cross_entropy = inputs.cross_entropy()
         terms = {"cross_entropy": cross_entropy, "influence": old}
         return cross_entropy + frozen["weight"] * old, terms

@@ -17,6 +17,7 @@ def refine(
     new: jax.Array,
     old: jax.Array,
     labels: jax.Array,
+    *,
     smoothing: float = 0.9,
     temperature: float = 0.05,
 ) -> jax.Array:
@@ -94,7 +95,7 @@ def unibct(
     def loss(inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
         frozen, taught = inputs.frozen, inputs.taught
         head = losses.normalize(taught["prototypes"]).T
-        old = influence(inputs.outputs.features, head, inputs.classes, inputs.num_seen)
+        old = influence(inputs.outputs.features, head, inputs.classes, num_seen=inputs.num_seen)
         begun = jnp.where(taught["step"] >= frozen["begin"], frozen["weight"], 0.0)
         cross_entropy = inputs.cross_entropy()
         terms = {"cross_entropy": cross_entropy, "influence": old}
@@ -109,8 +110,8 @@ def unibct(
             inputs.outputs.features,
             inputs.taught["features"],
             inputs.classes,
-            smoothing,
-            temperature,
+            smoothing=smoothing,
+            temperature=temperature,
         )
         member = jax.nn.one_hot(inputs.classes, len(prototypes), axis=0)
         count = member.sum(-1, keepdims=True)

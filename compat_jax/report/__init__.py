@@ -1,6 +1,6 @@
 """Results as text, JSON, CSV and pictures, and a page that shows them all."""
 
-from compat_jax.report.findings import Findings, collect
+from compat_jax.report.findings import Findings, collect, titles
 from compat_jax.report.matrices import (
     accuracy_curves,
     check_writable,
@@ -11,6 +11,7 @@ from compat_jax.report.matrices import (
     write,
 )
 from compat_jax.report.page import write_page
+from compat_jax.report.wall import wall
 
 __all__ = [
     "Findings",
@@ -21,6 +22,8 @@ __all__ = [
     "heat_maps",
     "sentence",
     "table",
+    "titles",
+    "wall",
     "write",
     "write_page",
 ]

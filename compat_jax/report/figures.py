@@ -42,11 +42,19 @@ def backfill_curves(chains: Sequence[Findings], order: str = "random") -> "Figur
     return drawn
 
 
-def flips_by_class(chain: Findings) -> "Figure":
+def reach_of_flips(chains: Sequence[Findings]) -> tuple[float, float]:
+    """Return the limits, per cent, between which the flips of all chains can be drawn."""
+    rows = [row for chain in chains for row in class_flips(chain)]
+    lost, gained = (max((row[key] for row in rows), default=0) for key in ("lost", "gained"))
+    return -105 * max(lost, 0.01), 105 * max(gained, 0.01)
+
+
+def flips_by_class(chain: Findings, reach: tuple[float, float] | None = None) -> "Figure":
     """Draw what each class's queries gain and lose in the oldest gallery by the newest version.
 
     Args:
       chain: with at least two versions whose features have one size.
+      reach: limits of the axis, so that pictures side by side compare; those of the chain by default.
     """
     rows = class_flips(chain)
     if len(rows) > MAX_BARS:
@@ -55,12 +63,14 @@ def flips_by_class(chain: Findings) -> "Figure":
     axis = drawn.subplots()
     places = np.arange(len(rows))[::-1]
     gains, losses = (np.array([100 * row[key] for row in rows]) for key in ("gained", "lost"))
+    edge: dict[str, Any] = {"edgecolor": "white", "lw": 0}
     axis.barh(places, gains, color=style.GOOD, label="now right", height=0.74)
-    axis.barh(places, -losses, color=style.BAD, label="now wrong", height=0.74, hatch="///")
+    axis.barh(places, -losses, color=style.BAD, label="now wrong", height=0.74, hatch="///", **edge)
     axis.axvline(0, color=style.INK, lw=0.8)
     names = [style.plain(str(row["class"])[:18]) for row in rows]
     axis.set_yticks(places, names, fontsize=9)
     axis.set_ylim(-0.6, len(rows) - 0.4)
+    axis.set_xlim(reach or reach_of_flips([chain]))
     axis.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
     axis.set_xlabel("% of the class's queries that changed")
     axis.set_title(style.plain(chain.name), fontsize=11, loc="left")
@@ -85,7 +95,7 @@ def class_flips(chain: Findings) -> list[dict[str, Any]]:
     names = dict(enumerate(result.class_names))
     rows: list[dict[str, Any]] = [
         {
-            "class": names.get(c, str(c)),
+            "class": names.get(int(c), str(c)),
             "queries": int(counts[c]),
             "gained": float(gained[c]),
             "lost": float(lost[c]),
@@ -104,7 +114,7 @@ def turns_since_first(chains: Sequence[Findings]) -> "Figure":
     """
     drawn = style.figure((style.WIDTH, 4.3))
     axis = drawn.subplots()
-    entries: dict[str, dict[str, object]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     for number, chain in enumerate(chains):
         look = style.line(number)
         steps = np.arange(len(chain.turns))

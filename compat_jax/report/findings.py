@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -225,10 +226,26 @@ class _Versions:
             backfill(queries, Gallery(old, new, labels), order=order, metric=metric)
             for order in ORDERS
         )
-        notes = ()
+        notes: tuple[str, ...] = ()
         if len(rows) < len(asking):
             notes = (f"Backfill and answers: a sample of {len(rows)} of {len(asking)} queries.",)
         return curves, _answers(queries, rows, old, labels=labels), notes
+
+
+def titles(chains: Sequence[Chain]) -> list[str]:
+    """Name chains by their methods; chains of one method by their folders as well.
+
+    Args:
+      chains: with a version each.
+    """
+    plain = [methods.title(chain.record(-1).method) for chain in chains]
+    found = plain
+    for place in ([chain.path.parent.name for chain in chains], [str(c.path) for c in chains]):
+        found = [
+            f"{title} ({place[n]})" if found.count(found[n]) > 1 else found[n]
+            for n, title in enumerate(plain)
+        ]
+    return found
 
 
 def sampled(count: int) -> np.ndarray:
@@ -277,10 +294,9 @@ def _geometry(record: Record, data: Dataset, features, *, means) -> Geometry:
     known = np.flatnonzero([name in register for name in names])
     if not len(known):
         return Geometry(collapse, float("nan"))
-    numbers = np.array([register.number(names[c]) for c in known], np.int32)
-    rows = np.asarray(record.head.targets(numbers))  # type: ignore[arg-type]
+    rows = record.head.targets(jnp.array([register.number(names[c]) for c in known], jnp.int32))
     unit = means[known] / np.linalg.norm(means[known], axis=1, keepdims=True)
-    cosines = np.asarray(simplex.label_logit(unit.astype(np.float32), rows))
+    cosines = np.asarray(simplex.label_logit(jnp.asarray(unit, jnp.float32), rows))
     return Geometry(collapse, float(np.degrees(np.arccos(np.clip(cosines, -1, 1))).mean()))
 
 

@@ -167,8 +167,8 @@ def _label(axis, title, result):
     aa = f"AA {100 * result.average_accuracy:.1f}"
     axis.set_title(f"{style.plain(title)}\n{ac}, {aa}", fontsize=11, loc="left")
     bad = np.tri(size, k=-1, dtype=bool) & ~compatibility.compatible_pairs(result.matrix) & ~noise
-    marks = ((bad, INCOMPATIBLE, style.BAD, "x  not compatible"),)
-    marks += ((noise, NOISE, style.MUTED, "~  within noise"),)
+    marks = [(bad, INCOMPATIBLE, style.BAD, "x  not compatible")]
+    marks.append((noise, NOISE, style.MUTED, "~  within noise"))
     handles = [
         Patch(facecolor="white", edgecolor=colour, hatch=hatch, lw=0, label=text)
         for cells, hatch, colour, text in marks
@@ -202,10 +202,13 @@ def compatibility_curves(results: Mapping[str, Evaluation]) -> "Figure":
 
 
 def _curves(results, values_of, *, bands):
+    """A curve per method of what `values_of` makes of a matrix; `bands` are those of AA."""
     figure = style.figure((style.WIDTH, 3.9))
     axis = figure.subplots()
     for number, (name, result) in enumerate(results.items()):
         curve = 100 * np.asarray(values_of(result.matrix))
+        if not bands:
+            curve[0] = np.nan  # one version alone is compatible with nothing
         steps = np.arange(len(curve))
         look = style.line(number)
         axis.plot(steps, curve, label=style.plain(methods.title(name)), **look)

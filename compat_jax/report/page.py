@@ -67,6 +67,7 @@ footer { margin-top: 48px; border-top: 1px solid var(--line); padding-top: 12px;
   body { padding: 0 14px 40px; font-size: 15px; }
   h1 { font-size: 24px; margin-top: 22px; }
   h2 { margin-top: 34px; }
+  td:first-child { white-space: normal; min-width: 8em; max-width: 9em; }
 }
 @media print { nav { display: none; } figure { break-inside: avoid; } }
 </style>
@@ -170,7 +171,7 @@ def _anchor(name: str) -> str:
 
 
 def _paragraph(*sentences: str, muted: bool = False) -> str:
-    text = html.escape(" ".join(filter(None, sentences)))
+    text = html.escape(" ".join(filter(None, sentences))).replace(" %", "&nbsp;%")
     kind = ' class="muted"' if muted else ""
     return f"<p{kind}>{text}</p>" if text else ""
 
@@ -213,7 +214,10 @@ def _overview(chains, files):
     for chain in chains:
         sentence = chain.main.sentence(chain.name) or f"{chain.name}: {chain.main.meaning()}"
         says.append(_paragraph(sentence))
-    table = files.table("averages", tables.averages(chains))
+    averages = tables.averages(chains)
+    table = files.table("averages", averages)
+    if len(chains[0].evaluations) == 1:  # its name is in the subtitle
+        table = averages.without("metric").html()
     explained = _paragraph(
         "AA: mean of all cells of the matrix. AC: share of pairs in which the newer version's queries "
         "do better on the older version's gallery than the older version's own. From and to: 95 % "
@@ -305,7 +309,7 @@ def _notes(chains):
 
 
 def _flips(chains, files):
-    pictures = []
+    pictures, reach = [], figures.reach_of_flips(chains)
     for number, chain in enumerate(chains):
         rows = figures.class_flips(chain)
         if not rows:
@@ -313,7 +317,7 @@ def _flips(chains, files):
         some = f", {figures.MAX_BARS} of {len(rows)}" if len(rows) > figures.MAX_BARS else ""
         caption = f"Classes by gain{some}; the last lose most."
         says = f"Gains and losses of each class, {chain.name}"
-        drawn = figures.flips_by_class(chain)
+        drawn = figures.flips_by_class(chain, reach)
         stem = _stem(number, chain)
         picture = files.picture(f"{stem}-flips", drawn, says, caption)
         table = files.table(f"{stem}-flips", tables.classes(chain))

@@ -5,7 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # imported where it draws: every program imports this module, few draw
     from matplotlib.axes import Axes
@@ -15,11 +15,11 @@ if TYPE_CHECKING:  # imported where it draws: every program imports this module,
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = ("o", "^", "D", "v", "P", "X", "<")
 GOOD, BAD, INK, MUTED, PALE = "#0072B2", "#D55E00", "#1b1f24", "#57606a", "#d8dee4"
-WIDTH = 5.2  # inches of a picture that fills a column of the page, and a phone
-_DOTS_PER_INCH = 144
+WIDTH = 4.6  # inches of a picture that fills a column of the page, and a phone
+_DOTS_PER_INCH = 160
 
 
-def line(number: int) -> dict[str, object]:
+def line(number: int) -> dict[str, Any]:
     """Return colour and mark of a chain's line.
 
     Args:
@@ -40,7 +40,7 @@ def figure(inches: tuple[float, float]) -> "Figure":
     return Figure(figsize=inches, layout="constrained")
 
 
-def tidy(axis: "Axes", grid: str | None = None) -> None:
+def tidy(axis: "Axes", grid: Literal["x", "y", "both"] | None = None) -> None:
     """Take away what carries no number: the frame at the top and at the right.
 
     Args:
@@ -65,7 +65,7 @@ def version_axis(axis: "Axes", tasks: Sequence[str]) -> None:
     axis.set_xticks(range(0, len(tasks), step), [plain(task) for task in tasks[::step]])
 
 
-def legend(drawn: "Figure", entries: Mapping[str, Mapping[str, object]]) -> None:
+def legend(drawn: "Figure", entries: Mapping[str, Mapping[str, Any]]) -> None:
     """Put a legend of lines below a figure.
 
     Args:

@@ -16,6 +16,7 @@ from compat_jax.evaluation import Evaluation, across_replacements
 from compat_jax.report.figures import class_flips, task_starts
 from compat_jax.report.findings import Findings
 
+_NOTHING = float("nan")
 _LONG = 40  # characters of a text that is broken into lines
 Show = Callable[[Any], str]
 
@@ -58,6 +59,12 @@ class Table:
     rows: Sequence[Sequence[Any]]
     strong: frozenset[int] = frozenset()
 
+    def without(self, name: str) -> "Table":
+        """Leave a column out."""
+        kept = [n for n, column in enumerate(self.columns) if column.name != name]
+        rows = [tuple(row[n] for n in kept) for row in self.rows]
+        return Table(tuple(self.columns[n] for n in kept), rows, self.strong)
+
     def csv(self) -> str:
         """Write it as CSV: shares in 0..1, empty where there is no number."""
         text = io.StringIO()
@@ -75,7 +82,8 @@ class Table:
         lines = ['<div class="scroll"><table><thead><tr>']
         kinds = ["" if column.show is None else ' class="n"' for column in self.columns]
         for column, kind in zip(self.columns, kinds, strict=True):
-            lines.append(f'<th scope="col"{kind}>{html.escape(column.name)}</th>')
+            name = html.escape(column.name).replace(", ", ",&nbsp;")
+            lines.append(f'<th scope="col"{kind}>{name}</th>')
         lines.append("</tr></thead><tbody>")
         for number, row in enumerate(self.rows):
             lines.append('<tr class="strong">' if number in self.strong else "<tr>")
@@ -93,54 +101,57 @@ def averages(chains: Sequence[Findings]) -> Table:
     columns = (
         Column("chain"),
         Column("metric"),
-        Column("versions", count),
         Column("AA, %", percent),
-        Column("from", percent),
-        Column("to", percent),
+        Column("AA from", percent),
+        Column("AA to", percent),
         Column("AC", share),
-        Column("from", share),
-        Column("to", share),
-        Column("pairs", count),
+        Column("AC from", share),
+        Column("AC to", share),
         Column("within noise", count),
+        Column("of pairs", count),
+        Column("across replacements, %", percent),
         Column("BC, points", signed),
         Column("FC, points", signed),
-        Column("across replacements, %", percent),
+        Column("versions", count),
     )
     rows = []
     metrics = list(dict.fromkeys(name for chain in chains for name in chain.evaluations))
     for metric in metrics:
         found = [(c.name, c.evaluations[metric]) for c in chains if metric in c.evaluations]
         for name, result in sorted(found, key=lambda pair: -pair[1].average_accuracy):
-            rows.append((name, metric, *_averages(result)))
+            rows.append(
+                (name, metric, *_accuracy(result), *_compatibility(result), len(result.tasks))
+            )
     return Table(columns, rows)
 
 
-def _averages(result: Evaluation):
-    size, nothing = len(result.matrix), (float("nan"),) * 2
-    several = size > 1
-    intervals = result.intervals
+def _accuracy(result: Evaluation):
+    ends = (_NOTHING,) * 2 if result.intervals is None else result.intervals.average_accuracy
+    return (result.average_accuracy, *map(float, ends))
+
+
+def _compatibility(result: Evaluation):
+    """AC and what it rests on; no numbers for one version, which has no pair."""
+    pairs = len(result.matrix) * (len(result.matrix) - 1) // 2
+    if not pairs:
+        return (*(_NOTHING,) * 4, 0, *(_NOTHING,) * 3)
     crossed = across_replacements(result.matrix, result.replaced)
+    doubt = (_NOTHING,) * 3
+    if result.intervals is not None:
+        doubt = (*result.intervals.average_compatibility, int(result.within_noise.sum()))
     return (
-        size,
-        result.average_accuracy,
-        *(nothing if intervals is None else map(float, intervals.average_accuracy)),
-        result.average_compatibility if several else float("nan"),
-        *(
-            nothing
-            if intervals is None or not several
-            else map(float, intervals.average_compatibility)
-        ),
-        size * (size - 1) // 2,
-        float("nan") if intervals is None else int(result.within_noise.sum()),
-        compatibility.backward_compatibility(result.matrix) if several else float("nan"),
-        compatibility.forward_compatibility(result.matrix) if several else float("nan"),
-        float(crossed.mean()) if len(crossed) else float("nan"),
+        result.average_compatibility,
+        *doubt,
+        pairs,
+        float(crossed.mean()) if len(crossed) else _NOTHING,
+        compatibility.backward_compatibility(result.matrix),
+        compatibility.forward_compatibility(result.matrix),
     )
 
 
 def matrix(result: Evaluation) -> Table:
     """A matrix: rows = query version, columns = gallery version; marked as in `Evaluation.table`."""
-    columns = [Column("query \\ gallery")]
+    columns = [Column("query \\ gallery", count)]
     columns += [Column(task, percent) for task in result.tasks]
     rows = []
     for t, row in enumerate(result.matrix):
@@ -245,7 +256,7 @@ def geometry(chains: Sequence[Findings]) -> Table:
     rows = []
     for chain in chains:
         for t, place in enumerate(chain.geometry):
-            since, before = (float(chain.turns[t, k]) if t else float("nan") for k in (0, t - 1))
+            since, before = (float(chain.turns[t, k]) if t else _NOTHING for k in (0, t - 1))
             turned = (since, float(chain.others[t]), before)
             found = place.collapse
             nc = (found.angle, found.within_class, found.maximal_angles) if found else (None,) * 3
@@ -270,7 +281,7 @@ def training(chains: Sequence[Findings]) -> Table:
         if lines:
             last, starts = lines[-1], task_starts(chain.log)
             steps = starts[last["task"]] + last["step"]
-            figures = (last.get("loss", float("nan")), last.get("accuracy", float("nan")))
+            figures = (last.get("loss", _NOTHING), last.get("accuracy", _NOTHING))
             rows.append((chain.name, len(starts), steps, *figures))
     return Table(columns, rows)
 
@@ -338,13 +349,15 @@ def scored_matrix_cells(result: Evaluation) -> Table:
     )
     nothing = (float("nan"),) * 2
     rows = []
-    for t, k in zip(*np.tril_indices(len(result.matrix)), strict=True):
+    for t, k in np.argwhere(np.tri(len(result.matrix), dtype=bool)).tolist():
         value, own = float(result.matrix[t, k]), float(result.matrix[k, k])
         cell, difference = nothing, nothing
         if result.intervals is not None:
-            cell = tuple(float(end[t, k]) for end in result.intervals.cells)
-            difference = tuple(float(end[t, k]) for end in result.intervals.differences)
+            cell, difference = (
+                (float(ends.low[t, k]), float(ends.high[t, k]))
+                for ends in (result.intervals.cells, result.intervals.differences)
+            )
         verdict = verdict_of(result, t, k) if k < t else "own gallery"
         place = (result.tasks[t], result.tasks[k])
         rows.append((*place, value, *cell, value - own, *difference, verdict))
-    return Table(tuple(map(Column, (*names, "verdict"))), rows)
+    return Table(tuple(map(Column, names)), rows)

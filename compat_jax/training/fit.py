@@ -326,7 +326,7 @@ class _Course:
         self.watch.validated(step, self.results)
         if self.judge is not None:
             score, best = self.results[self.judge], self.best_results.get(self.judge, -1.0)
-            if hosts.broadcast(score > best):
+            if hosts.broadcast(score >= best):
                 variables = self.trainer.stored(state.variables)
                 self.fit.workdir.checkpointer.save_best(self.task.index, step, variables)
                 self.best, self.best_results = step, self.results

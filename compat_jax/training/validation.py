@@ -238,7 +238,8 @@ def validation_identity(
 def previous_version(task: Task, chain: Chain) -> Version | None:
     """Return the version whose gallery the task's version will be searched in; None for a first one.
 
-    A model that replaces another is compared with the version before, not with what it starts from.
+    A model that replaces another, or starts anew, is compared with the version before, not with what
+    it starts from.
 
     Args:
       task: the task.
@@ -247,7 +248,7 @@ def previous_version(task: Task, chain: Chain) -> Version | None:
     previous = task.start
     if task.kind == "pretraining":
         return None
-    if task.kind == "replacement":
+    if task.kind == "replacement" or task.start is None:
         before = [number for number in chain.numbers() if number < task.index]
         previous = chain.open(before[-1]) if before else None
     return previous

@@ -1,0 +1,135 @@
+"""Run a grid of configurations, and print mean and spread of what comes out.
+
+  python -m launch.sweep --config=configs/glyphs.py:replace=false --workdir=runs/sweep \\
+      --grid='method=hoc,er;seed=0,1,2'
+  python -m launch.sweep --config=configs/glyphs.py --workdir=runs/rates \\
+      --grid='method=hoc,er;optim.lr=0.01,0.03' --pretrained='runs/models-{method}/chain'
+
+A name of the grid is an argument of the configuration file (method, seed, ...) or a field of the
+configuration (optim.lr, tasks.rehearsal, ...). Every cell is a run in WORKDIR/CELL, trained and
+evaluated in this one process, so that cells of one shape share their compiled programs; its result is a
+line of WORKDIR/results.jsonl. Killed at any time, run the same command to resume; more values may be
+added later.
+"""
+
+import ast
+import importlib.util
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from compat_jax.errors import UserError
+from launch import _cli as cli
+
+flags.DEFINE_string("config", None, "FILE.py:key=value,... that all cells share")
+flags.DEFINE_string("grid", None, "NAME=VALUE,VALUE;NAME=..., the last name varies fastest")
+flags.DEFINE_string("workdir", None, "folder of the sweep")
+flags.DEFINE_string(
+    "pretrained", "", "chain of replacement models; {method} and other names are filled in"
+)
+flags.DEFINE_list("metric", ["identification"], "see launch.evaluate; several by commas")
+flags.DEFINE_list("over", ["seed"], "names to average over in the table")
+flags.DEFINE_bool("progress", True, "show progress bars")
+
+
+def main(_) -> None:
+    """Parse, run what is missing, print the table."""
+    args = flags.FLAGS
+    file = cli.require("config", "configs/glyphs.py")
+    text, workdir = (
+        cli.require("grid", "method=hoc,er;seed=0,1,2"),
+        cli.require("workdir", "runs/sweep"),
+    )
+    cli.start_jax()
+    from compat_jax import config as configs
+    from compat_jax import experiment, metrics, sweep
+    from compat_jax.files import absolute
+
+    for name in args.metric:
+        metrics.get(name)
+    cells, folder, stop = sweep.grid(text), absolute(workdir), cli.StopSignal()
+    made = {
+        cell.name: _config(file, cell, args.pretrained) for cell in cells
+    }  # all, before any work
+    for config in made.values():
+        configs.run_of(config)
+    results = sweep.Results(folder / "results.jsonl")
+    for number, cell in enumerate(cells):
+        if results.has(cell):
+            continue
+        print(f"cell {number + 1} of {len(cells)}: {cell.name}")
+        config, place = made[cell.name], folder / cell.name
+        session = configs.session_of(config, stop, progress=args.progress)
+        done = experiment.train(config, place, session)
+        chain = getattr(done, "chain", done)
+        found = experiment.evaluate(chain, config=config, metrics=args.metric, session=session)
+        results.add(cell, _numbers(found), chain=str(chain.path))
+    own = [entry for entry in results if entry["cell"] in [dict(c.values) for c in cells]]
+    print(sweep.table(own, args.over))
+
+
+def _numbers(found) -> dict[str, Any]:
+    """AC and AA of every metric."""
+    numbers = {}
+    for name, result in found.items():
+        prefix = "" if len(found) == 1 else f"{name} "
+        numbers[f"{prefix}AC"] = result.average_compatibility
+        numbers[f"{prefix}AA"] = result.average_accuracy
+    return {k: None if v != v else float(v) for k, v in numbers.items()}
+
+
+def _config(file: str, cell, pretrained: str) -> ConfigDict:
+    """The configuration of a cell: names that the file does not take are fields."""
+    path, _, shared = file.partition(":")
+    get_config = _module(path).get_config
+    arguments = [shared] if shared else []
+    fields = {}
+    for name, value in cell.values.items():
+        if "." not in name and _takes(get_config, f"{name}={value}"):
+            arguments.append(f"{name}={value}")
+        else:
+            fields[name] = _literal(value)
+    config = get_config(",".join(arguments))
+    if pretrained:
+        fields["pretrained"] = pretrained.format(**cell.values)
+    for name, value in fields.items():
+        try:
+            config.update_from_flattened_dict({name: value})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{name}={value!r} of the grid: {str(error)[:200]}", "grid") from error
+    return config
+
+
+def _takes(get_config, argument) -> bool:
+    try:
+        get_config(argument)
+    except UserError as error:
+        if "unknown argument of the configuration" in str(error):
+            return False
+        raise
+    return True
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def _module(path: str):
+    spec = importlib.util.spec_from_file_location("sweep_config", path)
+    if spec is None or spec.loader is None:
+        raise UserError(
+            f"no configuration file {path!r}: configs/ has some to start from", "config"
+        )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path} has no get_config(): configs/ has some to start from", "config")
+    return module
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)

@@ -1,0 +1,95 @@
+"""A grid of runs: cells, results that resume, a table of means and spreads."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import tiny
+
+from compat_jax.errors import UserError
+from compat_jax.files import absolute
+from compat_jax.sweep import Cell, Results, grid, table
+
+
+def test_the_last_name_varies_fastest():
+    cells = grid("method=hoc,er; seed=0,1")
+    assert [c.name for c in cells] == [
+        "method=hoc,seed=0",
+        "method=hoc,seed=1",
+        "method=er,seed=0",
+        "method=er,seed=1",
+    ]
+
+
+def test_commas_within_brackets_are_part_of_a_value():
+    assert [c.values for c in grid("tasks.replace_at=(0, 2),()")] == [
+        {"tasks.replace_at": "(0, 2)"},
+        {"tasks.replace_at": "()"},
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "method", "method=", "=hoc", "seed=0;seed=1"])
+def test_a_grid_of_another_form_is_refused(text):
+    with pytest.raises(UserError) as caught:
+        grid(text)
+    assert caught.value.argument == "grid"
+
+
+def test_folders_have_names_that_any_system_takes():
+    (cell,) = grid("pretrained=gs://a/b*c;x=" + "y" * 300)
+    assert len(cell.name) < 120 and re.fullmatch(r"[\w=,.() -]+", cell.name)
+    assert cell.name != grid("pretrained=gs://a/b*d;x=" + "y" * 300)[0].name
+
+
+def test_results_resume(tmp_path):
+    results = Results(absolute(tmp_path / "results.jsonl"))
+    cell = Cell({"method": "hoc", "seed": "0"})
+    assert not results.has(cell) and list(results) == []
+    results.add(cell, {"AC": 0.5}, chain="/c")
+    assert results.has(cell) and not results.has(Cell({"method": "hoc", "seed": "1"}))
+    assert next(iter(results))["chain"] == "/c"
+    with results.path.open("a") as file:
+        file.write('{"cell": 3')
+    with pytest.raises(UserError, match=r"line 2 of .*results\.jsonl is broken"):
+        list(results)
+
+
+def test_the_table_has_mean_and_sample_deviation():
+    ac = {"hoc": [0.5, 0.6, 0.9], "er": [0.1]}
+    entries = [
+        {"cell": {"method": m, "epochs": "8", "seed": str(s)}, "metrics": {"AC": a, "AA": None}}
+        for m, values in ac.items()
+        for s, a in enumerate(values)
+    ]
+    mean, spread = np.mean(ac["hoc"]), np.std(ac["hoc"], ddof=1)
+    head, hoc, er = table(entries).splitlines()
+    assert head.split() == ["method", "runs", "AC", "AA"]  # epochs are the same everywhere
+    assert hoc.split() == ["hoc", "3", f"{mean:.3f}", "±", f"{spread:.3f}", "-"]
+    assert er.split() == ["er", "1", "0.100", "-"]
+    assert table([]) == "no cell has a result yet"
+
+
+@pytest.mark.slow
+def test_the_command_resumes_and_prints_the_table(tmp_path):
+    fields = {**tiny.TRAIN, "epochs": 1, "backbone.name": "flat"}
+    del fields["backbone.arguments"]
+    shared = ";".join(f"{k}={v}" for k, v in fields.items())
+    call = (
+        "sweep",
+        "--config=configs/glyphs.py:replace=false",
+        f"--workdir={tmp_path}",
+        "--noprogress",
+        f"--grid=method=hoc,er;seed=0,1;{shared}",
+    )
+    code, out, err = tiny.call(*call, flat=True)
+    assert code == 0, err
+    assert out.count("cell ") == 4 and out.splitlines()[-3].split()[:2] == ["method", "runs"]
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert len(lines) == 4 and set(json.loads(lines[0])["metrics"]) == {"AC", "AA"}
+    again = tiny.call(*call, flat=True)
+    assert (
+        again[0] == 0
+        and "cell " not in again[1]
+        and again[1].splitlines()[-3:] == out.splitlines()[-3:]
+    )
