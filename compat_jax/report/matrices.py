@@ -131,7 +131,7 @@ def _heat_map(axis: "Axes", title: str, result: Evaluation, *, annotate: bool):
                 _hatch(axis, (k, t), INCOMPATIBLE, "#ffb27a" if dark else style.BAD)
             if annotate:
                 _number(axis, (k, t), f"{percent[t, k]:.0f}{mark}", image)
-    _label(axis, title, result)
+    _label(axis, title, result, annotate=annotate)
     return image
 
 
@@ -149,7 +149,7 @@ def _number(axis, cell, text, image):
     axis.text(*cell, text, ha="center", va="center", color=colour, bbox=box)
 
 
-def _label(axis, title, result):
+def _label(axis, title, result, *, annotate):
     """Ticks, titles, and a legend of the marks that occur."""
     from matplotlib.patches import Patch
 
@@ -167,8 +167,9 @@ def _label(axis, title, result):
     aa = f"AA {100 * result.average_accuracy:.1f}"
     axis.set_title(f"{style.plain(title)}\n{ac}, {aa}", fontsize=11, loc="left")
     bad = np.tri(size, k=-1, dtype=bool) & ~compatibility.compatible_pairs(result.matrix) & ~noise
-    marks = [(bad, INCOMPATIBLE, style.BAD, "x  not compatible")]
-    marks.append((noise, NOISE, style.MUTED, "~  within noise"))
+    sign_x, sign_noise = ("x  ", "~  ") if annotate else ("", "")
+    marks = [(bad, INCOMPATIBLE, style.BAD, f"{sign_x}not compatible")]
+    marks.append((noise, NOISE, style.MUTED, f"{sign_noise}within noise"))
     handles = [
         Patch(facecolor="white", edgecolor=colour, hatch=hatch, lw=0, label=text)
         for cells, hatch, colour, text in marks
@@ -203,7 +204,7 @@ def compatibility_curves(results: Mapping[str, Evaluation]) -> "Figure":
 
 def _curves(results, values_of, *, bands):
     """A curve per method of what `values_of` makes of a matrix; `bands` are those of AA."""
-    figure = style.figure((style.WIDTH, 3.9))
+    figure, entries = style.figure((style.WIDTH, 4.1)), {}
     axis = figure.subplots()
     for number, (name, result) in enumerate(results.items()):
         curve = 100 * np.asarray(values_of(result.matrix))
@@ -211,7 +212,8 @@ def _curves(results, values_of, *, bands):
             curve[0] = np.nan  # one version alone is compatible with nothing
         steps = np.arange(len(curve))
         look = style.line(number)
-        axis.plot(steps, curve, label=style.plain(methods.title(name)), **look)
+        axis.plot(steps, curve, **look)
+        entries[methods.title(name)] = look
         if bands and result.intervals is not None:
             ends = [100 * x for x in result.intervals.average_accuracy_per_step]
             axis.fill_between(steps, *ends, color=look["color"], alpha=0.18, lw=0)
@@ -222,5 +224,5 @@ def _curves(results, values_of, *, bands):
     ringed = " (ring: model replaced)" if any(any(r.replaced) for r in results.values()) else ""
     axis.set_xlabel(f"version{ringed}")
     style.tidy(axis, grid="y")
-    axis.legend(frameon=False)
+    style.legend(figure, entries)
     return figure, axis

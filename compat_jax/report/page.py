@@ -355,7 +355,11 @@ def _drift(chains, files):
 def _training(chains, files):
     if not any(figures.is_number(line.get("loss")) for c in chains for line in c.log):
         return "Training", ""
-    text = _paragraph("From the logs of the runs. Losses of different methods do not compare.")
+    text = _paragraph(
+        "From the logs of the runs. Losses of different methods do not compare. Accuracy: the share of "
+        "training images whose class scores highest; with a fixed simplex, among all its prototypes, "
+        "those of pre-training included."
+    )
     pictures = [
         files.picture(f"training-{key}", figures.training_curves(chains, key), f"{key} by step")
         for key in ("loss", "accuracy")
