@@ -311,6 +311,7 @@ def flat_chain(folder, method, config):
     return str(chain.path)
 
 
+@pytest.mark.slow
 def test_the_program_writes_the_page(tmp_path):
     config = tiny.config()
     paths = [flat_chain(tmp_path, method, config) for method in ("hoc", "sce")]

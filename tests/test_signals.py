@@ -76,8 +76,8 @@ from launch import _cli
 stop = _cli.StopSignal()
 if sys.argv[1] == "asked":
     stop()
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", int(float(sys.argv[2])))
 except KeyboardInterrupt:
     raise SystemExit(9)

@@ -4,12 +4,14 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import tiny
 from PIL import Image
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "tour.ipynb"
 
 
+@pytest.mark.slow
 def test_the_tour_runs_every_cell_of_the_notebook(tmp_path):
     code, text, error = tiny.call("tour", f"--out={tmp_path}")
     assert (code, error) == (0, ""), error

@@ -43,7 +43,8 @@ class Run:
       seed: of everything random.
       dtype: of the computation, "float32" or "bfloat16"; parameters are float32.
       keep: which weights of a task become the version: those of the last step, or those of the best
-        validation by accuracy, by recall@1, or by recall@1 in the gallery of the version before.
+        validation by accuracy, by recall@1, or by recall@1 in the gallery of the version before (the
+        last of equally good ones).
 
     Raises:
       UserError: unknown name, or a number out of range.
