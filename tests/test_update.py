@@ -291,6 +291,14 @@ def test_open_set_classes_are_never_trained_on(tmp_path):
     assert "Open set: no version was trained on the 4 classes" in str(result)
 
 
+def test_a_picture_of_a_table_that_is_gone_is_named(tmp_path):
+    drawn_photos.draw(tmp_path / "photos", FRUIT, 3)
+    lines = [f"photos/{n}/{f.name},{n}" for n in FRUIT for f in (tmp_path / "photos" / n).iterdir()]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *lines, "photos/gone.jpg,pear"]))
+    with pytest.raises(UserError, match=r"gone\.jpg is not there: put it back"):
+        month(tmp_path / "list.csv", tmp_path / "work")
+
+
 def test_a_table_may_say_the_parts(tmp_path):
     drawn_photos.draw(tmp_path / "photos", FRUIT, 8)
     lines = ["path,label,split"]

@@ -12,17 +12,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
+from etils import epath
 
 from compat_jax.data import listing, reading
 from compat_jax.data.class_register import Register
 from compat_jax.data.dataset import Dataset
 from compat_jax.data.ledger import LEDGER, NOT_LEARNT, PARTS, Ledger, Row, Splits
 from compat_jax.data.listing import Picture
-from compat_jax.data.pictures import FILTERS, RESIZES, Preparation
+from compat_jax.data.pictures import FILTERS, RESIZES, Preparation, missing
 from compat_jax.data.tasks import memory_indices
 from compat_jax.errors import UserError, unknown
 from compat_jax.fields import Rule, check_fields
-from compat_jax.files import absolute
+from compat_jax.files import absolute, in_bucket
 from compat_jax.meter import Meter
 
 _OTHER_PARTS = {"val": "validation", "valid": "validation", "dev": "validation", "test": "query"}
@@ -136,7 +137,7 @@ class Photos:
         """
         if not isinstance(ledger, Ledger):
             ledger = Ledger.read(absolute(ledger) / LEDGER)
-        roles = {part: [r for r in ledger.part(part) if os.path.exists(r.path)] for part in PARTS}
+        roles = {part: [r for r in ledger.part(part) if is_there(r.path)] for part in PARTS}
         names = Register((), {}).extended({row.label for row in ledger}).names
         aliases = {other: name for other, name in self.aliases.items() if name in names}
         register = Register(names, aliases)
@@ -258,8 +259,8 @@ def to_learn(
       UserError: new pictures that vanished since they were assigned.
     """
     rows = [row for row in ledger.part("train") if row.version <= version]
-    there = [row for row in rows if os.path.exists(row.path)]
-    lost = [row for row in rows if row.version == version and not os.path.exists(row.path)]
+    there = [row for row in rows if is_there(row.path)]
+    lost = [row for row in rows if row.version == version and not is_there(row.path)]
     if lost and not everything:
         raise UserError(
             f"{len(lost)} pictures that version {version} is learning vanished, such as "
@@ -282,8 +283,7 @@ def _digested(
     known = ledger.known_files()
 
     def digested(picture):
-        found = os.stat(picture.path)
-        size, modified = found.st_size, found.st_mtime_ns
+        size, modified = _size_and_time(picture.path)
         row = known.get(picture.path)
         if row and (row.size, row.modified) == (size, modified):
             return row.digest, picture, size, modified
@@ -297,10 +297,33 @@ def _digested(
     return found
 
 
-def file_digest(path: str | os.PathLike[str]) -> str:
+def is_there(path: str) -> bool:
+    """Return whether a picture of the ledger is there, on a disk or in a bucket."""
+    if in_bucket(path):
+        return epath.Path(path).exists()
+    return bool(path) and os.path.exists(path)
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    """Bytes and time in ns of a file.
+
+    Raises:
+      BadPictures: there is none.
+    """
+    try:
+        if in_bucket(path):
+            found = epath.Path(path).stat()
+            return found.length, int(found.mtime * 1e9)
+        known = os.stat(path)
+        return known.st_size, known.st_mtime_ns
+    except FileNotFoundError as error:
+        raise missing(path) from error
+
+
+def file_digest(path: str) -> str:
     """Return the BLAKE2b-16 digest of a file, as a hexadecimal string."""
     digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
+    with epath.Path(path).open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

@@ -14,7 +14,7 @@ from compat_jax.chain import Chain, Record, Version
 from compat_jax.data.class_register import Register
 from compat_jax.data.dataset import Dataset
 from compat_jax.data.ledger import LEDGER, Ledger, Row
-from compat_jax.data.photos import News, Photos, refresh, to_learn
+from compat_jax.data.photos import News, Photos, is_there, refresh, to_learn
 from compat_jax.data.tasks import batch_plan
 from compat_jax.errors import Stopped, UserError
 from compat_jax.fields import check_types
@@ -364,7 +364,7 @@ def _validation(photos: Photos, month: _Month, session: Session) -> Dataset | No
     rows = [
         row
         for row in month.ledger.part("validation")
-        if row.label in month.grown and os.path.exists(row.path)
+        if row.label in month.grown and is_there(row.path)
     ]
     if not rows:
         return None
