@@ -31,7 +31,11 @@ _FREE = (
     *("validate_every", "log_every", "tensorboard"),
 )
 # Arguments of the library whose field has another name.
-_RENAMED = {"class_counts": "pretrain_classes", "backbone": "backbone.name"}
+_RENAMED = {
+    "class_counts": "pretrain_classes",
+    "backbone": "backbone.name",
+    "accept_changes": "continue_with_changes",
+}
 # Sections of a configuration, and what they become.
 _SECTIONS: Mapping[str, Any] = {"tasks": Tasks, "data": Preprocess}
 ROLES = ("train", "query", "gallery")

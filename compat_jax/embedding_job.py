@@ -52,7 +52,11 @@ class EmbeddingJob:
         shard: tuple[int, int] = (0, 1),
     ):
         if not files:
-            raise UserError("no pictures to embed: give a folder, a pattern or a table", "pictures")
+            raise UserError(
+                "no pictures to embed: give a folder, a pattern or a table that has some (new ones, if "
+                "others are to be skipped)",
+                "pictures",
+            )
         self.version, self.files, self.on_bad, self.part = version, list(files), on_bad, part
         self.out, self.shard = check_suffix(out), shard
         self.parts = self.out.parent / f".{self.out.name}.parts"

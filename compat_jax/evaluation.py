@@ -377,7 +377,7 @@ def features(
     def compute():
         found = embed(
             version,
-            data.images,
+            data,
             mesh=session.devices(),
             batch_size=session.batch_size,
             dtype=dtype,
@@ -388,6 +388,15 @@ def features(
     cache = _Cache(session.cache, f"{dtype} {data.fingerprint()}")
     made_of = [f"{version.sha256} {version.record}"]
     return cache.get(f"features{version.number:04d}", made_of, compute)[0]
+
+
+def _method(records: Sequence[Record]) -> str:
+    """The method of a chain: that of its last fine-tuned version, else of the last.
+
+    A version that puts a backbone onto the simplex is trained with cross-entropy, whatever the method.
+    """
+    tuned = [record.method for record in records if record.parent is not None]
+    return (tuned or [record.method for record in records] or [""])[-1]
 
 
 def same_pictures(query: Dataset, gallery: Dataset) -> np.ndarray | None:
@@ -485,7 +494,7 @@ class _Table:
             replaced=tuple(r.replaced_by is not None and t > 0 for t, r in enumerate(records)),
             incomparable=tuple(incomparable),
             unit=self.metric.unit,
-            method=records[-1].method if records else "",
+            method=_method(records),
             scores=scores,
             notes=tuple(notes),
             labels=self.query.labels,

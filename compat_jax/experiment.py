@@ -10,6 +10,7 @@ from typing import TypeAlias
 from ml_collections import ConfigDict
 
 from compat_jax import config as configs
+from compat_jax import hosts
 from compat_jax.chain import Chain, Version
 from compat_jax.data import Dataset, load
 from compat_jax.data.ledger import LEDGER, Ledger
@@ -79,6 +80,7 @@ def _update(config, photos: Photos, workdir, session) -> Update:
     run = configs.run_of(config)
     _check_early(run, session, workdir)
     start = load_start(config, run, photos)
+    _take_over_ledger(config, workdir)
     if start is not None:
         run = _with_images(run, start.record.mean, start.record.std)
     elif not configs.says_images(config):
@@ -93,6 +95,19 @@ def _update(config, photos: Photos, workdir, session) -> Update:
             session=session,
             config=configs.plain(config),
         )
+
+
+def _take_over_ledger(config: ConfigDict, workdir: Path) -> None:
+    """Let a new run on photos keep the parts that the run had whose version it starts from."""
+    path, _, number = str(configs.own_field(config, "start")).rpartition(":")
+    target = Workdir(workdir).path / LEDGER
+    if not path or target.exists():
+        return
+    chain = Chain(path)
+    source = chain.path.parent / LEDGER
+    if source.exists():
+        known = Ledger.read(source).learnt_before(chain.numbers()[int(number)])
+        hosts.on_first(lambda: known.write(target))
 
 
 def _with_images(run: Run, mean, std) -> Run:

@@ -136,6 +136,30 @@ def preparation_of(record: Any, given: Preparation | None) -> Preparation | None
     return Preparation.from_mapping(record.preparation) if record.preparation else None
 
 
+def rightly_prepared(pictures: Any, wanted: Preparation | None) -> Any:
+    """Return pictures, or their files where a data set prepared them in another way than a version.
+
+    Args:
+      pictures: see `Version.embed`.
+      wanted: how the version's pictures are prepared; None where nobody said.
+
+    Raises:
+      UserError: a data set of another size whose files are not known.
+    """
+    own = getattr(pictures, "preparation", None)
+    if own is None or wanted is None or own == wanted:
+        return pictures
+    if pictures.files is not None:
+        return list(pictures.files)
+    if own.size == wanted.size:
+        return pictures
+    raise UserError(
+        f"the pictures were brought to {own.size} px, the version was trained on {wanted.size} px: read "
+        f"them with size={wanted.size}",
+        "size",
+    )
+
+
 def _pictures(given: Any) -> Any:
     """An array of images, or an iterable of pictures."""
     given = getattr(given, "images", given)  # of a Dataset

@@ -17,14 +17,14 @@ class Meter:
 
     Args:
       label: what is counted; None shows nothing.
-      total: units in all.
+      total: units in all; 0 where nobody knows.
       units: name of the units.
       keep: leave the bar on the terminal at the end.
     """
 
     def __init__(self, label: str | None, total: int, *, units: str = "steps", keep: bool = True):
         self.label, self.total, self.units = label, total, units
-        self.done, self.note = 0, ""
+        self.done, self.note, self._said = 0, "", ""
         self._first, self._began, self._spoke = 0, time.monotonic(), time.monotonic()
         self._since = self._began  # from when on the speed is measured
         self._bar: Any = None
@@ -83,10 +83,14 @@ class Meter:
             return
         seconds, fresh = self._spoke - self._since, self.done - self._first
         left = (self.total - self.done) * seconds / fresh if fresh else 0.0
-        parts = [f"{self.label}: {self.done} of {self.total} {self.units}", self.note]
+        counted = f"{self.done} of {self.total}" if self.total else f"{self.done}"
+        parts = [f"{self.label}: {counted} {self.units}", self.note]
         if fresh and self.done < self.total:
             parts.append(f"about {duration(left)} left")
-        print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
+        line = ", ".join(filter(None, parts))
+        if line != self._said:  # the last line may have been due a moment before the end
+            print(line, file=sys.stderr, flush=True)
+        self._said = line
 
 
 def track(items: Sequence[T], label: str | None, units: str) -> Iterator[T]:

@@ -96,7 +96,7 @@ def _guarded(main, argv):
     except (UserError, OSError) as error:
         _fail(error)
     except Stopped as stopped:
-        print(f"{stopped or 'stopped'}; run the same command to resume", file=sys.stderr)
+        print(f"{str(stopped) or 'stopped'}; run the same command to resume", file=sys.stderr)
         sys.exit(RESUME)
     except KeyboardInterrupt:  # see `StopSignal`
         print("\nstopped before there was anything to save; run the same command", file=sys.stderr)

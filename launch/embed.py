@@ -3,7 +3,7 @@
   python -m launch.embed --chain=runs/shop/chain --pictures=photos/gallery --out=gallery.npz
   python -m launch.embed --chain=runs/shop/chain --version=0 --pictures='photos/*/*.jpg' \\
       --out=gs://bucket/gallery.parquet
-  python -m launch.embed --chain=runs/shop/chain --pictures=list.csv --out=gallery.npz
+  python -m launch.embed --chain=runs/shop/chain --pictures=photos --skip=gallery.npz --out=new.npz
 
 --pictures is a folder (of any depth), a pattern, a file, or a table (.csv, .tsv, .parquet) with a column
 path. The result holds float32[n, d] features of norm 1 and the path of each row. Parts are kept while it
@@ -20,6 +20,7 @@ flags.DEFINE_string("chain", None, "folder of the chain")
 flags.DEFINE_integer("version", -1, "number of the version; negative counts from the end")
 flags.DEFINE_string("pictures", None, "folder, pattern, file or table of the pictures")
 flags.DEFINE_string("out", None, "file to write: .npz or .parquet, local or in a bucket")
+flags.DEFINE_string("skip", None, "file of features whose pictures are left out: embed what is new")
 flags.DEFINE_string("shard", "0/1", "share of this host, I/N")
 flags.DEFINE_string("on_bad", "stop", "files that are no pictures: stop or skip")
 flags.DEFINE_integer("batch_size", 64, "pictures per batch", lower_bound=1)
@@ -39,12 +40,16 @@ def main(_) -> None:
     from compat_jax.chain import Chain
     from compat_jax.data.listing import TABLES, list_pictures, list_table
     from compat_jax.embedding_job import EmbeddingJob
+    from compat_jax.features_file import read_features
 
     cli.check_choice("dtype", args.dtype, sorted(models.DTYPES))
     if pictures.lower().endswith(TABLES):
         files = [picture.path for picture in list_table(pictures)]
     else:
         files = list_pictures(pictures)
+    if args.skip:
+        known = set(read_features(args.skip).paths)
+        files = [file for file in files if file not in known]
     version = Chain(path, args.backbone).require().open(args.version)
     job = EmbeddingJob(
         version, files, out, part=args.part, on_bad=args.on_bad, shard=cli.shard(args.shard)

@@ -74,7 +74,8 @@ def _numbers(found) -> dict[str, Any]:
     numbers = {}
     for name, result in found.items():
         prefix = "" if len(found) == 1 else f"{name} "
-        numbers[f"{prefix}AC"] = result.average_compatibility
+        several = len(result.matrix) > 1  # one version has no pair
+        numbers[f"{prefix}AC"] = result.average_compatibility if several else None
         numbers[f"{prefix}AA"] = result.average_accuracy
     return {k: None if v != v else float(v) for k, v in numbers.items()}
 

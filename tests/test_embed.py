@@ -155,6 +155,22 @@ def test_from_folder_reads_what_embed_reads(version, folder):
     np.testing.assert_array_equal(version.embed(data), embed(version, list(data.files)))
 
 
+def test_pictures_of_a_data_set_that_was_prepared_otherwise_are_read_again(
+    version, folder, expected
+):
+    for settings in ({"size": 12}, {"size": tiny.SIZE, "resize": "squash"}):
+        data = from_folder(folder, **settings)
+        np.testing.assert_allclose(version.embed(data), expected[1], atol=2e-5)
+    nameless = dataclasses.replace(from_folder(folder, size=12), files=None, digests=None)
+    with pytest.raises(UserError, match="brought to 12 px, the version was trained on 8 px"):
+        version.embed(nameless)
+
+
+def test_versions_and_data_sets_print_in_a_line(version, folder):
+    assert len(repr(version)) < 3000 and "kernel" not in repr(version)
+    assert repr(from_folder(folder, size=8)) == "Dataset(16 images of 8 x 8 x 3, 2 classes)"
+
+
 # The program's work: parts, resuming, shares
 
 

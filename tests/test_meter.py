@@ -26,7 +26,6 @@ def test_a_line_every_ten_seconds_and_one_at_the_end(clock, capsys):
         "hoc: 30 of 100 steps, loss 2.5, about 70 s left",
         "hoc: 40 of 100 steps, loss 2.5, about 60 s left",
         "hoc: 50 of 100 steps, loss 2.5, about 50 s left",
-        "hoc: 50 of 100 steps, loss 2.5, about 50 s left",
     ]
 
 
@@ -69,3 +68,11 @@ def test_a_line_of_its_own_is_printed_also_where_nothing_is_shown(capsys):
         shown.print("done")
         shown.speak()
     assert capsys.readouterr().err == "done\n"
+
+
+def test_a_line_is_not_said_twice_and_an_unknown_total_is_none(capsys, monkeypatch):
+    monkeypatch.setattr(meter, "SECONDS", 0.0)
+    with Meter("embedding", 0, units="pictures") as shown:
+        shown.update(3)
+        shown.update(2)
+    assert capsys.readouterr().err == "embedding: 3 pictures\nembedding: 5 pictures\n"

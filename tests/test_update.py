@@ -141,13 +141,57 @@ def test_a_renamed_class_is_found_out(shop):
     assert done.chain.record(-1).aliases == {"birne": "pear"}
 
 
+def test_an_alias_is_remembered_by_the_chain_and_its_parts(shop):
+    (shop / "photos" / "pear").rename(shop / "photos" / "birne")
+    month(shop / "photos", shop / "work", aliases={"birne": "pear"})
+    drawn_photos.draw(shop / "photos", ["birne"], 12, first=40)
+    assert month(shop / "photos", shop / "work", aliases={"birne": "pear"}).version == 1
+    drawn_photos.draw(shop / "photos", ["birne"], 6, first=60)
+    assert month(shop / "photos", shop / "work").version == 2  # the record knows it
+    assert names(shop / "work") == ("melon", "pear")
+    query, gallery = photos(shop / "photos").retrieval(shop / "work")
+    assert query.class_names == gallery.class_names == ("melon", "pear")
+    assert {row.label for row in Ledger.read(shop / "work" / LEDGER)} == {"melon", "pear"}
+
+
+def test_photos_that_moved_are_found_for_an_evaluation(second, tmp_path):
+    shutil.copytree(second, tmp_path / "shop", copy_function=shutil.copy2)
+    work = tmp_path / "shop" / "work"
+    ledger = Ledger.read(work / LEDGER)
+    lost = Ledger(row._replace(path="/gone" + row.path) for row in ledger)
+    lost.write(work / LEDGER)
+    query, gallery = photos(tmp_path / "shop" / "photos").retrieval(work)
+    assert len(query) + len(gallery) == len(ledger.part("query", "gallery"))
+    with pytest.raises(UserError, match=r"none of the .* pictures of query and gallery is there"):
+        photos(tmp_path / "nowhere").retrieval(work)
+    with pytest.raises(UserError, match=r"there is no pictures\.csv in .*nowhere"):
+        photos(tmp_path / "shop" / "photos").retrieval(tmp_path / "nowhere")
+
+
+def test_a_lost_ledger_is_not_made_up(shop):
+    (shop / "work" / LEDGER).unlink()
+    with pytest.raises(UserError, match=r"has 1 versions but no pictures\.csv"):
+        month(shop / "photos", shop / "work")
+
+
+def test_a_refused_call_leaves_the_settings_as_they_were(shop, tmp_path):
+    (shop / "photos" / "pear" / "bad.jpg").write_bytes(b"bad")
+    before = (shop / "work" / "run.json").read_bytes()
+    with pytest.raises(UserError, match=r"bad\.jpg .*on_bad='skip' leaves such files out"):
+        month(shop / "photos", shop / "work", run(epochs=9), change=True)
+    assert (shop / "work" / "run.json").read_bytes() == before
+    with pytest.raises(UserError, match=r"bad\.jpg"):
+        month(shop / "photos", tmp_path / "new")
+    assert not (tmp_path / "new" / "run.json").exists()
+
+
 def test_a_picture_put_right_is_learnt_again(shop):
     wrong = next(r for r in Ledger.read(shop / "work" / LEDGER) if r.part == "train")
     right = "pear" if wrong.label == "melon" else "melon"
     file = shop / "photos" / wrong.label / Path(wrong.path).name
     file.rename(shop / "photos" / right / f"put-right{file.suffix}")
     done = month(shop / "photos", shop / "work")
-    assert "1 pictures moved to another class" in str(done)
+    assert "moved to another class: 1 pictures, 1 of them learnt again" in str(done)
     assert done.chain.record(-1).learnt["pictures"] == {right: 1}
 
 
@@ -155,7 +199,7 @@ def test_copies_count_once(shop):
     one = sorted((shop / "photos" / "pear").iterdir())[0]
     shutil.copy(one, shop / "photos" / "pear" / f"copy{one.suffix}")
     done = month(shop / "photos", shop / "work")
-    assert done.version is None and "1 files are copies of others" in str(done)
+    assert done.version is None and "copies of other files, which count once: 1" in str(done)
 
 
 def test_more_classes_than_prototypes_are_refused_before_anything_is_written(shop):
@@ -202,6 +246,7 @@ def test_another_backbone_replaces_the_model(second, tmp_path):
     record = done.chain.record(2)
     assert done.version == 2 and record.backbone_arguments == {"width": 8}
     assert record.method == "sce" and record.parent is None
+    assert record.replaced_by == "one_conv with fresh weights"
     assert sum(record.learnt["pictures"].values()) > 30 and record.learnt["rehearsed"] == 0
     assert record.class_names == names(shop / "work", 1)
     assert month(shop / "photos", shop / "work", other).version is None
@@ -244,9 +289,7 @@ def test_a_learnable_head_grows_with_the_photos(first, tmp_path):
 
 def test_changed_settings_need_a_word_and_are_kept(shop):
     other = run(optimizer=Sgd(lr=0.02, min_lr=0.001), epochs=3)
-    with pytest.raises(
-        UserError, match=r"epochs was 2, now 3; optimizer\.lr .*continue_with_changes"
-    ):
+    with pytest.raises(UserError, match=r"epochs was 2, now 3; optimizer\.lr .*continue with"):
         month(shop / "photos", shop / "work", other)
     assert month(shop / "photos", shop / "work", other, change=True).version is None
     (entry,) = json.loads((shop / "work" / "run.json").read_text())["changes"]

@@ -16,7 +16,12 @@ from jax.sharding import Mesh
 
 from compat_jax.data.pictures import Preparation
 from compat_jax.errors import UserError
-from compat_jax.extraction import Embedding, embed_pictures, preparation_of
+from compat_jax.extraction import (
+    Embedding,
+    embed_pictures,
+    preparation_of,
+    rightly_prepared,
+)
 from compat_jax.mesh import make_mesh
 from compat_jax.methods import Head, head_of
 from compat_jax.models import DTYPES, Backbone
@@ -135,7 +140,7 @@ class Version:
 
     number: int
     record: Record
-    variables: dict[str, Any]
+    variables: dict[str, Any] = dataclasses.field(repr=False)
     sha256: str
     backbone: Backbone
     _ready: dict[Any, Embedding] = dataclasses.field(
@@ -183,10 +188,11 @@ class Version:
         mesh = mesh or make_mesh("data:1", jax.devices()[:1])
         if (mesh, dtype) not in self._ready:
             self._ready[mesh, dtype] = Embedding(self, mesh, dtype)
+        prepare = preparation_of(self.record, preparation)
         return embed_pictures(
             self._ready[mesh, dtype],
-            pictures,
-            prepare=preparation_of(self.record, preparation),
+            rightly_prepared(pictures, prepare),
+            prepare=prepare,
             batch_size=batch_size,
             progress=progress,
         )

@@ -79,6 +79,11 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.images)
 
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.images.shape[1:]))
+        classes = f"{self.num_classes} classes" if self.labels is not None else "no labels"
+        return f"Dataset({len(self)} images of {shape}, {classes})"
+
     @property
     def num_classes(self) -> int:
         """Return the number of classes."""

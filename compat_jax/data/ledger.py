@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import hashlib
 import io
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -19,7 +20,7 @@ from etils import epath
 
 from compat_jax.errors import UserError
 from compat_jax.fields import Rule, check_fields
-from compat_jax.files import write_bytes
+from compat_jax.files import absolute, write_bytes
 
 PARTS = ("train", "validation", "query", "gallery")
 SPLIT_BY = ("picture", "class")
@@ -32,7 +33,7 @@ class Row(NamedTuple):
 
     Attributes:
       digest: hexadecimal BLAKE2b-16 of the file.
-      label: class name, as its folder or table says.
+      label: class name; an alias is replaced by its class.
       part: "train", "validation", "query" or "gallery".
       version: number of the version that learnt it; -1 for pictures that none learns.
       path: where it is; empty for a picture that is gone.
@@ -178,6 +179,30 @@ class Ledger:
         )
         writer.writerows(ordered)
         write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+    @classmethod
+    def of(cls, workdir: str | os.PathLike[str]) -> "Ledger":
+        """Read the ledger in the folder of a run.
+
+        Raises:
+          UserError: there is none.
+        """
+        path = absolute(workdir) / LEDGER
+        if not path.exists():
+            raise UserError(
+                f"there is no {LEDGER} in {path.parent}, which says which pictures are query and "
+                "gallery: name the folder of a run on photos",
+                "workdir",
+            )
+        return cls.read(path)
+
+    def learnt_before(self, number: int) -> "Ledger":
+        """Return the ledger for a new run that starts from version `number` of this one's chain.
+
+        Parts stay, what that version has learnt counts as learnt, and what came later is left out.
+        """
+        kept = [row for row in self if row.version <= number]
+        return Ledger(row._replace(version=NOT_LEARNT) for row in kept)
 
     @classmethod
     def read(cls, path: epath.Path) -> "Ledger":

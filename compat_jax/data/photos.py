@@ -5,6 +5,7 @@ between training and evaluation; `refresh` compares them with the ledger of a ru
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -17,7 +18,7 @@ from etils import epath
 from compat_jax.data import listing, reading
 from compat_jax.data.class_register import Register
 from compat_jax.data.dataset import Dataset
-from compat_jax.data.ledger import LEDGER, NOT_LEARNT, PARTS, Ledger, Row, Splits
+from compat_jax.data.ledger import NOT_LEARNT, PARTS, Ledger, Row, Splits
 from compat_jax.data.listing import Picture
 from compat_jax.data.pictures import FILTERS, RESIZES, Preparation, missing
 from compat_jax.data.tasks import memory_indices
@@ -65,6 +66,12 @@ class Photos:
 
     def __post_init__(self):
         check_fields(self)
+        if not isinstance(self.splits, Splits):
+            raise UserError(f"splits must be Splits, got {self.splits!r:.80}", "splits")
+        if not isinstance(self.aliases, Mapping):
+            raise UserError(
+                f"aliases must be {{other name: class}}, got {self.aliases!r:.80}", "aliases"
+            )
         object.__setattr__(self, "path", str(absolute(self.path)))
         object.__setattr__(self, "aliases", dict(self.aliases))
 
@@ -123,6 +130,30 @@ class Photos:
             complete=False,
         )
 
+    def _found_again(self, ledger: Ledger) -> Ledger:
+        """The ledger with the places of pictures that were moved since, if any is not where it was.
+
+        Raises:
+          UserError: none of them is anywhere.
+        """
+        rows = ledger.part("query", "gallery")
+        if all(is_there(row.path) for row in rows if row.path):
+            return ledger
+        with contextlib.suppress(UserError):  # the folder itself may be gone
+            for digest, picture, size, modified in _digested(self.listing(), ledger, None):
+                if digest in ledger.rows:
+                    known = ledger.rows[digest]
+                    ledger.rows[digest] = known._replace(
+                        path=picture.path, size=size, modified=modified
+                    )
+        if not any(is_there(row.path) for row in ledger.part("query", "gallery")):
+            raise UserError(
+                f"none of the {len(rows)} pictures of query and gallery is there, such as "
+                f"{rows[0].path or rows[0].label}: give the folder or table where they are now",
+                "path",
+            )
+        return ledger
+
     def retrieval(
         self, ledger: Ledger | str | os.PathLike[str], progress: str | None = None
     ) -> tuple[Dataset, Dataset]:
@@ -136,12 +167,10 @@ class Photos:
           UserError: no class has both.
         """
         if not isinstance(ledger, Ledger):
-            ledger = Ledger.read(absolute(ledger) / LEDGER)
+            ledger = Ledger.of(ledger)
+        ledger = self._found_again(ledger)
         roles = {part: [r for r in ledger.part(part) if is_there(r.path)] for part in PARTS}
-        names = Register((), {}).extended({row.label for row in ledger}).names
-        aliases = {other: name for other, name in self.aliases.items() if name in names}
-        register = Register(names, aliases)
-        present = [{str(register.name(r.label)) for r in roles[p]} for p in ("query", "gallery")]
+        present = [{row.label for row in roles[part]} for part in ("query", "gallery")]
         both = sorted(present[0] & present[1])
         if not both:
             raise UserError(
@@ -149,7 +178,7 @@ class Photos:
                 "(splits.query, splits.gallery), or more pictures",
                 "splits.query",
             )
-        classes = Register(tuple(both), {a: n for a, n in aliases.items() if n in both})
+        classes = Register(tuple(both))
         query, gallery = (
             self.dataset([r for r in roles[part] if r.label in classes], classes, progress)
             for part in ("query", "gallery")
@@ -214,7 +243,8 @@ def refresh(
         label = row.label if digest in moved else old.label
         rows[digest] = row._replace(label=label, part=old.part, version=learnt)
     if moved:
-        notes.append(f"{len(moved)} pictures moved to another class and are learnt again")
+        again = sum(rows[digest].part == "train" for digest in moved)
+        notes.append(f"moved to another class: {len(moved)} pictures, {again} of them learnt again")
     checked = reading.check_pictures(
         [row.path for row, _ in new.values()], on_bad=photos.on_bad, progress=progress
     )
@@ -222,8 +252,10 @@ def refresh(
         notes.append(checked.summary())
     good = {d: pair for d, pair in new.items() if pair[0].path not in checked.bad}
     rows |= _assigned(good, photos.splits, rows.values())
+    called = {d: names.name(r.label) or aliases.get(r.label, r.label) for d, r in rows.items()}
+    rows = {digest: row._replace(label=called[digest]) for digest, row in rows.items()}
     trained = [r for r in rows.values() if r.part == "train" and r.version == version]
-    grown = register.extended({names.name(r.label) or r.label for r in trained}, aliases)
+    grown = register.extended({r.label for r in trained}, aliases)
     counts = collections.Counter(str(grown.name(r.label)) for r in trained)
     gone = [digest for digest in ledger.rows.keys() - first.keys() if rows[digest].path]
     rows |= {digest: rows[digest]._replace(path="") for digest in gone}
@@ -349,11 +381,11 @@ def _first_of_each(listed, ledger):
         copies += 1
         if first[digest][0].label != picture.label:
             torn.append((first[digest][0], picture))
-    notes = [f"{copies} files are copies of others and count once"] if copies else []
+    notes = [f"copies of other files, which count once: {copies}"] if copies else []
     if torn:
         one, other = torn[0]
         notes.append(
-            f"{len(torn)} of them are in two classes and count for the first, such as {one.path} "
+            f"in two classes, and counted for the first: {len(torn)}, such as {one.path} "
             f"({one.label} and {other.label})"
         )
     return first, notes

@@ -54,7 +54,7 @@ class BadPictures(UserError):
       problems: one line a file, naming it.
     """
 
-    def __init__(self, problems: Sequence[str]):
+    def __init__(self, problems: Sequence[str], hint: str = ""):
         self.problems = tuple(problems)
         shown = "; ".join(self.problems[:_LISTED])
         more = len(self.problems) - _LISTED
@@ -62,6 +62,7 @@ class BadPictures(UserError):
             (f"{len(self.problems)} pictures cannot be read: " if len(self.problems) > 1 else "")
             + shown
             + (f"; and {more} more" if more > 0 else "")
+            + (f". {hint}" if hint else "")
         )
 
 

@@ -324,7 +324,7 @@ def gather(
             kept.append(i)
             marks.append(mark)
     if problems and on_bad == "stop":
-        error = BadPictures(tuple(problems.values()))
+        error = BadPictures(tuple(problems.values()), "on_bad='skip' leaves such files out")
         error.argument = "on_bad"
         raise error
     return Checked(

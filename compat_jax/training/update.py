@@ -1,5 +1,6 @@
 """Train the next version of a chain on what is new: new classes, or more pictures of old ones."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -13,7 +14,7 @@ from compat_jax import hosts
 from compat_jax.chain import Chain, Record, Version
 from compat_jax.data.class_register import Register
 from compat_jax.data.dataset import Dataset
-from compat_jax.data.ledger import LEDGER, Ledger, Row
+from compat_jax.data.ledger import LEDGER, PARTS, Ledger, Row
 from compat_jax.data.photos import News, Photos, is_there, refresh, to_learn
 from compat_jax.data.tasks import batch_plan
 from compat_jax.errors import Stopped, UserError
@@ -52,6 +53,9 @@ class Update:
             lines.append(f"nothing new: {versions} versions in {self.chain.path}; {room}")
             return "\n".join(lines)
         learnt = self.chain.record(self.version).learnt
+        if self.news is not None:
+            parts = collections.Counter(row.part for row in self.news.ledger)
+            lines.append(", ".join(f"{parts[part]} pictures for {part}" for part in PARTS))
         lines.append(f"version {self.version} learnt {_in_words(learnt)}; {room}")
         return "\n".join(lines)
 
@@ -101,12 +105,12 @@ def update(
     for settings in filter(None, (run, adopt)):
         settings.check_epochs()
     folder = Workdir(workdir, start.backbone if start else run.given_backbone)
-    folder.claim(_identity(run, photos, adopt, session), session.accept_changes)
-    month = _month(run, photos, folder, start=start, session=session)
-    if month.is_over:
-        return Update(folder.chain, None, month.news, month.register)
-    lesson = _lesson(photos, month, run)
-    with saved_on_interrupt(session) as session:
+    identity = _identity(run, photos, session)
+    with folder.claimed(identity, session.accept_changes), saved_on_interrupt(session) as session:
+        month = _month(run, photos, folder, start=start, session=session)
+        if month.is_over:
+            return Update(folder.chain, None, month.news, month.register)
+        lesson = _lesson(photos, month, run)
         data = photos.dataset(lesson.rows, month.grown, session.bar("reading pictures"))
         if session.should_stop():
             raise Stopped
@@ -151,6 +155,12 @@ def _month(run: Run, photos: Photos, folder: Workdir, *, start, session) -> _Mon
     """Find out what is new, and write the ledger before anything is trained."""
     number, path = len(folder.chain), folder.path / LEDGER
     before = folder.chain.record(-1) if number else None
+    if before is not None and not path.exists():
+        raise UserError(
+            f"{folder.path} has {number} versions but no {LEDGER}, which says what they learnt: restore "
+            "it, or begin a new workdir that starts from the last version",
+            "workdir",
+        )
     replaces = _check_start(run, start, before)
     register, news = _register(run, before, start), None
     if not Ledger.read(path).pending(number):
@@ -220,7 +230,7 @@ def _task(run: Run, adopt: Run, month: _Month, lesson: _Lesson, *, data: Dataset
         "class_names": month.grown.names,
         "aliases": dict(month.grown.aliases),
         "learnt": _learnt(month, lesson, data.labels),
-        "replaced_by": _replaced_by(start) if begins else None,
+        "replaced_by": _replaced_by(start, run) if begins and (start or number) else None,
         "parent": None if begins or run.given_method.fresh_start else number - 1,
     }
     return Task(
@@ -248,15 +258,13 @@ def _learnt(month: _Month, lesson: _Lesson, labels: np.ndarray) -> dict[str, Any
     }
 
 
-def _identity(run: Run, photos: Photos, adopt: Run | None, session: Session) -> dict[str, Any]:
+def _identity(run: Run, photos: Photos, session: Session) -> dict[str, Any]:
     """The settings that make a chain what it is: all but the backbone, which may be replaced."""
     found = {k: v for k, v in run.describe().items() if k not in ("backbone", "tasks")}
     preprocess = {k: v for k, v in found["preprocess"].items() if k not in ("mean", "std")}
     found |= {"preprocess": preprocess, "tasks": {"rehearsal": run.tasks.rehearsal}}
-    if adopt is not None:
-        found["adopt"] = {"epochs": adopt.epochs, "optimizer": adopt.describe()["optimizer"]}
     if run.keep != "last":  # then the moments of validation choose the weights
-        found["keep_validate_every"] = session.validate_every
+        found["validate_every"] = session.validate_every
     return {**found, "photos": photos.describe()}
 
 
@@ -354,10 +362,11 @@ def _check_plan(task: Task, session: Session) -> None:
         )
 
 
-def _replaced_by(start: Version | None) -> str | None:
+def _replaced_by(start: Version | None, run: Run) -> str:
     if start is None:
-        return None
-    return start.record.replaced_by if start.record.fresh else f"version {start.number}"
+        return f"{run.given_backbone.name} with fresh weights"
+    imported = start.record.replaced_by if start.record.fresh else None
+    return imported or f"version {start.number}"
 
 
 def _validation(photos: Photos, month: _Month, session: Session) -> Dataset | None:

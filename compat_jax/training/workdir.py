@@ -1,24 +1,25 @@
 """The folder of a run: its identity, its chain, its saved state, its log."""
 
+import contextlib
 import datetime
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from compat_jax import hosts
 from compat_jax.chain import Chain
 from compat_jax.data.dataset import Dataset
 from compat_jax.data.ledger import LEDGER
-from compat_jax.errors import UserError
-from compat_jax.files import in_bucket, storage, write_json
+from compat_jax.errors import Diverged, UserError
+from compat_jax.files import in_bucket, storage, write_bytes, write_json
 from compat_jax.models import GivenBackbone
 from compat_jax.training.checkpoint import Checkpointer
 from compat_jax.training.log import Log
 from compat_jax.training.run import Run
 
 # Settings that a run may change when it is told so, by the beginning of their names.
-_ANY_TIME = ("optimizer", "epochs", "keep", "adopt", "preprocess.")
+_ANY_TIME = ("optimizer", "epochs", "keep", "validate_every", "preprocess.")
 _BETWEEN_VERSIONS = ("batch_size", "tasks.rehearsal", "dtype", "method")
 
 
@@ -69,6 +70,34 @@ class Workdir:
         """
         hosts.on_first(lambda: self._claim(identity, change))
 
+    @contextlib.contextmanager
+    def claimed(self, identity: Mapping[str, Any], change: bool = False) -> Iterator[None]:
+        """Claim the folder for a block; a block that is refused leaves `run.json` as it was.
+
+        Args:
+          identity, change: see `claim`.
+
+        Raises:
+          UserError: see `claim`, and whatever the block raises.
+        """
+        path = self.path / "run.json"
+        before = path.read_bytes() if path.exists() else None
+        self.claim(identity, change)
+        try:
+            yield
+        except Diverged:
+            raise
+        except UserError:
+            hosts.on_first(lambda: self._restore(before))
+            raise
+
+    def _restore(self, before):
+        path = self.path / "run.json"
+        if before is not None:
+            write_bytes(path, before)
+        elif not len(self.chain) and not self.checkpointer.has_state():
+            path.unlink(missing_ok=True)
+
     def _claim(self, identity, change):
         path = self.path / "run.json"
         mine = json.loads(json.dumps(identity))
@@ -117,10 +146,10 @@ class Workdir:
             )
         remedy = "Give them as they were to go on with it, or use another workdir"
         if not fixed:
-            remedy += "; to go on with the change, say continue_with_changes"
+            remedy = "Give them as they were, or say that the run is to continue with the changes"
         raise UserError(
             f"{self.path} belongs to a run with other settings: {'; '.join(named[:6])}. {remedy}",
-            "workdir",
+            "workdir" if fixed else "accept_changes",
         )
 
 
