@@ -69,6 +69,7 @@ def test_resnets_give_the_features_of_the_reference(name, in_training, after_tra
     assert relative_error(after, expected) < after_training
 
 
+@pytest.mark.slow
 def test_senet18_gives_the_features_of_the_reference():
     embedder = Embedder(Backbone("senet18").build())
     variables = reference_variables(embedder, "senet18", bare=True)
@@ -78,6 +79,7 @@ def test_senet18_gives_the_features_of_the_reference():
     assert relative_error(train(variables).features, GOLDEN["senet18/train_backbone"]) < 1e-5
 
 
+@pytest.mark.slow
 def test_regnet_y_400mf_gives_the_features_of_the_reference(monkeypatch):
     # Its grouped convolutions one by one take long to compile; they have a test of their own.
     monkeypatch.setattr(convolution, "cpu_form", lambda *_: "native")

@@ -45,6 +45,7 @@ def lines():
     return {m: [r for r in results if r.measure == m] for m in only}
 
 
+@pytest.mark.slow
 def test_training_is_measured(lines):
     (step,) = lines["step"]
     assert step.what == "jax float32" and step.repeats == 2 and step.value > 0 and step.flops > 0
@@ -56,6 +57,7 @@ def test_training_is_measured(lines):
     assert [p.what for p in lines["protocol"]] == [f"{m} float32, 191 steps" for m in ("hoc", "er")]
 
 
+@pytest.mark.slow
 def test_retrieval_is_measured(lines):
     (features,) = lines["features"]
     assert features.unit == "images/s" and features.value > 0

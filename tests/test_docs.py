@@ -71,7 +71,16 @@ def test_a_block_that_does_not_run_says_why(page):
     assert set(fences) <= {"", "sh", "python", "text", "bibtex"}
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(not b[2] for b in blocks(p))])
+# Pages whose blocks train again what other tests train.
+SLOW_PAGES = ("docs/extending.md", "docs/sequences.md")
+RUNNING = [
+    pytest.param(p, marks=pytest.mark.slow if p in SLOW_PAGES else ())
+    for p in PAGES
+    if any(not block[2] for block in blocks(p))
+]
+
+
+@pytest.mark.parametrize("page", RUNNING)
 def test_the_blocks_of_a_page_run(page, tmp_path, cache_folder):
     environment = {
         **os.environ,

@@ -141,7 +141,8 @@ def test_all_bad_pictures_are_named_at_once(folder):
     for number in range(20):
         (folder / "dog" / f"z{number:02d}.png").write_bytes(b"")
     with pytest.raises(
-        BadPictures, match=r"^23 pictures cannot be read: .*; and 13 more$"
+        BadPictures,
+        match=r"^23 pictures cannot be read: .*; and 13 more\. on_bad='skip' leaves such files out$",
     ) as caught:
         from_folder(folder)
     assert len(caught.value.problems) == 23 and str(caught.value).count("Pillow can read") == 9
@@ -255,6 +256,11 @@ def test_a_table_of_a_spreadsheet(folder):
         Picture(str(folder / "cat/a.png"), "x"),
         Picture(str(folder / "d,g/a.png"), "a\nb"),
     ]
+
+
+def test_a_table_may_be_separated_by_semicolons(folder):
+    found = list_table(table(folder, "path;label\ncat/a.png;x, y\ndog/a.png;z\n"))
+    assert [picture.label for picture in found] == ["x, y", "z"]
 
 
 def test_a_table_of_whole_numbers_and_categories(folder):

@@ -470,6 +470,7 @@ def test_the_schema_lists_the_fields_of_each():
 # A run
 
 
+@pytest.mark.slow
 def test_a_run_trains_by_adamw_and_thaws_its_backbone(tmp_path):
     optimizer = Adamw(lr=0.01, warmup=0.5, layer_decay=0.7, freeze_backbone=1, clip=1.0)
     preprocess = dataclasses.replace(tiny.PREPROCESS, jitter=0.3, random_crop=0.5)

@@ -484,6 +484,7 @@ def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(tmp_path):
     assert {(0, 4), (1, 6), (2, 8)} <= steps
 
 
+@pytest.mark.slow
 def test_a_killed_pretraining_ends_with_the_bits_of_an_unbroken_one(tmp_path):
     flags = ("--config=configs/pretrain.py:data=glyphs", *small(tiny.PRETRAIN))
     unbroken, workdir = Chain(tmp_path / "unbroken" / "chain"), tmp_path / "killed"

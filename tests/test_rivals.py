@@ -469,9 +469,9 @@ def tiny_run(name, **changes):
     return tiny.run(made, backbone="flat", **changes)
 
 
-# Those whose parts the others have too.
+# One of each kind of start; the others with -m slow.
 SEQUENCES = [
-    pytest.param(name, marks=pytest.mark.slow if name in ("align", "lwf", "lucir") else ())
+    pytest.param(name, marks=() if name in ("bct", "cores") else pytest.mark.slow)
     for name in RIVALS
 ]
 
@@ -550,6 +550,7 @@ def test_independent_models_start_from_the_model_of_their_generation(tmp_path, m
     assert [chain.record(n).replaced_by for n in range(2)] == ["pre-trained version 0"] * 2
 
 
+@pytest.mark.slow
 def test_an_update_that_starts_anew_learns_all_photos(tmp_path):
     photos = Photos(path=str(tmp_path / "photos"), size=8)
     for classes in (["melon", "pear"], ["apple"]):

@@ -58,6 +58,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path):
     resumed.communicate()
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
     process = started(tmp_path / "run")
     process.send_signal(signal.SIGSTOP)  # both are there before it can act on the first

@@ -462,6 +462,7 @@ def built(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_program_starts_from_the_wheel_on_a_host(fake, built):
     """The startup script installs the wheel, here by unpacking it, and starts from it."""
     unpacked = fake.folder / "unpacked"

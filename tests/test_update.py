@@ -277,6 +277,7 @@ def test_a_replacement_with_other_classes_on_the_same_prototypes_is_refused(seco
         month(second / "photos", second / "work", start=start)
 
 
+@pytest.mark.slow
 def test_a_learnable_head_grows_with_the_photos(first, tmp_path):
     shop = tmp_path / "shop"
     shutil.copytree(first / "photos", shop / "photos")

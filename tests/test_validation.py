@@ -159,6 +159,7 @@ def test_a_learnable_head_is_judged_by_its_classifier(tmp_path):
         assert found == pytest.approx(right, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_many_devices_and_small_batches_measure_the_same(tmp_path, validated):
     chain = train(tmp_path, run_of(), mesh=make_mesh("data:2,model:2"), batch_size=4)
     for found, expected in zip(chain, validated[1], strict=True):
@@ -207,7 +208,7 @@ def test_the_last_of_the_best_weights_are_published(tmp_path, best, keep):
     ("save_every", "moment"),
     [
         (3, 7),
-        (3, 24),
+        pytest.param(3, 24, marks=pytest.mark.slow),
         *(pytest.param(n, m, marks=pytest.mark.slow) for n in (1, 3) for m in (3, 12, 16, 40)),
     ],
 )
@@ -223,6 +224,7 @@ def test_killed_anywhere_the_same_weights_are_the_best(tmp_path, best, save_ever
     assert lines_of(tmp_path)[0] == lines_of(best[0])[0]
 
 
+@pytest.mark.slow
 def test_killed_between_the_weights_and_the_state_that_names_them(tmp_path, best, monkeypatch):
     save, calls = Checkpointer.save, []
 

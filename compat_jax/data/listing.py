@@ -286,9 +286,12 @@ def _read_text(file, root, columns):
     import pyarrow
     from pyarrow import csv
 
-    parse = csv.ParseOptions(
-        delimiter="\t" if root.suffix.lower() == ".tsv" else ",", newlines_in_values=True
-    )
+    header = file.readline()
+    file.seek(0)
+    # Spreadsheets of many countries separate by semicolons, and call it CSV.
+    usual = (b"\t", b",", b";") if root.suffix.lower() == ".tsv" else (b",", b";", b"\t")
+    delimiter = max(usual, key=header.count).decode()
+    parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     names = csv.open_csv(file, parse_options=parse).schema.names
     file.seek(0)
     wanted = _columns(names, columns, root)
