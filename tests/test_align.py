@@ -153,7 +153,7 @@ def distance(found, new, old):
     return np.mean(1 - np.sum(found.map(new) * old, axis=1))
 
 
-@pytest.mark.parametrize("base", ["identity", "procrustes"])
+@pytest.mark.parametrize("base", [pytest.param("identity", marks=pytest.mark.slow), "procrustes"])
 def test_an_adapter_begins_as_its_base_and_is_never_worse(base):
     start = fitted("adapter", base=base, epochs=0)
     plain = fitted("procrustes").map(NOISY) if base == "procrustes" else NOISY

@@ -174,6 +174,7 @@ def test_a_network_that_torch_lacks_is_one_line():
     assert last.what == "torch eager" and last.note.startswith("not run: ")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured_is_one_line(tmp_path):
     code, out, err = tiny.call("benchmark", "--only=stp")
     assert (code, out) == (2, "") and "unknown measure 'stp'. Did you mean 'step'" in err

@@ -135,6 +135,7 @@ WHOLE_LOSS = {
 }
 
 
+@pytest.mark.slow
 def test_swapping_lambda_and_its_complement_is_detected():
     swapped = OURS._replace(
         batch_loss=lambda *arrays, lam, mu: OURS.batch_loss(*arrays, lam=1 - lam, mu=mu)

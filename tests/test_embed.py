@@ -251,6 +251,7 @@ def test_a_damaged_file_of_features_is_refused(tmp_path, text, message):
         read_features(tmp_path / "g.npz")
 
 
+@pytest.mark.slow
 def test_the_command_writes_features(version, expected, folder, tmp_path):
     record = dataclasses.replace(version.record, task=0, backbone="resnet_small")
     record = dataclasses.replace(record, backbone_arguments={"width": 4})

@@ -235,6 +235,7 @@ def test_the_cache_may_be_below_the_home_folder(monkeypatch, tmp_path):
     assert list((tmp_path / "home" / "cache" / "glyphs").glob("images-*"))
 
 
+@pytest.mark.slow
 def test_the_matplotlib_backend_of_a_notebook_does_no_harm(names, tmp_path):
     """A notebook sets MPLBACKEND to a module of its own; importing matplotlib would fail."""
     program = (

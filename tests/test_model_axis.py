@@ -94,7 +94,7 @@ def test_initial_weights_are_the_same_on_every_mesh():
 # The losses
 
 
-@pytest.mark.parametrize("num_prototypes", [2, 9])
+@pytest.mark.parametrize("num_prototypes", [pytest.param(2, marks=pytest.mark.slow), 9])
 def test_added_columns_change_neither_loss_nor_gradient(num_prototypes):
     rng = np.random.default_rng(num_prototypes)
     new, old = rng.normal(size=(2, 6, num_prototypes - 1)).astype(np.float32)

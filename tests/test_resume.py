@@ -121,6 +121,7 @@ def test_a_kill_loses_no_more_than_the_steps_since_the_last_save(tmp_path):
     assert names(tmp_path / "progress") == ["task0-step2", "task0-step2.json"]
 
 
+@pytest.mark.slow
 def test_how_often_it_saves_changes_nothing(tmp_path, unbroken):
     for save_every in (1, 3, 1000):
         folder = tmp_path / str(save_every)

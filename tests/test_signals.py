@@ -166,6 +166,7 @@ except KeyboardInterrupt as interrupt:
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_script_saves_and_interrupts(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
