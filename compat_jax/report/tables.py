@@ -109,7 +109,7 @@ def averages(chains: Sequence[Findings]) -> Table:
         Column("AC to", share),
         Column("within noise", count),
         Column("of pairs", count),
-        Column("across replacements, %", percent),
+        Column("across replaced, %", percent),
         Column("BC, points", signed),
         Column("FC, points", signed),
         Column("versions", count),
