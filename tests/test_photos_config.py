@@ -11,6 +11,7 @@ import tiny
 from compat_jax import config as configs
 from compat_jax import experiment
 from compat_jax.chain import Chain
+from compat_jax.data.ledger import LEDGER, Ledger
 from compat_jax.errors import UserError
 from compat_jax.interop.chains import export_version
 
@@ -105,6 +106,16 @@ def test_a_run_starts_from_any_version_of_any_chain(shop, tmp_path):
         UserError, match=r"prototype number 0 is 'melon' in the version that task 0"
     ):
         train(config, tmp_path / "sequence")
+
+
+def test_a_run_that_starts_from_another_keeps_the_parts_of_its_photos(shop, tmp_path):
+    start, before = f"{shop / 'work' / 'chain'}:0", Ledger.read(shop / "work" / LEDGER)
+    config = photos_config(shop / "photos", start=start)
+    assert train(config, tmp_path / "work").version is None  # all of it was learnt already
+    after = Ledger.read(tmp_path / "work" / LEDGER)
+    assert {d: row.part for d, row in after.rows.items()} == {
+        d: row.part for d, row in before.rows.items()
+    }
 
 
 @pytest.mark.parametrize(
