@@ -19,7 +19,8 @@ with epy.lazy_api_imports(globals()):
     from compat_jax.data.ledger import Splits
     from compat_jax.data.photos import Photos
     from compat_jax.errors import Diverged, Stopped, UserError
-    from compat_jax.evaluation import Evaluation, Evaluations, evaluate
+    from compat_jax.evaluation import evaluate
+    from compat_jax.matrix import Evaluation, Evaluations
     from compat_jax.methods import Method
     from compat_jax.retrieval import ExactIndex, Index, Metric, VectorIndex, embed
     from compat_jax.session import Session

@@ -1,24 +1,20 @@
-"""Configurations: the one place where a `ConfigDict` becomes a `Run`, a `Session` and data.
-
-`schema()` lists every field with type, range, default and one sentence.
-"""
+"""Configurations: the one place where a `ConfigDict` becomes a `Run`, a `Session` and data."""
 
 import contextlib
 import dataclasses
-import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from compat_jax import methods, models
+from compat_jax import methods
+from compat_jax.config_schema import OWN, ROLES, schema
 from compat_jax.data import Preprocess, Tasks
 from compat_jax.data.ledger import Splits
 from compat_jax.data.photos import Photos
-from compat_jax.data.registry import source_fields, source_names
 from compat_jax.errors import UserError, unknown
-from compat_jax.fields import Field, Rule, checked, describe
+from compat_jax.fields import checked, describe
 from compat_jax.files import absolute
 from compat_jax.models import Backbone
 from compat_jax.session import Session, never
@@ -36,138 +32,6 @@ _RENAMED = {
     "backbone": "backbone.name",
     "accept_changes": "continue_with_changes",
 }
-# Sections of a configuration, and what they become.
-_SECTIONS: Mapping[str, Any] = {"tasks": Tasks, "data": Preprocess}
-ROLES = ("train", "query", "gallery")
-
-_OWN = (
-    Field(
-        "save_every", int, Rule("steps between saves; 0 saves after epochs", low=0, high=10**9), 0
-    ),
-    Field(
-        "device_budget_mb", int, Rule("MB of images on a device; 0 for all", low=0, high=10**9), 0
-    ),
-    Field("mesh", str, Rule("devices, e.g. data:-1,model:1"), "data:-1"),
-    Field(
-        "validate_every",
-        int,
-        Rule("steps between validations; 0 after each epoch", low=0, high=10**9),
-        0,
-    ),
-    Field(
-        "log_every",
-        int,
-        Rule("steps between lines of the log; 0 for epochs and every 10 s", low=0, high=10**9),
-        0,
-    ),
-    Field("tensorboard", str, Rule("folder for TensorBoard; empty for none"), ""),
-    Field("pretrained", str, Rule("chain of the models that come in at tasks.replace_at"), ""),
-    Field(
-        "tasks.replace_at",
-        tuple[int, ...],
-        Rule("tasks that start from a pre-trained model"),
-        (),
-    ),
-    Field(
-        "pretrain_classes",
-        tuple[int, ...],
-        Rule("classes that each pre-trained model learns"),
-        (100, 300, 600),
-    ),
-    Field("weights", str, Rule("weight file (.pt, .pth, .safetensors) of the backbone"), ""),
-    Field("ema", bool, Rule("take the averaged (EMA) weights of the file"), False),
-    Field(
-        "start", str, Rule("version to start from, CHAIN:NUMBER, of any chain on the simplex"), ""
-    ),
-    Field(
-        "adopt.epochs",
-        int | None,
-        Rule("epochs of a version that puts a backbone onto the simplex", low=1, high=10**6),
-        None,
-    ),
-    Field("adopt.lr", float | None, Rule("its learning rate", above=0), None),
-    Field(
-        "adopt.freeze_backbone",
-        int | None,
-        Rule("its first epochs, in which only the projection is trained", low=0, high=10**6),
-        None,
-    ),
-    Field(
-        "data.photos.aliases",
-        str,
-        Rule("classes that were renamed or merged: new=old,other=old"),
-        "",
-    ),
-    Field(
-        "data.pretraining_may_share",
-        bool,
-        Rule("whether pre-training and retrieval may share classes"),
-        False,
-    ),
-)
-
-
-def schema() -> tuple[Field, ...]:
-    """List every field that a configuration may have, by its dotted name.
-
-    The fields of `loss` are those of the chosen method, those of `data.ROLE` those of its source.
-    """
-    return tuple(_schema())
-
-
-def _schema() -> Iterator[Field]:
-    method = Rule("training method", choices=tuple(sorted(methods.names())))
-    yield Field("method", str, method, "hoc")
-    yield from describe(Run)
-    yield Field(
-        "backbone.name",
-        str,
-        Rule(f"network: {', '.join(models.registered())}, or package.module:Name"),
-        "resnet18",
-    )
-    for name in backbone_arguments():
-        yield Field(
-            f"backbone.arguments.{name}", int | None, Rule("argument of the backbone", low=1), None
-        )
-    for name in sorted(methods.names()):
-        for field in describe(inspect.unwrap(methods.factory(name))):
-            rule = dataclasses.replace(field.rule, help=f"{field.rule.help} ({name})")
-            yield dataclasses.replace(field, name=f"loss.{field.name}", rule=rule)
-    yield from _optimizer_fields()
-    for section, owner in _SECTIONS.items():
-        for field in describe(owner):
-            yield dataclasses.replace(field, name=f"{section}.{field.name}")
-    for kind in (Photos, Splits):
-        for field in describe(kind):
-            where = "data.photos" if kind is Photos else "data.photos.splits"
-            yield dataclasses.replace(field, name=f"{where}.{field.name}")
-    yield Field("data.ROLE.source", str, Rule("kind of data", choices=source_names()), None)
-    for source in source_names():
-        for field in source_fields(source):
-            rule = dataclasses.replace(field.rule, help=f"{field.rule.help} (source {source})")
-            yield dataclasses.replace(field, name=f"data.ROLE.{field.name}", rule=rule)
-    yield from _OWN
-
-
-def _optimizer_fields():
-    """The choice of the optimiser, and the fields of each; what all have alike comes once."""
-    yield Field("optim.name", str, Rule("optimiser", choices=tuple(OPTIMIZERS)), "sgd")
-    kinds: Mapping[str, Any] = OPTIMIZERS
-    usual = describe(kinds["sgd"])
-    fields = [(name, field) for name, kind in kinds.items() for field in describe(kind)]
-    for field in dict.fromkeys([*usual, *(field for _, field in fields)]):
-        owners = [name for name, other in fields if other == field]
-        rule = field.rule
-        is_everywhere = sum(other.name == field.name for _, other in fields) == len(OPTIMIZERS)
-        if not (is_everywhere and field in usual):
-            rule = dataclasses.replace(rule, help=f"{rule.help} ({', '.join(owners)})")
-        yield dataclasses.replace(field, name=f"optim.{field.name}", rule=rule)
-
-
-def backbone_arguments() -> tuple[str, ...]:
-    """Return the names of the arguments that any registered backbone takes."""
-    names = {key for name in models.registered() for key in models.parameters(name)}
-    return tuple(sorted(names))
 
 
 def own_field(config: ConfigDict, name: str) -> Any:
@@ -180,7 +44,7 @@ def own_field(config: ConfigDict, name: str) -> Any:
     Raises:
       UserError: of another type, or out of range.
     """
-    field = next(f for f in _OWN if f.name == name)
+    field = next(f for f in OWN if f.name == name)
     section, _, key = name.rpartition(".")
     place = _section(config, section) if section else config
     where = f"{section}." * bool(section)
@@ -239,10 +103,9 @@ def _optimizer(given: dict[str, Any]) -> Settings:
     name = given.pop("name", "sgd")
     if not isinstance(name, str) or name not in OPTIMIZERS:
         raise unknown("optimizer.name", str(name), OPTIMIZERS, "optimizer.name")
-    kinds: Mapping[str, Any] = OPTIMIZERS
-    kind = kinds[name]
+    kind = OPTIMIZERS[name]
     for field in given:
-        owners = [n for n, k in kinds.items() if field in {f.name for f in describe(k)}]
+        owners = [n for n, k in OPTIMIZERS.items() if field in {f.name for f in describe(k)}]
         if owners and name not in owners:
             raise UserError(
                 f"optimiser {name!r} has no field {field!r}, which is {' and '.join(owners)}'s: choose "

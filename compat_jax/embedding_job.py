@@ -122,7 +122,7 @@ class EmbeddingJob:
         return f"{count} features of {size} numbers {by} in {self.out}{skipped}"
 
     def _done(self) -> Features | None:
-        """What an earlier call wrote, of the same version and pictures; None for nothing or another."""
+        """Read what an earlier call wrote of the same version and pictures; None if there is nothing."""
         if not self.out.exists():
             return None
         found = read_features(self.out)

@@ -12,14 +12,15 @@ from ml_collections import ConfigDict
 from compat_jax import config as configs
 from compat_jax import hosts
 from compat_jax.chain import Chain, Version
+from compat_jax.config_schema import ROLES
 from compat_jax.data import Dataset, load
 from compat_jax.data.ledger import LEDGER, Ledger
 from compat_jax.data.photos import Photos
 from compat_jax.data.roles import check_roles
 from compat_jax.errors import UserError
-from compat_jax.evaluation import Evaluations
 from compat_jax.evaluation import evaluate as evaluate_chain
 from compat_jax.interop import ImageSettings, starting_version_of
+from compat_jax.matrix import Evaluations
 from compat_jax.mesh import check_batch
 from compat_jax.retrieval import Metric
 from compat_jax.session import Session
@@ -56,7 +57,7 @@ def train(config: ConfigDict, workdir: Path, session: Session) -> Chain | Update
     start = load_start(config, run, None)
     if start is not None and replacements.setdefault(0, start) is not start:
         raise UserError("tasks.replace_at has task 0 already: leave out start and weights", "start")
-    data, query, gallery = (load_role(config, role, session) for role in configs.ROLES)
+    data, query, gallery = (load_role(config, role, session) for role in ROLES)
     pretrained: dict[str, tuple[str, ...]] = {}
     if not configs.own_field(config, "data.pretraining_may_share"):
         pretrained = {

@@ -28,7 +28,7 @@ _AHEAD = 2  # batches in flight
 
 
 class Model(Protocol):
-    """What extraction needs of a version."""
+    """The part of a version that extraction needs."""
 
     @property
     def number(self) -> int:

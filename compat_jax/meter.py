@@ -71,6 +71,7 @@ class Meter:
             self._bar.write(line, file=sys.stderr)
         else:
             print(line, file=sys.stderr, flush=True)
+            self._said = self._line()  # which would say it again
 
     def speak(self) -> None:
         """Print the plain line at once, where there is no bar."""
@@ -79,18 +80,19 @@ class Meter:
 
     def _speak(self) -> None:
         self._spoke = time.monotonic()
-        if self.label is None:
-            return
+        line = self._line()
+        if self.label is not None and line != self._said:
+            print(line, file=sys.stderr, flush=True)
+        self._said = line
+
+    def _line(self) -> str:
         seconds, fresh = self._spoke - self._since, self.done - self._first
         left = (self.total - self.done) * seconds / fresh if fresh else 0.0
         counted = f"{self.done} of {self.total}" if self.total else f"{self.done}"
         parts = [f"{self.label}: {counted} {self.units}", self.note]
         if fresh and self.done < self.total:
             parts.append(f"about {duration(left)} left")
-        line = ", ".join(filter(None, parts))
-        if line != self._said:  # the last line may have been due a moment before the end
-            print(line, file=sys.stderr, flush=True)
-        self._said = line
+        return ", ".join(filter(None, parts))
 
 
 def track(items: Sequence[T], label: str | None, units: str) -> Iterator[T]:

@@ -10,14 +10,13 @@ from compat_jax.compatibility import (
     average_compatibility,
     backward_compatibility,
     compatible_pairs,
-    definition_1,
-    definition_1_matrix,
     forward_compatibility,
     update_gain,
     update_gains,
     upgrade_matrices,
     upgrade_scores,
 )
+from compat_jax.definition_1 import definition_1, definition_1_matrix
 from compat_jax.drift import drift, drift_matrix, neural_collapse, prototype_angles
 from compat_jax.retrieval.metric import (
     Metric,

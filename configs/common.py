@@ -1,4 +1,4 @@
-"""What the configurations share: typed arguments, and the sections of a configuration."""
+"""Shared by the configurations: typed arguments, and the sections of a configuration."""
 
 import dataclasses
 import inspect
@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from compat_jax import methods
-from compat_jax.config import backbone_arguments
+from compat_jax.config_schema import backbone_arguments
 from compat_jax.data.registry import source_fields
 from compat_jax.errors import UserError, unknown
 from compat_jax.training.optimizer import OPTIMIZERS

@@ -3,7 +3,7 @@
 import inspect
 from pathlib import Path
 
-from compat_jax.config import schema
+from compat_jax.config_schema import schema
 from compat_jax.fields import Field
 
 PAGE = Path(__file__).with_name("configuration.md")

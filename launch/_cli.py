@@ -47,7 +47,7 @@ def run(main: Callable[[Sequence[str]], None], doc: str) -> None:
 
 def _parse(argv):
     wants_help = any(a in ("--help", "-h", "--helpfull", "--helpshort", "-help") for a in argv)
-    if wants_help and "config" in flags.FLAGS:
+    if wants_help and _SHOWN:
         print(sys.modules["__main__"].__doc__)
         print(_fields())
         sys.exit(0)
@@ -65,16 +65,19 @@ def _parse(argv):
 
 def _fields():
     """The flags of the program and the fields of its configuration, for --help."""
-    from compat_jax.config import schema
+    from compat_jax.config_schema import schema
 
     by_module = flags.FLAGS.flags_by_module_dict()
-    own = [f for name in (sys.argv[0], __name__) for f in by_module.get(name, [])]
+    modules = [sys.argv[0], *(name for name in by_module if name.startswith("launch."))]
+    own = [f for name in modules for f in by_module.get(name, [])]
     lines = ["Flags:"]
     for flag in own:
         default = "" if flag.value is None or flag.name == "config" else f" (default {flag.value})"
         lines.append(f"  --{flag.name}: {flag.help}{default}")
     lines.append("\nFields, --config.FIELD=VALUE (ROLE is train, query or gallery):")
     for field in schema():
+        if not field.name.startswith(tuple(_SHOWN)):
+            continue
         notes = ", ".join(filter(None, (field.rule.range(), _default(field.default))))
         lines.append(f"  {field.name}: {field.rule.help}" + (f" ({notes})" if notes else ""))
     return "\n".join(lines)
@@ -134,11 +137,19 @@ def _one_line(error):
     return " ".join(text.split())
 
 
-def define_config(default: str | None = None) -> None:
+_SHOWN: list[str] = []  # how the fields begin that --help lists; empty for no configuration
+
+
+def define_config(default: str | None = None, fields: Sequence[str] = ("",)) -> None:
     """Define --config=FILE.py:arguments, overridden by --config.FIELD=VALUE.
 
     The last of several values of a field counts, and `None` unsets it.
+
+    Args:
+      default: file that is taken where none is given.
+      fields: how the names of those begin that the program reads, for its help; all by default.
     """
+    _SHOWN.extend(fields)
     sys.argv[:] = _last_values(sys.argv)
     _end_quietly_on_interrupt()
     try:  # reads the file and the overrides at once

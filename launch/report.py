@@ -13,20 +13,13 @@ from absl import flags
 
 from compat_jax.errors import UserError
 from launch import _cli as cli
+from launch import _evaluation as evaluation
 
-cli.define_config()
+cli.define_config(fields=("data.ROLE.", "data.photos."))
 flags.DEFINE_list("chains", [], "folders of the chains, the first one's rivals behind it")
-flags.DEFINE_list(
-    "metric", ["identification"], "identification, recall@K or map; several by commas"
-)
 flags.DEFINE_string("out", None, "folder for the page and the files beside it")
 flags.DEFINE_string("title", "Compatibility report", "of the page")
-flags.DEFINE_integer("batch_size", 256, "images per batch", lower_bound=1)
-flags.DEFINE_string("dtype", "float32", "of the networks' computation: float32 or bfloat16")
-flags.DEFINE_string("mesh", "data:-1", "devices")
-flags.DEFINE_string("backbone", None, "import path of your own backbone, package.module:Name")
-cli.define_hosts()
-flags.DEFINE_bool("progress", True, "show progress bars")
+evaluation.define()
 
 
 def main(_) -> None:
@@ -35,27 +28,17 @@ def main(_) -> None:
     cli.require("chains", "runs/hoc/chain,runs/er/chain")
     cli.require("out", "runs/report")
     cli.start_jax()
-    from compat_jax import hosts, metrics, models, report
+    from compat_jax import hosts, report
     from compat_jax.chain import Chain
     from compat_jax.files import absolute
-    from compat_jax.session import Session
 
-    for name in args.metric:
-        metrics.get(name)
-    cli.check_choice("dtype", args.dtype, sorted(models.DTYPES))
+    evaluation.check()
     chains = [Chain(path, args.backbone).require() for path in args.chains]
     out = absolute(args.out)
     report.check_writable(out)
     stop = cli.StopSignal()
     sessions = [
-        Session(
-            mesh=args.mesh,
-            batch_size=args.batch_size,
-            cache=chain.path.parent / "evaluation" / "cache",
-            should_stop=stop,
-            progress=args.progress,
-        )
-        for chain in chains
+        evaluation.session(chain.path.parent / "evaluation" / "cache", stop) for chain in chains
     ]
     sessions[0].devices()  # refuses a mesh before any data is read
     data = Data(args.config)
@@ -99,9 +82,8 @@ class Data:
         from compat_jax import experiment
 
         config = experiment.config_of(chain) if self.config is None else self.config
-        beside = (
-            chain.path.parent if "photos" in config.data else ""
-        )  # its pictures are listed there
+        # The pictures of photos are listed beside the chain.
+        beside = chain.path.parent if "photos" in config.data else ""
         key = f"{beside} {config.data}"
         if key not in self.loaded:
             self.loaded[key] = experiment.load_retrieval(config, chain, session)

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from compat_jax.errors import UserError
 from launch import _cli as cli
+from launch import _evaluation as evaluation
 
 flags.DEFINE_string("config", None, "FILE.py:key=value,... that all cells share")
 flags.DEFINE_string("grid", None, "NAME=VALUE,VALUE;NAME=..., the last name varies fastest")
@@ -28,7 +29,7 @@ flags.DEFINE_string("workdir", None, "folder of the sweep")
 flags.DEFINE_string(
     "pretrained", "", "chain of replacement models; {method} and other names are filled in"
 )
-flags.DEFINE_list("metric", ["identification"], "see launch.evaluate; several by commas")
+evaluation.define_metric()
 flags.DEFINE_list("over", ["seed"], "names to average over in the table")
 flags.DEFINE_bool("progress", True, "show progress bars")
 
@@ -37,21 +38,16 @@ def main(_) -> None:
     """Parse, run what is missing, print the table."""
     args = flags.FLAGS
     file = cli.require("config", "configs/glyphs.py")
-    text, workdir = (
-        cli.require("grid", "method=hoc,er;seed=0,1,2"),
-        cli.require("workdir", "runs/sweep"),
-    )
+    text = cli.require("grid", "method=hoc,er;seed=0,1,2")
+    workdir = cli.require("workdir", "runs/sweep")
     cli.start_jax()
     from compat_jax import config as configs
-    from compat_jax import experiment, metrics, sweep
+    from compat_jax import experiment, sweep
     from compat_jax.files import absolute
 
-    for name in args.metric:
-        metrics.get(name)
+    evaluation.check_metrics()
     cells, folder, stop = sweep.grid(text), absolute(workdir), cli.StopSignal()
-    made = {
-        cell.name: _config(file, cell, args.pretrained) for cell in cells
-    }  # all, before any work
+    made = {cell.name: _config(file, cell, args.pretrained) for cell in cells}
     for config in made.values():
         configs.run_of(config)
     results = sweep.Results(folder / "results.jsonl")

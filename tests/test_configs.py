@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 import compat_jax as cj
 from compat_jax import config as configs
-from compat_jax import experiment, methods, models
+from compat_jax import config_schema, experiment, methods, models
 from compat_jax.data import TaskSequence
 from compat_jax.data.registry import source_fields
 from compat_jax.errors import UserError
@@ -60,7 +60,7 @@ def test_every_name_in_a_configuration_is_a_valid_one(file, arguments):
             assert {k for k in spec if k != "source"} <= fields, spec["source"]
     assert (
         set(config.backbone.arguments)
-        == set(configs.backbone_arguments())
+        == set(config_schema.backbone_arguments())
         == {argument for name in models.registered() for argument in models.parameters(name)}
     )
     assert json.loads(config.to_json())["epochs"] == config.epochs
@@ -155,7 +155,7 @@ def test_settings_that_change_no_result_are_not_recorded():
 
 @pytest.mark.parametrize(("file", "arguments"), cases())
 def test_the_schema_lists_every_field_with_its_default(file, arguments):
-    config, fields = load(file, arguments), {field.name: field for field in configs.schema()}
+    config, fields = load(file, arguments), {field.name: field for field in config_schema.schema()}
     for key in config.to_dict():
         assert any(name.partition(".")[0] == key for name in fields), key
     plain = config.to_dict()
@@ -176,7 +176,7 @@ def test_the_schema_lists_every_field_with_its_default(file, arguments):
 
 
 def test_the_defaults_of_the_configurations_are_those_of_the_library():
-    fields = {field.name: field for field in reversed(configs.schema())}  # SGD's come first
+    fields = {field.name: field for field in reversed(config_schema.schema())}  # SGD's come first
     config = load("iamcl2r")
     for section in ("optim", "tasks"):
         for key, value in config[section].items():

@@ -15,7 +15,8 @@ from compat_jax import evaluation, metrics, report, retrieval
 from compat_jax.chain import Chain
 from compat_jax.data import Dataset
 from compat_jax.errors import Stopped, UserError
-from compat_jax.evaluation import Evaluation, evaluate
+from compat_jax.evaluation import evaluate
+from compat_jax.matrix import Evaluation, Evaluations, across_replacements
 from compat_jax.retrieval import embed, identification, mean_average_precision, recall_at_k
 
 QUERY = tiny.dataset(classes=4, per_class=9, seed=1, name="retrieval")
@@ -603,7 +604,7 @@ def test_a_result_prints_its_matrix_what_it_means_and_what_a_replacement_did():
     )
     assert str(FINE).splitlines()[0].startswith("map %, rows = query version")
     assert "after a replacement" not in str(FINE)
-    both = evaluation.Evaluations([result, FINE])
+    both = Evaluations([result, FINE])
     assert str(both) == f"{result}\n\n{FINE}"
 
 
@@ -632,7 +633,7 @@ def test_the_sentence_says_what_a_replacement_does_to_old_galleries():
     )
     assert report.sentence({"hoc": FINE}) == ""
     np.testing.assert_allclose(
-        evaluation.across_replacements(RESULT.matrix, RESULT.replaced), [0.1, 0.0, 0.123]
+        across_replacements(RESULT.matrix, RESULT.replaced), [0.1, 0.0, 0.123]
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from compat_jax.config import schema
+from compat_jax.config_schema import schema
 
 ROOT = Path(__file__).parents[1]
 NOWHERE = "/proc/nowhere/run"

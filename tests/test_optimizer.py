@@ -15,7 +15,7 @@ import tiny
 from ml_collections import ConfigDict
 
 from compat_jax import config as configs
-from compat_jax import models
+from compat_jax import config_schema, models
 from compat_jax.errors import UserError
 from compat_jax.models import Embedder, init_variables
 from compat_jax.training.optimizer import (
@@ -456,7 +456,9 @@ def test_an_error_of_the_section_names_its_field(section, argument, message):
 
 
 def test_the_schema_lists_the_fields_of_each():
-    found = [(f.name, f.rule.help, f.default) for f in configs.schema() if f.name[:6] == "optim."]
+    found = [
+        (f.name, f.rule.help, f.default) for f in config_schema.schema() if f.name[:6] == "optim."
+    ]
     names = {name for name, _, _ in found}
     assert names == {"optim.name"} | {
         f"optim.{f.name}" for kind in OPTIMIZERS.values() for f in dataclasses.fields(kind)

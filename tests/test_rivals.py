@@ -78,7 +78,7 @@ def forward(variables):
 
 
 def inputs_of(method, features, classifier=OWN_HEAD, *, frozen=None, carried=None) -> LossInputs:
-    """What the method's loss gets for the batch."""
+    """The inputs of the method's loss for the batch."""
     frozen = jax.tree.map(jnp.asarray, method.freeze(start()) if frozen is None else frozen)
     variables = {"params": {"head": {"kernel": jnp.asarray(classifier)}}}
     taught = method.teach(forward, frozen, method.init(variables) if carried is None else carried)

@@ -12,39 +12,39 @@ created last, once, and names the folder `variables-TOKEN` that its writer fille
 """
 
 import json
-import math
 import numbers
 import os
 import re
 import socket
-import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from etils import epath
-from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
 from compat_jax import hosts
+from compat_jax.chain.integrity import (
+    check_files,
+    check_finite,
+    check_stored,
+    read_text,
+    targets,
+    variables_folder,
+)
 from compat_jax.chain.record import (
     FORMAT_1_LAYERS,
-    MAX_BYTES,
     MAX_RECORD_BYTES,
     Record,
     Version,
     decode,
     encode,
-    is_count,
     variables_sha256,
 )
 from compat_jax.data.class_register import Register
 from compat_jax.errors import UserError
-from compat_jax.files import check_memory, create, first_line, in_bucket, sha256, storage, walk
+from compat_jax.files import create, first_line, in_bucket, sha256, storage, walk
 from compat_jax.models import Backbone, GivenBackbone, recorded_backbone, renamed_layers
 
 # Orbax in two threads at once lost a file that was there (NOT_FOUND); two programs do not disturb each
@@ -52,7 +52,6 @@ from compat_jax.models import Backbone, GivenBackbone, recorded_backbone, rename
 _ORBAX = threading.Lock()
 _ENTRY = re.compile(r"[0-9]{4,9}")
 _ASIDE = re.compile(r"\.adding-[0-9]{4,9}-[0-9a-f]{8}")
-_VARIABLES = re.compile(r"variables(-[0-9a-f]{8})?")
 _ABANDONED_SECONDS = 24 * 3600.0
 
 
@@ -155,7 +154,7 @@ class Chain:
             self._check_fits(record, numbers[0])
             self._check_register(number, record)
         host = jax.tree.map(hosts.gather, dict(variables))
-        _check_finite(host)
+        check_finite(host)
         if hosts.broadcast(self._has(number)):
             raise self._taken(number)
         try:
@@ -246,11 +245,11 @@ class Chain:
         folder = self.path / _entry(number)
         try:
             self._check_register(number, record)
-            _check_files(folder, content["files"])
-            template = _template(content["variables"])
-            saved = folder / _variables_folder(content["files"])
+            check_files(folder, content["files"])
+            template = targets(content["variables"])
+            saved = folder / variables_folder(content["files"])
             with _ORBAX:
-                _check_stored(saved, template)
+                check_stored(saved, template)
                 variables = ocp.load(saved, template)
             variables = {k: variables.get(k, {}) for k in ("params", "batch_stats")}
             if variables_sha256(variables) != content["variables_sha256"]:
@@ -328,7 +327,7 @@ class Chain:
     def _read(self, number) -> tuple[Record, dict[str, Any]]:
         path = self.path / _entry(number) / "record.json"
         try:
-            return decode(_text(path, MAX_RECORD_BYTES), number)
+            return decode(read_text(path, MAX_RECORD_BYTES), number)
         except UserError as error:
             raise CorruptEntry(f"{self._name(number)}: {error}") from error
         except Exception as error:  # whatever a forged record may raise
@@ -349,95 +348,6 @@ def _entry(number):
     return f"{number:04d}"
 
 
-def _check_finite(variables):
-    for name, array in traverse_util.flatten_dict(variables, sep="/").items():
-        if jnp.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-            raise UserError(
-                f"{name} holds values that are not finite: the training diverged or the weights are "
-                "broken, so they are not made a version"
-            )
-
-
-def _text(path, most):
-    """The text of a regular file of at most so many bytes."""
-    _check_regular(path)
-    with path.open("rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise UserError("record.json is too large")
-    return content.decode()
-
-
-def _check_regular(path):
-    """Refuse a FIFO, a device or a link, which could hang a reader or feed it for ever."""
-    if not in_bucket(path) and not stat.S_ISREG(os.lstat(path).st_mode):
-        raise UserError(f"{path.name} is no regular file")
-
-
-def _variables_folder(files):
-    """Name of the one folder that all files of an entry are in."""
-    (name,) = {relative.partition("/")[0] for relative in files}
-    return name
-
-
-def _check_files(folder, files):
-    for relative, expected in files.items():
-        top = relative.partition("/")[0]
-        if ".." in epath.Path(relative).parts or not _VARIABLES.fullmatch(top):
-            raise UserError(f"it lists a file outside itself, {relative!r:.80}")
-        path = folder / relative
-        if not path.exists():
-            raise UserError(f"{relative} is missing")
-        _check_regular(path)
-        if path.stat().length != expected["bytes"]:
-            raise UserError(
-                f"{relative} has {path.stat().length} bytes instead of {expected['bytes']}"
-            )
-        if sha256(path) != expected["sha256"]:
-            raise UserError(f"{relative} was altered (SHA-256)")
-
-
-def _template(specs):
-    """Arrays that take no memory, as the targets of Orbax's read."""
-    flat, total = {}, 0
-    for name, spec in specs.items():
-        shape, dtype = spec["shape"], np.dtype(spec["dtype"])
-        if not all(is_count(n, 0) for n in shape) or not jnp.issubdtype(dtype, np.number):
-            raise UserError(f"{name} cannot have shape {shape!r:.80} and dtype {dtype}")
-        total += math.prod(shape) * dtype.itemsize
-        if total > MAX_BYTES:
-            raise UserError(f"{name} of shape {shape!r:.80} is too large")
-        flat[name] = np.broadcast_to(np.zeros((), dtype), shape)
-    check_memory(total, "its variables")
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def _check_stored(folder, template):
-    """Refuse a checkpoint whose own metadata differ from the record, before its data are read.
-
-    A chunk larger than its array would make the store ask for any amount of memory.
-    """
-    metadata: Any = ocp.metadata(folder).metadata
-    if not isinstance(metadata, dict):
-        raise UserError("its checkpoint has no readable metadata")
-    stored = traverse_util.flatten_dict(metadata, sep="/")
-    expected = traverse_util.flatten_dict(template, sep="/")
-    if stored.keys() != expected.keys():
-        raise UserError(f"it holds other arrays: {sorted(stored.keys() ^ expected.keys())[:3]}")
-    for name, array in expected.items():
-        found = stored[name]
-        chunk = getattr(found.storage_metadata, "chunk_shape", None) or found.shape
-        same = tuple(found.shape) == array.shape and np.dtype(found.dtype) == array.dtype
-        fits = len(chunk) == array.ndim and all(
-            c <= max(n, 1) for c, n in zip(chunk, array.shape, strict=True)
-        )
-        if not (same and fits):
-            raise UserError(
-                f"{name} is stored as {found.dtype} {tuple(found.shape)} in chunks of {tuple(chunk)}, "
-                f"the record says {array.dtype} {array.shape}"
-            )
-
-
 def _this_writer():
     return {"host": socket.gethostname(), "pid": os.getpid()}
 
@@ -445,7 +355,7 @@ def _this_writer():
 def _is_abandoned(aside):
     """Return whether a folder's writer has ended: known on its own host, else assumed after a day."""
     try:
-        writer = json.loads(_text(aside / "writer.json", 4096))
+        writer = json.loads(read_text(aside / "writer.json", 4096))
         if writer["host"] == socket.gethostname():
             os.kill(int(writer["pid"]), 0)
     except ProcessLookupError:

@@ -161,7 +161,7 @@ def _entries(folder):
 
 
 def _is_data(path):
-    """Whether this is a file or folder of data; raise for what is neither."""
+    """Return whether this is a file or folder of data; raise for what is neither."""
     if path.name.startswith(".") or path.name.lower() in _LEFT_BEHIND:
         return False
     try:

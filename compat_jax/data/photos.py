@@ -7,7 +7,6 @@ between training and evaluation; `refresh` compares them with the ledger of a ru
 import collections
 import contextlib
 import dataclasses
-import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
@@ -29,7 +28,6 @@ from compat_jax.meter import Meter
 
 _OTHER_PARTS = {"val": "validation", "valid": "validation", "dev": "validation", "test": "query"}
 _NAMED = 5
-_CHUNK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,16 +114,14 @@ class Photos:
         Raises:
           UserError: pictures that vanished or cannot be read.
         """
-        pictures = [Picture(row.path, register.name(row.label), None) for row in rows]
-        images = reading.read(
-            [p.path for p in pictures], self.preparation, progress=progress
-        ).images
+        files = tuple(row.path for row in rows)
+        read = reading.read(files, self.preparation, verified=True, progress=progress)
         return Dataset(
-            images,
+            read.images,
             np.array([register.number(row.label) for row in rows], np.int32),
             register.names,
             preparation=self.preparation,
-            files=tuple(row.path for row in rows),
+            files=files,
             digests=tuple(bytes.fromhex(row.digest) for row in rows),
             complete=False,
         )
@@ -188,7 +184,7 @@ class Photos:
 
 @dataclasses.dataclass(frozen=True)
 class News:
-    """What is new in a folder or table of photos.
+    """New pictures and classes of a folder or table of photos.
 
     Attributes:
       ledger: with the new pictures assigned.
@@ -319,7 +315,7 @@ def _digested(
         row = known.get(picture.path)
         if row and (row.size, row.modified) == (size, modified):
             return row.digest, picture, size, modified
-        return file_digest(picture.path), picture, size, modified
+        return reading.file_digest(picture.path).hex(), picture, size, modified
 
     found = []
     with Meter(progress, len(pictures), units="files", keep=False) as meter:
@@ -350,15 +346,6 @@ def _size_and_time(path: str) -> tuple[int, int]:
         return known.st_size, known.st_mtime_ns
     except FileNotFoundError as error:
         raise missing(path) from error
-
-
-def file_digest(path: str) -> str:
-    """Return the BLAKE2b-16 digest of a file, as a hexadecimal string."""
-    digest = hashlib.blake2b(digest_size=16)
-    with epath.Path(path).open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _first_of_each(listed, ledger):

@@ -78,7 +78,7 @@ Crop = Annotated[
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """What is done to a picture before it is augmented and normalised.
+    """How a picture is brought to its size, before it is augmented and normalised.
 
     Attributes:
       size: side of the result in pixels.

@@ -165,12 +165,12 @@ class FileImages(LazyImages):
 
     def digests(self) -> tuple[bytes, ...]:
         """Return the BLAKE2b-16 digest of every file, read now."""
-        return tuple(in_order(len(self), lambda i: digest(content(self._files[self.rows[i]]))))
+        return tuple(in_order(len(self), lambda i: file_digest(self._files[self.rows[i]])))
 
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """What became of the files of a list.
+    """Result of checking or reading the files of a list.
 
     Attributes:
       kept: int[m], positions of those that are pictures.
@@ -217,6 +217,15 @@ def digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
+def file_digest(path: str) -> bytes:
+    """Return the BLAKE2b-16 digest of a file, local or in a bucket.
+
+    Raises:
+      BadPictures: it cannot be read.
+    """
+    return digest(content(path))
+
+
 def check_pictures(
     files: Sequence[str], *, on_bad: str = "stop", progress: str | None = None
 ) -> Checked:
@@ -241,11 +250,12 @@ def read(
     on_bad: str = "stop",
     in_memory: bool | None = None,
     budget: int = BUDGET,
+    verified: bool = False,
     progress: str | None = None,
 ) -> Checked:
     """Read pictures: into memory if they fit into a budget, else as a view of their files.
 
-    Every file is decoded once, in parallel, and its digest taken.
+    Every file is decoded once, in parallel, and its digest taken, unless it is `verified`.
 
     Args:
       files: paths.
@@ -254,6 +264,8 @@ def read(
         says so on stderr.
       in_memory: True or False decide, whatever the budget.
       budget: bytes of pixels to keep in memory at most.
+      verified: True for files that are known to be pictures, and need a preparation: those that stay
+        where they are are not decoded now, and have no digests here.
       progress: label of a progress bar; None for none.
 
     Raises:
@@ -263,6 +275,9 @@ def read(
     files = tuple(map(os.fspath, files))
     shape = _first_shape(files, preparation)
     keep = len(files) * math.prod(shape) <= budget if in_memory is None else in_memory
+    if verified and not keep:
+        images = FileImages(files, shape, preparation)
+        return Checked(images.rows, (), {}, frozenset({shape}), count=len(files), images=images)
     load = _loader(files, preparation if keep else None)
     checked = gather(
         files, load, on_bad=on_bad, keep=keep, progress=progress, block=block_size(math.prod(shape))

@@ -24,7 +24,7 @@ USUAL = (
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings:
-    """What is known about a model's images; None where nothing is.
+    """Settings of a model's images, as far as they are known; None where not.
 
     Attributes:
       size: side in pixels.

@@ -170,3 +170,40 @@ def previous_features(forward: Forward, frozen: Any, carried: Any) -> jax.Array:
     """Embed the batch with the frozen previous model."""
     del carried
     return forward(frozen["previous"]).features
+
+
+def weight_of(start: TaskStart, weight: float) -> np.float32:
+    """Return the weight of a term that needs an old model: 0 at the first task."""
+    return np.float32(weight if start.num_old else 0.0)
+
+
+def beside_cross_entropy(
+    name: str,
+    term: str,
+    compute: Callable[[LossInputs], jax.Array],
+    weight: float,
+    *,
+    freeze: Callable[[TaskStart], dict[str, Any]],
+    teach: Callable[[Forward, Any, Any], Any] = nothing,
+) -> Method:
+    """Make a method of a learnable head: cross-entropy + weight * one term that needs an old model.
+
+    Args:
+      name: of the method.
+      term: name of the term, for the log.
+      compute: (LossInputs) -> float32[batch], the term.
+      weight: of the term from the second task on, >= 0.
+      freeze: (TaskStart) -> frozen state of the term, without "weight".
+      teach: see `Method`.
+    """
+
+    def frozen(start: TaskStart):
+        return {**freeze(start), "weight": weight_of(start, weight)}
+
+    def loss(inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
+        found, cross_entropy = compute(inputs), inputs.cross_entropy()
+        total = cross_entropy + inputs.frozen["weight"] * found
+        return total, {"cross_entropy": cross_entropy, term: found}
+
+    terms = ("cross_entropy", term)
+    return Method(name, loss, fixed_simplex=False, freeze=frozen, teach=teach, terms=terms)

@@ -8,8 +8,13 @@ import jax.numpy as jnp
 from compat_jax import losses
 from compat_jax.errors import unknown
 from compat_jax.fields import Rule
-from compat_jax.methods.base import LossInputs, Method, TaskStart, previous_features
-from compat_jax.methods.old_classifier import weight_of
+from compat_jax.methods.base import (
+    LossInputs,
+    Method,
+    beside_cross_entropy,
+    previous_features,
+    previous_variables,
+)
 from compat_jax.methods.registry import register
 
 DISTANCES = ("l2", "mean_square", "cosine")
@@ -64,22 +69,10 @@ def align(
     TencentARC/OpenCompatible.
     """
 
-    def freeze(start: TaskStart):
-        return {"previous": start.variables, "weight": weight_of(start, weight)}
+    def away(inputs: LossInputs) -> jax.Array:
+        features = inputs.outputs.features
+        return feature_distance(features, inputs.taught, kind=distance, threshold=threshold)
 
-    def loss(inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
-        away = feature_distance(
-            inputs.outputs.features, inputs.taught, kind=distance, threshold=threshold
-        )
-        cross_entropy = inputs.cross_entropy()
-        terms = {"cross_entropy": cross_entropy, "distance": away}
-        return cross_entropy + inputs.frozen["weight"] * away, terms
-
-    return Method(
-        "align",
-        loss,
-        fixed_simplex=False,
-        freeze=freeze,
-        teach=previous_features,
-        terms=("cross_entropy", "distance"),
+    return beside_cross_entropy(
+        "align", "distance", away, weight, freeze=previous_variables, teach=previous_features
     )

@@ -8,8 +8,7 @@ import numpy as np
 
 from compat_jax import losses
 from compat_jax.fields import Rule
-from compat_jax.methods.base import LossInputs, Method, TaskStart, previous_features
-from compat_jax.methods.old_classifier import weight_of
+from compat_jax.methods.base import LossInputs, Method, TaskStart, previous_features, weight_of
 from compat_jax.methods.registry import register
 
 

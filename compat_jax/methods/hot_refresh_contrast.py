@@ -8,8 +8,13 @@ import jax.numpy as jnp
 
 from compat_jax import losses
 from compat_jax.fields import Rule
-from compat_jax.methods.base import LossInputs, Method, TaskStart, previous_features
-from compat_jax.methods.old_classifier import weight_of
+from compat_jax.methods.base import (
+    LossInputs,
+    Method,
+    beside_cross_entropy,
+    previous_features,
+    previous_variables,
+)
 from compat_jax.methods.registry import register
 
 
@@ -73,11 +78,8 @@ def hot_refresh(
     TencentARC/OpenCompatible.
     """
 
-    def freeze(start: TaskStart):
-        return {"previous": start.variables, "weight": weight_of(start, weight)}
-
-    def loss(inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
-        found = contrast(
+    def contrasted(inputs: LossInputs) -> jax.Array:
+        return contrast(
             inputs.outputs.features,
             inputs.taught,
             inputs.classes,
@@ -85,15 +87,12 @@ def hot_refresh(
             hardest=hardest,
             new_negatives=form == "ract",
         )
-        cross_entropy = inputs.cross_entropy()
-        terms = {"cross_entropy": cross_entropy, "contrast": found}
-        return cross_entropy + inputs.frozen["weight"] * found, terms
 
-    return Method(
+    return beside_cross_entropy(
         "hot_refresh",
-        loss,
-        fixed_simplex=False,
-        freeze=freeze,
+        "contrast",
+        contrasted,
+        weight,
+        freeze=previous_variables,
         teach=previous_features,
-        terms=("cross_entropy", "contrast"),
     )

@@ -7,8 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from compat_jax.fields import Rule
-from compat_jax.methods.base import LossInputs, Method, TaskStart, previous_features
-from compat_jax.methods.old_classifier import old_head, weight_of
+from compat_jax.methods.base import (
+    LossInputs,
+    Method,
+    TaskStart,
+    beside_cross_entropy,
+    previous_features,
+)
+from compat_jax.methods.old_classifier import old_head
 from compat_jax.methods.registry import register
 
 
@@ -59,25 +65,16 @@ def lwf(
             "previous": start.variables,
             "old_head": old_head(start),
             "num_old": np.int32(start.num_old),
-            "weight": weight_of(start, weight),
         }
 
-    def loss(inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def distilled(inputs: LossInputs) -> jax.Array:
         frozen = inputs.frozen
         new, old = (
             x.astype(np.float32) @ jax.lax.stop_gradient(frozen["old_head"])
             for x in (inputs.outputs.features, inputs.taught)
         )
-        kept = distillation(new, old, temperature=temperature, num_old=frozen["num_old"])
-        cross_entropy = inputs.cross_entropy()
-        terms = {"cross_entropy": cross_entropy, "distillation": kept}
-        return cross_entropy + frozen["weight"] * kept, terms
+        return distillation(new, old, temperature=temperature, num_old=frozen["num_old"])
 
-    return Method(
-        "lwf",
-        loss,
-        fixed_simplex=False,
-        freeze=freeze,
-        teach=previous_features,
-        terms=("cross_entropy", "distillation"),
+    return beside_cross_entropy(
+        "lwf", "distillation", distilled, weight, freeze=freeze, teach=previous_features
     )

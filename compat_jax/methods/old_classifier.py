@@ -7,7 +7,7 @@ import numpy as np
 
 from compat_jax import losses
 from compat_jax.fields import Rule
-from compat_jax.methods.base import LossInputs, Method, TaskStart
+from compat_jax.methods.base import LossInputs, Method, TaskStart, beside_cross_entropy
 from compat_jax.methods.registry import register
 
 
@@ -36,11 +36,6 @@ def old_head(start: TaskStart) -> np.ndarray:
         length = np.linalg.norm(head[:, :known], axis=0).mean() if known else 1.0
         head[:, known : start.num_seen] = (length * means / np.maximum(lengths, 1e-12)).T
     return head
-
-
-def weight_of(start: TaskStart, weight: float) -> np.float32:
-    """Return the weight of a term that needs an old model: 0 at the first task."""
-    return np.float32(weight if start.num_old else 0.0)
 
 
 def influence(
@@ -81,15 +76,11 @@ def bct(
     `generate_pseudo_classifier` of YantaoShen/openBCT, but as long as the learnt ones.
     """
 
+    def influence_of(inputs: LossInputs) -> jax.Array:
+        features, head = inputs.outputs.features, inputs.frozen["old_head"]
+        return influence(features, head, inputs.classes, num_seen=inputs.num_seen)
+
     def freeze(start: TaskStart):
-        return {"old_head": old_head(start), "weight": weight_of(start, weight)}
+        return {"old_head": old_head(start)}
 
-    def loss(inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
-        frozen, features = inputs.frozen, inputs.outputs.features
-        old = influence(features, frozen["old_head"], inputs.classes, num_seen=inputs.num_seen)
-        cross_entropy = inputs.cross_entropy()
-        terms = {"cross_entropy": cross_entropy, "influence": old}
-        return cross_entropy + frozen["weight"] * old, terms
-
-    terms = ("cross_entropy", "influence")
-    return Method("bct", loss, fixed_simplex=False, freeze=freeze, terms=terms)
+    return beside_cross_entropy("bct", "influence", influence_of, weight, freeze=freeze)

@@ -8,8 +8,8 @@ import numpy as np
 
 from compat_jax import losses
 from compat_jax.fields import Rule
-from compat_jax.methods.base import LossInputs, Method, TaskStart, previous_features
-from compat_jax.methods.old_classifier import influence, weight_of
+from compat_jax.methods.base import LossInputs, Method, TaskStart, previous_features, weight_of
+from compat_jax.methods.old_classifier import influence
 from compat_jax.methods.registry import register
 
 
@@ -48,6 +48,26 @@ def refine(
     edges = jax.nn.softmax(jnp.where(is_linked, new @ new.T / temperature, -jnp.inf), axis=-1)
     system = jnp.eye(len(labels), dtype=np.float32) - smoothing * edges
     return (1.0 - smoothing) * jnp.linalg.solve(system, old)
+
+
+def moved(
+    prototypes: jax.Array, features: jax.Array, classes: jax.Array, *, momentum: float
+) -> jax.Array:
+    """Move each prototype towards the mean of its class's features in a batch.
+
+    Args:
+      prototypes: float32[classes, d].
+      features: float32[batch, d].
+      classes: int32[batch].
+      momentum: share that stays, in [0, 1).
+
+    Returns:
+      float32[classes, d]; a class without an image stays where it is.
+    """
+    member = jax.nn.one_hot(classes, len(prototypes), axis=0)
+    count = member.sum(-1, keepdims=True)
+    mean = member @ features / jnp.maximum(count, 1.0)
+    return jnp.where(count > 0, momentum * prototypes + (1.0 - momentum) * mean, prototypes)
 
 
 @register("UniBCT (refined prototypes)", "Zhang et al., UniBCT, IJCAI 2022")
@@ -113,11 +133,8 @@ def unibct(
             smoothing=smoothing,
             temperature=temperature,
         )
-        member = jax.nn.one_hot(inputs.classes, len(prototypes), axis=0)
-        count = member.sum(-1, keepdims=True)
-        mean = member @ refined / jnp.maximum(count, 1.0)
-        moved = momentum * prototypes + (1.0 - momentum) * mean
-        return {"prototypes": jnp.where(count > 0, moved, prototypes), "step": step}
+        prototypes = moved(prototypes, refined, inputs.classes, momentum=momentum)
+        return {"prototypes": prototypes, "step": step}
 
     return Method(
         "unibct",

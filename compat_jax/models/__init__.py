@@ -38,27 +38,19 @@ from compat_jax.models.resnet import (
 )
 from compat_jax.models.resnet_cifar import resnet32_cifar
 from compat_jax.models.senet import senet18
-from compat_jax.models.vit import (
-    dinov2_b14,
-    dinov2_l14,
-    dinov2_s14,
-    vit_b16,
-    vit_l16,
-    vit_s16,
-    vit_ti16,
-)
+from compat_jax.models.vit import VITS
 
 for _build in (
     *(convnext_tiny, convnext_small, convnext_base),
-    *(dinov2_s14, dinov2_b14, dinov2_l14),
     regnet_y_400mf,
     *(resnet18, resnet34, resnet50, resnet101, resnet152),
     *(resnet18d, resnet34d, resnet50d, resnet101d, resnet152d),
     *(resnet32_cifar, resnet_small),
     senet18,
-    *(vit_ti16, vit_s16, vit_b16, vit_l16),
 ):
     register(_build.__name__, _build)
+for _name, _vit in VITS.items():
+    register(_name, _vit)
 
 __all__ = [
     "DTYPES",

@@ -4,6 +4,7 @@ Module names follow timm's state dicts (`blocks_0` for `blocks.0`), so that its 
 by name.
 """
 
+import functools
 import math
 
 import flax.linen as nn
@@ -206,137 +207,84 @@ class VisionTransformer(nn.Module):
         return jnp.concatenate([cls, registers, patches + positions], axis=1)
 
 
-def _vit(width, heads, depth=12, *, patch, image_size, dtype, **more):
+def vit(
+    width: int,
+    heads: int,
+    depth: int,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    patch: int = 16,
+    image_size: int = 224,
+) -> VisionTransformer:
+    """Build a ViT; the registered ones bind its width, heads and depth.
+
+    Args:
+      width: number of features.
+      heads: number of attention heads; divides `width`.
+      depth: number of blocks.
+      dtype: dtype of the computation; parameters are float32.
+      patch: side of a patch in pixels.
+      image_size: side of a picture in pixels, a multiple of `patch`.
+
+    Raises:
+      UserError: `image_size` is no multiple of `patch`.
+    """
+    _check_patches(image_size, patch)
+    return VisionTransformer(width, depth, heads, patch=patch, image_size=image_size, dtype=dtype)
+
+
+def dinov2(
+    width: int,
+    heads: int,
+    depth: int,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    registers: int = 0,
+    image_size: int = 224,
+) -> VisionTransformer:
+    """Build a ViT of DINOv2, with patches of 14 pixels; the registered ones bind width, heads, depth.
+
+    Args:
+      width, heads, depth, dtype: see `vit`.
+      registers: 0, or 4 for the variant with register tokens.
+      image_size: side of a picture in pixels, a multiple of 14; the published weights have 518.
+
+    Raises:
+      UserError: `image_size` is no multiple of 14, or another number of registers.
+
+    Source: Oquab et al., "DINOv2: learning robust visual features without supervision", 2024.
+    """
+    if registers not in (0, 4):
+        raise UserError(f"DINOv2 has 0 or 4 registers, got registers={registers}", "registers")
+    _check_patches(image_size, 14)
+    return VisionTransformer(
+        width,
+        depth,
+        heads,
+        patch=14,
+        image_size=image_size,
+        registers=registers,
+        layer_scale=1e-5,
+        dtype=dtype,
+    )
+
+
+def _check_patches(image_size, patch):
     if patch < 1 or image_size < 1 or image_size % patch:
         raise UserError(
             f"a ViT cuts its pictures into whole patches: image_size={image_size} is no multiple "
             f"of patch={patch}",
             "image_size",
         )
-    shape = {"width": width, "depth": depth, "heads": heads, "patch": patch}
-    return VisionTransformer(**shape, image_size=image_size, dtype=dtype, **more)
 
 
-def vit_ti16(
-    dtype: DTypeLike = jnp.float32, patch: int = 16, image_size: int = 224
-) -> VisionTransformer:
-    """Build ViT-Ti/16, of 192 features.
-
-    Args:
-      dtype: dtype of the computation; parameters are float32.
-      patch: side of a patch in pixels, for ViT-Ti/`patch`.
-      image_size: side of a picture in pixels, a multiple of `patch`.
-
-    Raises:
-      UserError: `image_size` is no multiple of `patch`.
-    """
-    return _vit(192, 3, patch=patch, image_size=image_size, dtype=dtype)
-
-
-def vit_s16(
-    dtype: DTypeLike = jnp.float32, patch: int = 16, image_size: int = 224
-) -> VisionTransformer:
-    """Build ViT-S/16, of 384 features.
-
-    Args:
-      dtype: dtype of the computation; parameters are float32.
-      patch: side of a patch in pixels, for ViT-S/`patch`.
-      image_size: side of a picture in pixels, a multiple of `patch`.
-
-    Raises:
-      UserError: `image_size` is no multiple of `patch`.
-    """
-    return _vit(384, 6, patch=patch, image_size=image_size, dtype=dtype)
-
-
-def vit_b16(
-    dtype: DTypeLike = jnp.float32, patch: int = 16, image_size: int = 224
-) -> VisionTransformer:
-    """Build ViT-B/16, of 768 features.
-
-    Args:
-      dtype: dtype of the computation; parameters are float32.
-      patch: side of a patch in pixels, for ViT-B/`patch`.
-      image_size: side of a picture in pixels, a multiple of `patch`.
-
-    Raises:
-      UserError: `image_size` is no multiple of `patch`.
-    """
-    return _vit(768, 12, patch=patch, image_size=image_size, dtype=dtype)
-
-
-def vit_l16(
-    dtype: DTypeLike = jnp.float32, patch: int = 16, image_size: int = 224
-) -> VisionTransformer:
-    """Build ViT-L/16, of 1024 features.
-
-    Args:
-      dtype: dtype of the computation; parameters are float32.
-      patch: side of a patch in pixels, for ViT-L/`patch`.
-      image_size: side of a picture in pixels, a multiple of `patch`.
-
-    Raises:
-      UserError: `image_size` is no multiple of `patch`.
-    """
-    return _vit(1024, 16, depth=24, patch=patch, image_size=image_size, dtype=dtype)
-
-
-def _dinov2(width, heads, depth=12, *, registers, image_size, dtype):
-    if registers not in (0, 4):
-        raise UserError(f"DINOv2 has 0 or 4 registers, got registers={registers}", "registers")
-    more = {"registers": registers, "layer_scale": 1e-5}
-    return _vit(width, heads, depth, patch=14, image_size=image_size, dtype=dtype, **more)
-
-
-def dinov2_s14(
-    dtype: DTypeLike = jnp.float32, registers: int = 0, image_size: int = 224
-) -> VisionTransformer:
-    """Build DINOv2's ViT-S/14, of 384 features.
-
-    Args:
-      dtype: dtype of the computation; parameters are float32.
-      registers: 0, or 4 for the variant with register tokens.
-      image_size: side of a picture in pixels, a multiple of 14; the published weights have 518.
-
-    Raises:
-      UserError: `image_size` is no multiple of 14, or another number of registers.
-
-    Source: Oquab et al., "DINOv2: learning robust visual features without supervision", 2024.
-    """
-    return _dinov2(384, 6, registers=registers, image_size=image_size, dtype=dtype)
-
-
-def dinov2_b14(
-    dtype: DTypeLike = jnp.float32, registers: int = 0, image_size: int = 224
-) -> VisionTransformer:
-    """Build DINOv2's ViT-B/14, of 768 features.
-
-    Args:
-      dtype: dtype of the computation; parameters are float32.
-      registers: 0, or 4 for the variant with register tokens.
-      image_size: side of a picture in pixels, a multiple of 14; the published weights have 518.
-
-    Raises:
-      UserError: `image_size` is no multiple of 14, or another number of registers.
-
-    Source: Oquab et al., "DINOv2: learning robust visual features without supervision", 2024.
-    """
-    return _dinov2(768, 12, registers=registers, image_size=image_size, dtype=dtype)
-
-
-def dinov2_l14(
-    dtype: DTypeLike = jnp.float32, registers: int = 0, image_size: int = 224
-) -> VisionTransformer:
-    """Build DINOv2's ViT-L/14, of 1024 features.
-
-    Args:
-      dtype: dtype of the computation; parameters are float32.
-      registers: 0, or 4 for the variant with register tokens.
-      image_size: side of a picture in pixels, a multiple of 14; the published weights have 518.
-
-    Raises:
-      UserError: `image_size` is no multiple of 14, or another number of registers.
-
-    Source: Oquab et al., "DINOv2: learning robust visual features without supervision", 2024.
-    """
-    return _dinov2(1024, 16, depth=24, registers=registers, image_size=image_size, dtype=dtype)
+# By name: what is left of the signature are the arguments of the backbone.
+VITS = {
+    "vit_ti16": functools.partial(vit, 192, 3, 12),
+    "vit_s16": functools.partial(vit, 384, 6, 12),
+    "vit_b16": functools.partial(vit, 768, 12, 12),
+    "vit_l16": functools.partial(vit, 1024, 16, 24),
+    "dinov2_s14": functools.partial(dinov2, 384, 6, 12),
+    "dinov2_b14": functools.partial(dinov2, 768, 12, 12),
+    "dinov2_l14": functools.partial(dinov2, 1024, 16, 24),
+}

@@ -1,4 +1,4 @@
-"""What there is to show of a chain: its matrices, a backfill, answers, drift, and how it was trained."""
+"""Findings on a chain: its matrices, a backfill, answers, drift, and how it was trained."""
 
 import dataclasses
 import json
@@ -16,10 +16,11 @@ from compat_jax.data.class_register import Register
 from compat_jax.data.dataset import Dataset
 from compat_jax.drift import Collapse
 from compat_jax.errors import Stopped
-from compat_jax.evaluation import Evaluation, Evaluations
+from compat_jax.matrix import Evaluation, Evaluations
 from compat_jax.retrieval import ExactIndex, Metric, Queries
 from compat_jax.retrieval.metrics import drop_self
 from compat_jax.session import Session
+from compat_jax.statistics import without_nan
 
 ANSWERS = 5  # gallery images shown for a query
 SHOWN = 8  # queries of the wall
@@ -28,7 +29,7 @@ SAMPLE = 2000  # queries of a backfill: it searches the gallery once a share and
 
 
 class Answers(NamedTuple):
-    """What queries of the newest version find in the gallery of the oldest one.
+    """Answers to queries of the newest version in the gallery of the oldest one.
 
     Attributes:
       rows: int[w], queries to show, of different classes where there are enough.
@@ -60,7 +61,7 @@ class Geometry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What there is to show of a chain.
+    """Everything that a page shows of a chain.
 
     Attributes:
       name: of the chain, for titles.
@@ -103,7 +104,6 @@ class Findings:
 
     def summary(self) -> dict[str, Any]:
         """Return everything but the log as JSON values."""
-        without_nan = evaluation.statistics.without_nan
         return {
             "name": self.name,
             "chain": self.path,

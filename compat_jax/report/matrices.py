@@ -8,8 +8,8 @@ from etils import epath
 
 from compat_jax import compatibility, hosts, methods
 from compat_jax.errors import UserError
-from compat_jax.evaluation import Evaluation
 from compat_jax.files import write_bytes, write_json
+from compat_jax.matrix import Evaluation
 from compat_jax.report import style
 
 if TYPE_CHECKING:

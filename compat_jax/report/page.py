@@ -57,7 +57,7 @@ th, td { padding: 5px 12px 5px 0; text-align: left; vertical-align: bottom;
 th { font-weight: 600; color: var(--muted); }
 td { vertical-align: top; white-space: nowrap; }
 td.long { white-space: normal; overflow-wrap: anywhere; min-width: 18em; max-width: 34em; }
-th.n, td.n { text-align: right; padding-left: 12px; max-width: 9em; }
+th.n, td.n { text-align: right; padding-left: 12px; max-width: 12em; }
 th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
 .strong td { font-weight: 600; }
 details { margin: 10px 0; }

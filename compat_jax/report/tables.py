@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from compat_jax import compatibility
-from compat_jax.evaluation import Evaluation, across_replacements
+from compat_jax.matrix import Evaluation, across_replacements
 from compat_jax.report.figures import class_flips, task_starts
 from compat_jax.report.findings import Findings
 
@@ -109,7 +109,7 @@ def averages(chains: Sequence[Findings]) -> Table:
         Column("AC to", share),
         Column("within noise", count),
         Column("of pairs", count),
-        Column("across replaced, %", percent),
+        Column("across replacements, %", percent),
         Column("BC, points", signed),
         Column("FC, points", signed),
         Column("versions", count),
@@ -162,7 +162,7 @@ def matrix(result: Evaluation) -> Table:
 
 
 def backfills(chains: Sequence[Findings]) -> Table:
-    """What embedding the oldest gallery again costs and brings, the largest area first."""
+    """List cost and gain of embedding the oldest gallery again, the largest area first."""
     columns = (
         Column("chain"),
         Column("order"),

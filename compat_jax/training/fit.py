@@ -37,7 +37,7 @@ _SHOWN = 16  # pictures of a batch on TensorBoard
 
 
 class Fitted(NamedTuple):
-    """What training a task ends as.
+    """Result of training a task.
 
     Attributes:
       trainer: of the task.
@@ -297,7 +297,7 @@ class _Course:
             raise Stopped("stopped and saved")
 
     def _is_regular(self, step):
-        """Whether an epoch ends or a save is due after a step."""
+        """Return whether an epoch ends or a save is due after a step."""
         at_save = step < self.task.steps and step % self.save_every == 0
         return at_save or step % self.task.steps_per_epoch == 0
 

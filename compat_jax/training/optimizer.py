@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeAlias
 
 import jax
@@ -34,8 +34,9 @@ Clip = Annotated[float, Rule("largest norm of all gradients together; 0 for any"
 Momentum = Annotated[float, Rule("share of the last step that is kept", low=0, below=1)]
 
 
+@dataclasses.dataclass(frozen=True)
 class Settings:
-    """What `Sgd`, `Adamw` and `Lars` have in common.
+    """Common fields of `Sgd`, `Adamw` and `Lars`; each task starts with a fresh optimiser.
 
     Attributes:
       lr: learning rate of a task's first epoch (after the warm-up), > 0.
@@ -53,15 +54,15 @@ class Settings:
       clip: gradients are scaled down to this global norm; 0 for never.
     """
 
-    lr: float
-    min_lr: float
-    weight_decay: float
-    decay: str
-    schedule: str
-    warmup: float
-    layer_decay: float
-    freeze_backbone: int
-    clip: float
+    lr: Rate = 0.001
+    min_lr: LastRate = 0.00001
+    weight_decay: WeightDecay = 5e-4
+    decay: Decay = "package"
+    schedule: Schedule = "cosine"
+    warmup: Warmup = 0.0
+    layer_decay: LayerDecay = 1.0
+    freeze_backbone: FreezeBackbone = 0
+    clip: Clip = 0.0
 
     def __post_init__(self):
         check_fields(self, "optimizer.")
@@ -80,11 +81,14 @@ class Settings:
         """Return the settings as JSON values, for a workdir and for records.
 
         The name is left out for `Sgd`, and so are the common options that are off: what release 0.2
-        wrote stays equal.
+        wrote stays equal, the order included.
         """
+        common = {field.name for field in dataclasses.fields(Settings)}
         found: dict[str, Any] = {} if isinstance(self, Sgd) else {"name": self.name}
-        given: Any = self
-        for field in dataclasses.fields(given):
+        fields = dataclasses.fields(self)
+        for field in sorted(
+            fields, key=lambda f: (f.name not in ("lr", "min_lr"), f.name in common)
+        ):
             value = getattr(self, field.name)
             if field.name not in _OPTIONS or value != field.default:
                 found[field.name] = value
@@ -114,69 +118,46 @@ _OPTIONS = ("warmup", "layer_decay", "freeze_backbone", "clip")
 class Sgd(Settings):
     """SGD with momentum, decay on some or all weights, and a cosine over the epochs of a task.
 
-    Each task starts with a fresh one. Weight decay is added to the gradient (PyTorch's SGD).
+    Weight decay is added to the gradient (PyTorch's SGD).
 
     Attributes:
       momentum: in [0, 1).
-      lr, min_lr, weight_decay, decay, schedule, warmup, layer_decay, freeze_backbone, clip: see
-        `Settings`.
     """
 
-    lr: Rate = 0.001
-    min_lr: LastRate = 0.00001
     momentum: Momentum = 0.9
-    weight_decay: WeightDecay = 5e-4
-    decay: Decay = "package"
-    schedule: Schedule = "cosine"
-    warmup: Warmup = 0.0
-    layer_decay: LayerDecay = 1.0
-    freeze_backbone: FreezeBackbone = 0
-    clip: Clip = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Adamw(Settings):
     """Adam with decoupled weight decay, for ViTs, ConvNeXts and fine-tuning in few epochs.
 
-    Each task starts with a fresh one. A step moves a weight w by
-    -lr (m / (sqrt(v) + eps) + weight_decay w), m and v corrected for their start at zero.
+    A step moves a weight w by -lr (m / (sqrt(v) + eps) + weight_decay w), m and v corrected for their
+    start at zero.
 
     Attributes:
       b1: share of the old mean of the gradients, in [0, 1).
       b2: share of the old mean of their squares, in [0, 1).
       eps: added to the root, > 0.
-      lr, min_lr, weight_decay, decay, schedule, warmup, layer_decay, freeze_backbone, clip: see
-        `Settings`.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, ICLR 2019, algorithm 2.
     """
 
-    lr: Rate = 0.001
-    min_lr: LastRate = 0.00001
     b1: Annotated[float, Rule("share of the old mean gradient", low=0, below=1)] = 0.9
     b2: Annotated[float, Rule("share of the old mean squared gradient", low=0, below=1)] = 0.999
     eps: Annotated[float, Rule("added to the root of the mean square", above=0)] = 1e-8
     weight_decay: WeightDecay = 0.05
-    decay: Decay = "package"
-    schedule: Schedule = "cosine"
-    warmup: Warmup = 0.0
-    layer_decay: LayerDecay = 1.0
-    freeze_backbone: FreezeBackbone = 0
-    clip: Clip = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Lars(Settings):
     """SGD whose step in each kernel is scaled to the kernel's norm, for very large batches.
 
-    Each task starts with a fresh one. With g the gradient plus weight_decay w, the momentum takes
-    lr trust |w| / |g| g of each kernel, and lr g of every vector.
+    With g the gradient plus weight_decay w, the momentum takes lr trust |w| / |g| g of each kernel, and
+    lr g of every vector.
 
     Attributes:
       momentum: in [0, 1).
       trust: trust coefficient, > 0.
-      lr, min_lr, weight_decay, decay, schedule, warmup, layer_decay, freeze_backbone, clip: see
-        `Settings`.
 
     Source: You, Gitman and Ginsburg, Large Batch Training of Convolutional Networks, 2017, algorithm 1.
     """
@@ -186,15 +167,9 @@ class Lars(Settings):
     momentum: Momentum = 0.9
     trust: Annotated[float, Rule("step of a kernel as a share of its norm", above=0)] = 0.001
     weight_decay: WeightDecay = 1e-4
-    decay: Decay = "package"
-    schedule: Schedule = "cosine"
-    warmup: Warmup = 0.0
-    layer_decay: LayerDecay = 1.0
-    freeze_backbone: FreezeBackbone = 0
-    clip: Clip = 0.0
 
 
-OPTIMIZERS: Mapping[str, type[Settings]] = {"adamw": Adamw, "lars": Lars, "sgd": Sgd}
+OPTIMIZERS: Mapping[str, Callable[..., Settings]] = {"adamw": Adamw, "lars": Lars, "sgd": Sgd}
 
 Optimizer: TypeAlias = Settings | optax.GradientTransformation
 

@@ -126,7 +126,7 @@ def update(
 
 @dataclasses.dataclass(frozen=True)
 class _Month:
-    """What one call of `update` is about.
+    """The work of one call of `update`.
 
     Attributes:
       number: of the version to train.
@@ -247,7 +247,7 @@ def _task(run: Run, adopt: Run, month: _Month, lesson: _Lesson, *, data: Dataset
 
 
 def _learnt(month: _Month, lesson: _Lesson, labels: np.ndarray) -> dict[str, Any]:
-    """What is new in a version, for its record."""
+    """Describe what is new in a version, for its record."""
     names = month.grown.names
     pictures = np.bincount(labels[: lesson.num_new], minlength=len(names))
     return {

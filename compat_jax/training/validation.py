@@ -62,7 +62,7 @@ class Validation:
         self.labels = self.data.labels[self.rows]
 
     def _is_comparable(self, record):
-        """Whether there may be a gallery of a version that queries of the task can search."""
+        """Return whether queries of the task can search a gallery of a version."""
         shape: Any = tuple(self.data.images.shape[1:])
         size = feature_size(self.trainer.embedder, shape)
         same = (record.feature_size, record.image_shape) == (size, shape)
