@@ -13,13 +13,14 @@ from etils import epy
 
 # Imported when first used, so that a program's --help does not wait for JAX.
 with epy.lazy_api_imports(globals()):
-    from compat_jax import align, data, methods, metrics, models, retrieval
+    from compat_jax import afterwards, align, data, gallery, methods, metrics, models, retrieval
     from compat_jax.chain import Chain, Record, Version
     from compat_jax.data import Dataset, Preparation, Preprocess, Tasks
     from compat_jax.data.ledger import Splits
     from compat_jax.data.photos import Photos
     from compat_jax.errors import Diverged, Stopped, UserError
     from compat_jax.evaluation import evaluate
+    from compat_jax.gallery import Gallery
     from compat_jax.matrix import Evaluation, Evaluations
     from compat_jax.methods import Method
     from compat_jax.retrieval import ExactIndex, Index, Metric, VectorIndex, embed
@@ -36,6 +37,7 @@ __all__ = [
     "Evaluation",
     "Evaluations",
     "ExactIndex",
+    "Gallery",
     "Index",
     "Lars",
     "Method",
@@ -54,10 +56,12 @@ __all__ = [
     "UserError",
     "VectorIndex",
     "Version",
+    "afterwards",
     "align",
     "data",
     "embed",
     "evaluate",
+    "gallery",
     "methods",
     "metrics",
     "models",

@@ -31,6 +31,7 @@ _RENAMED = {
     "class_counts": "pretrain_classes",
     "backbone": "backbone.name",
     "accept_changes": "continue_with_changes",
+    "replacements": "fresh_backbone.name",
 }
 
 
@@ -72,7 +73,8 @@ def run_of(config: ConfigDict) -> Run:
         f.name: data[f.name] for f in describe(Preprocess) if data.get(f.name) is not None
     }
     tasks = _plain_values(_section(config, "tasks"))
-    tasks.pop("replace_at", None)
+    for when in ("replace_at", "fresh_at"):  # which belong to no object
+        tasks.pop(when, None)
     numbers = _plain_values(_section(config, "loss"))
     _check_numbers(method, numbers)
     with located():
@@ -170,6 +172,22 @@ def _pairs(text: str) -> dict[str, str]:
     return found
 
 
+def fresh_backbone(config: ConfigDict, run: Run) -> Backbone:
+    """Return the network of tasks that start from fresh weights: the run's own where none is named.
+
+    Raises:
+      UserError: unknown name or argument.
+    """
+    name = own_field(config, "fresh_backbone.name")
+    if not name:
+        return run.given_backbone
+    arguments = _plain_values(_section(_section(config, "fresh_backbone"), "arguments"))
+    found = Backbone(str(name), arguments)
+    with located("fresh_backbone"):
+        found.build(run.dtype)
+    return found
+
+
 def says_images(config: ConfigDict) -> bool:
     """Return whether a configuration gives the mean and deviation of its images."""
     data = _section(config, "data")
@@ -256,7 +274,7 @@ def located(role: str | None = None) -> Iterator[None]:
     """Give errors about an argument the name of the configuration's field, within a block.
 
     Args:
-      role: of the data that the block reads; None for other work.
+      role: of the data that the block reads, or "fresh_backbone"; None for other work.
 
     Raises:
       UserError: whatever the block raises, with `argument` a dotted field name.
@@ -275,6 +293,8 @@ def field_of(argument: str | None, role: str | None = None) -> str | None:
     section, _, name = argument.rpartition(".")
     if role == "photos":
         return f"data.photos.{argument}"
+    if role == "fresh_backbone":
+        return f"{role}.name"
     if role is not None:
         return f"data.{role}.{name}"
     if section == "optimizer":

@@ -42,12 +42,29 @@ OWN = (
         0,
     ),
     Field("tensorboard", str, Rule("folder for TensorBoard; empty for none"), ""),
-    Field("pretrained", str, Rule("chain of the models that come in at tasks.replace_at"), ""),
+    Field(
+        "pretrained",
+        str,
+        Rule("models that come in at tasks.replace_at: a chain, or CHAIN:NUMBER,CHAIN:NUMBER,..."),
+        "",
+    ),
     Field(
         "tasks.replace_at",
         tuple[int, ...],
         Rule("tasks that start from a pre-trained model"),
         (),
+    ),
+    Field(
+        "tasks.fresh_at",
+        tuple[int, ...],
+        Rule("tasks that start from fresh weights, trained against the version before"),
+        (),
+    ),
+    Field(
+        "fresh_backbone.name",
+        str,
+        Rule("their network, a registered one; empty for that of the run"),
+        "",
     ),
     Field(
         "pretrain_classes",
@@ -110,6 +127,9 @@ def _schema() -> Iterator[Field]:
         yield Field(
             f"backbone.arguments.{name}", int | None, Rule("argument of the backbone", low=1), None
         )
+    for name in backbone_arguments():
+        rule = Rule("argument of the network of fresh weights", low=1)
+        yield Field(f"fresh_backbone.arguments.{name}", int | None, rule, None)
     for name in sorted(methods.names()):
         for field in describe(inspect.unwrap(methods.factory(name))):
             rule = dataclasses.replace(field.rule, help=f"{field.rule.help} ({name})")

@@ -1,19 +1,21 @@
 """Every version of a chain tried against every older one: the compatibility matrix."""
 
+import dataclasses
 import hashlib
 import io
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from compat_jax import hosts
+from compat_jax import align, hosts
 from compat_jax.chain import Chain, Record, Version
 from compat_jax.data.class_register import Register
 from compat_jax.data.dataset import Dataset
 from compat_jax.data.roles import check_same_classes
 from compat_jax.errors import Stopped, UserError
+from compat_jax.fields import Rule, check_fields
 from compat_jax.files import absolute, read_sealed, write_sealed
 from compat_jax.matrix import Evaluation, Evaluations
 from compat_jax.meter import track
@@ -80,6 +82,90 @@ def evaluate(
 
     Source: `evaluate` in `src/iamcl2r/eval.py`, which extracts T + T(T+1)/2 times.
     """
+    return _evaluate(
+        chain,
+        (query, gallery),
+        None,
+        metrics=metrics,
+        versions=versions,
+        dtype=dtype,
+        session=session,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Maps:
+    """How queries of newer versions are mapped into the spaces of older ones.
+
+    Attributes:
+      kind: of the maps, a name of `align.KINDS`, fitted with its defaults.
+      pairs: gallery images that a map is fitted on, embedded by both versions; at most half of the
+        gallery counts.
+      seed: by which the images are drawn.
+
+    Raises:
+      UserError: a value out of range.
+    """
+
+    kind: Annotated[str, Rule("of the maps", choices=tuple(align.KINDS))] = "procrustes"
+    pairs: Annotated[int, Rule("gallery images to fit on", low=2)] = 1000
+    seed: Annotated[int, Rule("of their draw", low=0, high=2**32 - 1)] = 0
+
+    def __post_init__(self):
+        check_fields(self)
+
+    def rows(self, count: int) -> np.ndarray:
+        """Return the rows of a gallery of `count` images to fit on, int64[n]: the first of a shuffle.
+
+        Raises:
+          UserError: a gallery of fewer than four images.
+        """
+        if count < 4:
+            raise UserError(f"{count} images are too few to fit a map on half of them", "gallery")
+        return np.random.default_rng(self.seed).permutation(count)[: min(self.pairs, count // 2)]
+
+
+def evaluate_mapped(
+    chain: Chain,
+    query: Dataset,
+    gallery: Dataset,
+    maps: Maps,
+    *,
+    metrics: Sequence[Metric | str] = ("identification",),
+    dtype: str = "float32",
+    session: Session | None = None,
+) -> Evaluations:
+    """Compute the matrix with a map for each pair of versions, fitted without training.
+
+    Queries of a version are mapped into the space of each older version; on its own gallery they stay
+    as they are. Unlike in `evaluate`, the features of two versions may have different sizes.
+
+    Args:
+      chain: see `evaluate`.
+      query: see `evaluate`.
+      gallery: see `evaluate`; the maps are fitted on some of its images.
+      maps: kind of the maps, and what they are fitted on.
+      metrics: see `evaluate`.
+      dtype: see `evaluate`.
+      session: see `evaluate`.
+
+    Raises:
+      Stopped, UserError: see `evaluate`.
+    """
+    mapper = _Mapper(maps, gallery)
+    return _evaluate(
+        chain,
+        (query, gallery),
+        mapper,
+        metrics=metrics,
+        versions=None,
+        dtype=dtype,
+        session=session,
+    )
+
+
+def _evaluate(chain, data, mapper, *, metrics, versions, dtype, session) -> Evaluations:
+    query, gallery = data
     session = session or Session()
     found = [metrics_by_name.get(m) for m in ([metrics] if isinstance(metrics, str) else metrics)]
     if not found:
@@ -87,8 +173,8 @@ def evaluate(
     check_same_classes(query, gallery)
     numbers = list(chain.require_whole().numbers() if versions is None else versions)
     own = same_pictures(query, gallery)
-    settings = f"{dtype} {query.fingerprint()} {gallery.fingerprint()}"
-    tables = [_Table(metric, own, _Cache(session.cache, settings), query) for metric in found]
+    cache = Cache(session.cache, f"{dtype} {query.fingerprint()} {gallery.fingerprint()}")
+    tables = [_Table(metric, own, cache, query) for metric in found]
     records = []
     bar = session.bar("evaluating")
     for number in track(numbers, bar, "versions"):
@@ -99,9 +185,12 @@ def evaluate(
         extraction = _Extraction(
             version, {"query": query, "gallery": gallery}, session, dtype=dtype
         )
+        if mapper is not None:
+            mapper.add(extraction)
         for table in tables:
-            table.add(version, extraction)
-    return Evaluations([table.result(numbers, records) for table in tables])
+            table.add(version, extraction, mapper)
+    notes = () if mapper is None else (mapper.note(),)
+    return Evaluations([table.result(numbers, records, notes) for table in tables])
 
 
 def features(
@@ -138,7 +227,7 @@ def features(
         )
         return (found,)
 
-    cache = _Cache(session.cache, f"{dtype} {data.fingerprint()}")
+    cache = Cache(session.cache, f"{dtype} {data.fingerprint()}")
     made_of = [f"{version.sha256} {version.record}"]
     return cache.get(f"features{version.number:04d}", made_of, compute)[0]
 
@@ -179,17 +268,55 @@ class _Extraction:
         return self._done[role]
 
 
+class _Mapper:
+    """Queries of the version that was added last in the spaces of all versions before it."""
+
+    def __init__(self, maps: Maps, gallery: Dataset):
+        self.maps, self.rows = maps, maps.rows(len(gallery))
+        self.labels = gallery.need_labels()[self.rows]
+        self._pairs: list[np.ndarray] = []  # of each version, the features that maps are fitted on
+        self._queries: list[np.ndarray] = []  # of each version, if the kind of map needs them
+        self._mapped: list[np.ndarray] = []
+        self._newest: _Extraction | None = None
+
+    def add(self, extraction: "_Extraction") -> None:
+        """Add a version; nothing is fitted before it is asked for."""
+        if self._newest is not None and align.needs_old(self.maps.kind):
+            self._queries.append(self._newest.features("query"))
+        self._newest, self._mapped = extraction, []
+        self._pairs.append(extraction.features("gallery")[self.rows])
+
+    def queries(self) -> list[np.ndarray]:
+        """Return the newest version's queries in each space, its own last: float32[q, d] each."""
+        if not self._mapped:
+            assert self._newest is not None
+            features = self._newest.features("query")
+            for k, old in enumerate(self._pairs[:-1]):
+                found = align.fit(old, self._pairs[-1], self.maps.kind, labels=self.labels)
+                before = self._queries[k] if self._queries else None
+                self._mapped.append(found.map(features, before))
+            self._mapped.append(features)
+        return self._mapped
+
+    def note(self) -> str:
+        """Say what was done."""
+        return (
+            f"Queries are mapped into older spaces by {self.maps.kind}, fitted for each pair of "
+            f"versions on {len(self.rows)} gallery images that both embedded."
+        )
+
+
 class _Table:
     """The matrix of one metric, row by row."""
 
-    def __init__(self, metric: Metric, own: np.ndarray | None, cache: "_Cache", query: Dataset):
+    def __init__(self, metric: Metric, own: np.ndarray | None, cache: "Cache", query: Dataset):
         self.metric, self.own, self.cache, self.query = metric, own, cache, query
         self.galleries: list[tuple[np.ndarray, ...]] = []
         self.made_of: list[str] = [metric.name]  # the versions whose galleries a row is made of
         self.rows: list[list[np.ndarray | None]] = []
 
-    def add(self, version: Version, extraction: _Extraction) -> None:
-        """Add a version: its gallery, and its queries in all galleries so far."""
+    def add(self, version: Version, extraction: _Extraction, mapper: _Mapper | None = None) -> None:
+        """Add a version: its gallery, and its queries in all galleries so far, mapped or not."""
         gallery, query = extraction.data["gallery"], self.query
         prepare = self.metric.prepare if self.own is None else everything
         name = f"{self.metric.name} {prepare is everything} {version.sha256} {version.record}"
@@ -208,16 +335,20 @@ class _Table:
             features = extraction.features("query")
             mesh = extraction.session.devices()
             queries = Queries(features, query.labels, self.own, mesh=mesh)
+            if mapper is not None:
+                pairs = zip(mapper.queries(), self.galleries, strict=True)
+                cells = [self.metric.score(queries._replace(features=f), [g])[0] for f, g in pairs]
+                return (np.stack(cells), np.array(features.shape))
             fit = [g for g in self.galleries if g[0].shape[1] == features.shape[1]]
             return (self.metric.score(queries, fit), np.array([len(features), features.shape[1]]))
 
-        scores, (_, size) = self.cache.get(f"row{version.number:04d}", self.made_of, row)
+        made_of = self.made_of if mapper is None else [*self.made_of, str(mapper.maps)]
+        scores, (_, size) = self.cache.get(f"row{version.number:04d}", made_of, row)
         remaining = iter(scores)
-        self.rows.append(
-            [next(remaining) if g[0].shape[1] == size else None for g in self.galleries]
-        )
+        fits = [mapper is not None or g[0].shape[1] == size for g in self.galleries]
+        self.rows.append([next(remaining) if fit else None for fit in fits])
 
-    def result(self, numbers, records) -> Evaluation:
+    def result(self, numbers, records, more=()) -> Evaluation:
         """The matrix, from the scores of all rows."""
         matrix, scores, incomparable = np.zeros((len(self.rows),) * 2), {}, []
         for t, row in enumerate(self.rows):
@@ -239,6 +370,7 @@ class _Table:
             notes.append(
                 f"{len(incomparable)} pairs have features of different sizes and count as 0."
             )
+        notes += more
         labels = (n if r.task is None else r.task for n, r in zip(numbers, records, strict=True))
         return Evaluation(
             self.metric.name,
@@ -255,8 +387,13 @@ class _Table:
         )
 
 
-class _Cache:
-    """Arrays that an evaluation has computed, on disk, addressed by what they were made of."""
+class Cache:
+    """Arrays that an evaluation has computed, on disk, addressed by what they were made of.
+
+    Args:
+      folder: local or gs://; None to keep nothing.
+      settings: part of the address of all arrays.
+    """
 
     def __init__(self, folder, settings: str):
         self.folder = None if folder is None else absolute(folder)
@@ -268,7 +405,13 @@ class _Cache:
         made_of: Sequence[str],
         compute: Callable[[], tuple[np.ndarray, ...]],
     ) -> tuple[np.ndarray, ...]:
-        """Read arrays, or compute and keep them."""
+        """Read arrays, or compute and keep them.
+
+        Args:
+          kind: begins the name of the file.
+          made_of: the rest of the address.
+          compute: makes the arrays.
+        """
         if self.folder is None:
             return compute()
         key = "\n".join([self.settings, *made_of])

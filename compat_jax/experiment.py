@@ -22,6 +22,7 @@ from compat_jax.evaluation import evaluate as evaluate_chain
 from compat_jax.interop import ImageSettings, starting_version_of
 from compat_jax.matrix import Evaluations
 from compat_jax.mesh import check_batch
+from compat_jax.models import Backbone
 from compat_jax.retrieval import Metric
 from compat_jax.session import Session
 from compat_jax.training import Run
@@ -32,6 +33,7 @@ from compat_jax.training.update import Update, update
 from compat_jax.training.workdir import Workdir
 
 Path: TypeAlias = str | os.PathLike[str]
+_NUMBER = r"-?[0-9]{1,9}"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -61,7 +63,9 @@ def train(config: ConfigDict, workdir: Path, session: Session) -> Chain | Update
     pretrained: dict[str, tuple[str, ...]] = {}
     if not configs.own_field(config, "data.pretraining_may_share"):
         pretrained = {
-            f"pre-trained model {v.number}": v.record.class_names for v in replacements.values()
+            f"pre-trained model {v.number}": v.record.class_names
+            for v in replacements.values()
+            if isinstance(v, Version)
         }
     with configs.located():
         check_roles(data, {"query": query, "gallery": gallery}, pretrained)
@@ -132,7 +136,7 @@ def load_start(config: ConfigDict, run: Run, photos: Photos | None) -> Version |
         raise UserError("weights and start are both given: start from one of them", "start")
     if start:
         path, colon, number = start.rpartition(":")
-        if not colon or not re.fullmatch(r"-?[0-9]{1,9}", number):
+        if not colon or not re.fullmatch(_NUMBER, number):
             raise UserError(
                 f"start is CHAIN:NUMBER, e.g. runs/a/chain:2, got {start!r:.200}", "start"
             )
@@ -254,20 +258,29 @@ def load_role(config: ConfigDict, role: str, session: Session) -> Dataset:
         return load(spec, show)
 
 
-def load_replacements(config: ConfigDict) -> dict[int, Version]:
+def load_replacements(config: ConfigDict) -> dict[int, Version | Backbone]:
     """Open the pre-trained models of a configuration, by the task at which they come in.
 
+    Returns:
+      The models, and the network of fresh weights for the tasks that start from such.
+
     Raises:
-      UserError: replacements wanted without a chain of models, or with too few of them.
+      UserError: replacements wanted without models, or with too few of them; a task named twice.
     """
     tasks = configs.own_field(config, "tasks.replace_at")
-    if not tasks:
-        return {}
-    for task in tasks:
-        if tasks.count(task) > 1:
-            raise UserError(
-                f"tasks.replace_at names task {task} twice: {tasks}", "tasks.replace_at"
-            )
+    fresh = configs.own_field(config, "tasks.fresh_at")
+    for name, named in (("tasks.replace_at", tasks), ("tasks.fresh_at", tasks + fresh)):
+        for task in named:
+            if named.count(task) > 1:
+                also = " (with tasks.replace_at)" if task in tasks and task in fresh else ""
+                raise UserError(f"{name}{also} names task {task} twice: {named}", name)
+    found: dict[int, Version | Backbone] = {}
+    if fresh:
+        found |= dict.fromkeys(fresh, configs.fresh_backbone(config, configs.run_of(config)))
+    return found | (_load_pretrained(config, tasks) if tasks else {})
+
+
+def _load_pretrained(config, tasks) -> dict[int, Version]:
     pretrained = configs.own_field(config, "pretrained")
     if not pretrained:
         raise UserError(
@@ -275,15 +288,28 @@ def load_replacements(config: ConfigDict) -> dict[int, Version]:
             "as pretrained, or empty tasks.replace_at",
             "pretrained",
         )
-    chain = Chain(pretrained, _own_backbone(config)).require_whole()
-    numbers = chain.numbers()
-    if len(numbers) < len(tasks):
+    models = _models(str(pretrained), _own_backbone(config))
+    if len(models) < len(tasks):
         raise UserError(
-            f"{len(tasks)} replacements (tasks {tasks}), but {pretrained} has {len(numbers)} models: "
+            f"{len(tasks)} replacements (tasks {tasks}), but {pretrained} has {len(models)} models: "
             "pre-train more or shorten tasks.replace_at",
             "tasks.replace_at",
         )
-    return {t: chain.open(n) for t, n in zip(sorted(tasks), numbers, strict=False)}
+    chosen = zip(sorted(tasks), models, strict=False)
+    return {task: chain.open(number) for task, (chain, number) in chosen}
+
+
+def _models(pretrained: str, backbone: str | None) -> list[tuple[Chain, int]]:
+    """List chain and number of each model of "CHAIN,CHAIN:NUMBER,...": all of a chain without number."""
+    found = []
+    for part in pretrained.split(","):
+        path, _, number = part.strip().rpartition(":")
+        if path and re.fullmatch(_NUMBER, number):
+            found.append((Chain(path, backbone), int(number)))
+            continue
+        chain = Chain(part.strip(), backbone).require_whole()
+        found += [(chain, n) for n in chain.numbers()]
+    return found
 
 
 def _own_backbone(config):

@@ -82,6 +82,16 @@ def tfds_source(name: str, split: str, **fields: Any) -> dict[str, Any]:
     return source("tfds", name=name, split=split, **{"size": 32, **fields})
 
 
+def cifar_input() -> dict[str, Any]:
+    """Return normalisation and augmentation of pictures of 32 pixels, as the reference has them."""
+    return {
+        "mean": (0.5071, 0.4867, 0.4408),
+        "std": (0.2675, 0.2565, 0.2761),
+        "crop_padding": 4,
+        "flip": True,
+    }
+
+
 def base_config(method: str, optimizer: str = "sgd") -> ConfigDict:
     """The fields that every run has, with the reference's values.
 

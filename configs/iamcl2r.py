@@ -5,8 +5,9 @@
 
 Reproduces IAM-CL2R of the paper and of miccunifi/iamcl2r (`configs/hoc_7tasks.yaml` and its
 siblings). CIFAR comes through TFDS (TFDS_DATA_DIR); the models that replace others come from
-`launch.pretrain` (`configs/pretrain.py`), whose folder is `--config.pretrained`. Without it
-(`replace=false`) one model is fine-tuned all along: CL2R.
+`launch.pretrain` (`configs/pretrain.py`), whose chain is `--config.pretrained`. Without it
+(`replace=false`) one model is fine-tuned all along: CL2R. Models of several chains, of any architecture,
+replace each other in turn with `--config.pretrained=CHAIN:NUMBER,CHAIN:NUMBER,...`.
 
 Arguments: method=hoc|er|... (docs/methods.md), tasks=7|31, replace=true|false, optimizer=sgd|adamw|lars.
 """
@@ -14,7 +15,7 @@ Arguments: method=hoc|er|... (docs/methods.md), tasks=7|31, replace=true|false, 
 from ml_collections import ConfigDict
 
 from compat_jax.errors import UserError
-from configs.common import base_config, parse_arguments, tfds_source
+from configs.common import base_config, cifar_input, parse_arguments, tfds_source
 
 _INCREMENTS = {7: 15, 31: 3}
 _REPLACE_AT = {7: (0, 2, 4), 31: (0, 10, 20)}
@@ -40,10 +41,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
             "train": tfds_source("cifar100", "train", per_class=300),
             "query": tfds_source("cifar10", "train"),
             "gallery": tfds_source("cifar10", "test"),
-            "mean": (0.5071, 0.4867, 0.4408),
-            "std": (0.2675, 0.2565, 0.2761),
-            "crop_padding": 4,
-            "flip": True,
+            **cifar_input(),
             "pretraining_may_share": True,
         }
     )

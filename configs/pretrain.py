@@ -4,28 +4,39 @@
 
 Then `launch.train --config.pretrained=DIR/chain`. The reference's replacements are ResNet-18 on 100,
 300 and 600 classes of ImageNet32, trained against the same 1024 prototypes: `data=imagenet32`
-(TFDS imagenet_resized/32x32). `data=folder` takes class folders (`--config.data.train.path=`).
+(TFDS imagenet_resized/32x32). `data=tiny_imagenet` takes 34, 100 and 200 classes of Tiny-ImageNet at 32
+pixels in their place (path=tiny-imagenet-200), `data=folder` class folders (path=FOLDER).
 
 Classes are written to the prototypes in ascending order, those of the tasks in descending order, so
 that the two share the simplex and no prototype.
 
 Arguments: method=hoc|sce|fd (cross-entropy on the simplex)|er (learnable head),
-data=glyphs|imagenet32|folder, seed=0, optimizer=sgd|adamw|lars.
+data=glyphs|imagenet32|tiny_imagenet|folder, path=FOLDER, size=32, backbone=resnet18, seed=0,
+optimizer=sgd|adamw|lars.
 """
 
 from ml_collections import ConfigDict
 
 from compat_jax.errors import unknown
-from configs import glyphs
-from configs.common import base_config, parse_arguments, source, tfds_source
+from configs import folders, glyphs
+from configs.common import base_config, cifar_input, parse_arguments, source, tfds_source
 
 METHODS = ("hoc", "sce", "fd", "er")
-DATA = ("glyphs", "imagenet32", "folder")
+DATA = ("glyphs", "imagenet32", "tiny_imagenet", "folder")
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:
     """The configuration; see the module's docstring for the arguments."""
-    args = parse_arguments(arguments, method="hoc", optimizer="sgd", data="glyphs", seed=0)
+    args = parse_arguments(
+        arguments,
+        method="hoc",
+        optimizer="sgd",
+        data="glyphs",
+        path="",
+        size=32,
+        backbone="resnet18",
+        seed=0,
+    )
     if args.method not in METHODS:
         raise unknown("method", args.method, METHODS)
     if args.data not in DATA:
@@ -50,17 +61,18 @@ def get_config(arguments: str | None = None) -> ConfigDict:
         config.data = ConfigDict({"train": train, **glyphs.input_fields()})
         return config
     config.epochs = 70
+    config.backbone.name = args.backbone
     config.pretrain_classes = (100, 300, 600)
-    train = tfds_source("imagenet_resized/32x32", "train")
+    train = tfds_source("imagenet_resized/32x32", "train", size=args.size)
     if args.data == "folder":
-        train = source("folder", size=32)
+        train = source("folder", path=args.path or None, size=args.size)
+    elif args.data == "tiny_imagenet":
+        config.pretrain_classes = (34, 100, 200)
+        train = {**folders.tiny_imagenet(args.path)["train"], "size": args.size}
     config.data = ConfigDict(
         {
             "train": train,
-            "mean": (0.5071, 0.4867, 0.4408),
-            "std": (0.2675, 0.2565, 0.2761),
-            "crop_padding": 4,
-            "flip": True,
+            **cifar_input(),
         }
     )
     return config

@@ -32,6 +32,8 @@ PROGRAMS = (
     Program("launch.report", "put chains side by side on one page"),
     Program("launch.sweep", "run a grid of configurations, print mean and spread"),
     Program("launch.embed", "write the features of pictures by a version of a chain"),
+    Program("launch.upgrade", "upgrade a gallery: check, switch, backfill, roll back"),
+    Program("launch.demo", "open a page: ask an old gallery by each version, embed it again"),
     Program("launch.enlarge", "move a chain to a larger K without reading a picture again"),
     Program("launch.import_torch", "make a chain of PyTorch weights"),
     Program("launch.export_torch", "write a version as a PyTorch state dict"),

@@ -24,12 +24,27 @@ def define_metric() -> None:
 def define() -> None:
     """Define the flags of an evaluation: metrics, and where and how it is carried out."""
     define_metric()
+    define_places()
+
+
+def define_places() -> None:
+    """Define the flags that say where and how pictures are embedded."""
     flags.DEFINE_integer("batch_size", 256, "images per batch", lower_bound=1)
     flags.DEFINE_string("dtype", "float32", "of the networks' computation: float32 or bfloat16")
     flags.DEFINE_string("mesh", "data:-1", "devices")
     flags.DEFINE_string("backbone", None, "import path of your own backbone, package.module:Name")
     cli.define_hosts()
     flags.DEFINE_bool("progress", True, "show progress bars")
+
+
+def define_pairs() -> None:
+    """Define what maps afterwards are fitted on."""
+    flags.DEFINE_integer(
+        "pairs",
+        1000,
+        "gallery images that maps are fitted on, at most half of the gallery",
+        lower_bound=2,
+    )
 
 
 def check_metrics() -> None:

@@ -18,6 +18,16 @@ where it is installed (about ten minutes on two cores):
 photos: photo_step (a training step), photo_features (images per second).
 pictures: latency (from one file to its feature), decoding (JPEGs by Grain beside Pillow), from_disk
 (training from files beside training from memory), photo_memory (peak of a program that reads 5,000).
+
+A gallery in a vector store, in LanceDB and, where you give its address, in a Qdrant server, beside
+exact search in memory (some minutes, 4 GB of disk, 3 GB of memory):
+
+  python -m launch.benchmark --only=gallery --json=gallery.json
+  python -m launch.benchmark --only=gallery --gallery_rows=100000 \\
+      --gallery_url=qdrant:http://localhost:6333
+
+gallery: ingest, index, disk, memory, single queries and their recall, with a filter, before and after
+a backfill of a tenth of the rows.
 """
 
 import json
@@ -52,6 +62,13 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
     "batch", None, "pictures in a batch of photos and pictures; by default 8", lower_bound=1
 )
+flags.DEFINE_integer("gallery_rows", None, "rows of gallery; by default 1,000,000", lower_bound=100)
+flags.DEFINE_string(
+    "gallery_url",
+    None,
+    "server of Qdrant to measure gallery in as well, e.g. qdrant:http://localhost:6333; a collection is "
+    "made there, and deleted at the end",
+)
 flags.DEFINE_string("sizes", "full", "full, or tiny to try that everything runs")
 flags.DEFINE_string("part", None, "internal: the part of a measure that runs in a separate process")
 
@@ -70,6 +87,7 @@ def main(_) -> None:
     if args.backbone is not None and ":" not in args.backbone:
         cli.check_choice("backbone", args.backbone, models.registered())
     photo = {"backbone": args.backbone, "image": args.size, "batch": args.batch}
+    photo["rows"] = args.gallery_rows
     if args.part:
         _part(args.part, benchmarks.sizes(args.sizes, **photo))
         return
@@ -81,6 +99,7 @@ def main(_) -> None:
         sizes_name=args.sizes,
         variants=args.variants,
         photo=photo,
+        gallery_url=args.gallery_url,
     )
     results = []
     matmul = {d: timing.matmul_flops(d) for d in sorted({"float32", *dtypes})}
@@ -94,13 +113,15 @@ def main(_) -> None:
 
 
 def _part(part, sizes):
-    from launch.benchmarks import growth, pictures, training
+    from launch.benchmarks import gallery, growth, pictures, training
 
     kind, _, argument = part.partition(":")
     if kind == "first_update":
         training.first_update(sizes)
     elif kind == "photo_memory":
         print(json.dumps(pictures.read_and_embed(sizes, argument)))
+    elif kind == "gallery":
+        print(json.dumps(gallery.one_store(argument)))
     else:
         print(json.dumps(growth.one_point(sizes, kind, int(argument))))
 

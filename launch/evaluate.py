@@ -2,6 +2,10 @@
 
   python -m launch.evaluate --chain=runs/hoc/chain
   python -m launch.evaluate --chain=runs/hoc/chain --metric=map --out=runs/hoc/map
+  python -m launch.evaluate --chain=runs/er/chain --afterwards=procrustes,ridge
+
+With --afterwards there is a further matrix for each kind of map, whose queries are mapped into the space
+of each older version; its files lie in a folder of that name.
 
 Query and gallery are those of the run's configuration, which the chain carries; --config takes
 others (`data.query`, `data.gallery`).
@@ -15,6 +19,8 @@ from launch import _evaluation as evaluation
 cli.define_config(fields=("data.ROLE.", "data.photos."))
 flags.DEFINE_string("chain", None, "folder of the chain")
 flags.DEFINE_string("out", None, "folder for matrix.json and pictures; beside the chain by default")
+flags.DEFINE_list("afterwards", [], "kinds of maps to apply to queries as well, e.g. procrustes")
+evaluation.define_pairs()
 evaluation.define()
 
 
@@ -23,26 +29,34 @@ def main(_) -> None:
     args = flags.FLAGS
     path = cli.require("chain", "runs/hoc/chain")
     cli.start_jax()
-    from compat_jax import experiment, hosts, report
+    from compat_jax import experiment, hosts, methods, report
     from compat_jax.chain import Chain
+    from compat_jax.evaluation import Maps, evaluate, evaluate_mapped
     from compat_jax.files import absolute
 
     evaluation.check()
+    maps = [Maps(kind=kind, pairs=args.pairs) for kind in dict.fromkeys(args.afterwards)]
     chain = Chain(path, args.backbone).require()
     config = experiment.config_of(chain) if args.config is None else args.config
     out = absolute(args.out) if args.out else chain.path.parent / "evaluation"
     report.check_writable(out)
     session = evaluation.session(out / "cache", cli.StopSignal())
-    results = experiment.evaluate(
-        chain, config=config, metrics=args.metric, dtype=args.dtype, session=session
-    )
+    session.devices()  # refuses a mesh before any data is read
+    data = experiment.load_retrieval(config, chain, session)
+    options = {"metrics": args.metric, "dtype": args.dtype, "session": session}
+    found = [("", evaluate(chain, *data, **options))]
+    found += [(one.kind, evaluate_mapped(chain, *data, one, **options)) for one in maps]
     if not hosts.is_first():
         return
-    for name, result in results.items():
-        print(result.table())
-        folder = out if len(results) == 1 else out / name.replace("@", "_at_")
-        for file in report.write({result.method: result}, folder):
-            print(file)
+    for kind, results in found:
+        for name, result in results.items():
+            title = f"{methods.title(result.method)}, {kind}" if kind else result.method
+            print(result.table(title))
+            folder = out / kind if kind else out
+            if len(results) > 1:
+                folder = folder / name.replace("@", "_at_")
+            for file in report.write({title: result}, folder):
+                print(file)
 
 
 if __name__ == "__main__":

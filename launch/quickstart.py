@@ -9,6 +9,7 @@ fixed d-Simplex and the HOC loss, once with an ordinary learnable classifier (ER
 open in a browser: matrices, what queries find in old galleries, drift, training curves.
 """
 
+import shlex
 import time
 
 from absl import flags
@@ -38,7 +39,7 @@ def main(_) -> None:
     for method in args.methods:
         methods.factory(method)
     stop, results, folder = cli.StopSignal(), {}, absolute(args.workdir)
-    found, data = [], None
+    found, data, chains = [], None, []
     for method in dict.fromkeys(args.methods):
         models, config = configurations(method, args.seed)
         models_session, session = cli.session(models, stop), cli.session(config, stop)
@@ -49,6 +50,7 @@ def main(_) -> None:
         data = data or experiment.load_retrieval(config, chain, session)
         found.append(report.collect(chain, *data, session=session))
         results[method] = found[-1].main
+        chains.append(chain.path)
     if not hosts.is_first():
         return
     print(report.table(results))
@@ -57,6 +59,8 @@ def main(_) -> None:
         print(path)
     page, *_ = report.write_page(found, *data, folder / "report", "Quickstart of compat_jax")
     print(f"Open in a browser: {page}")
+    demo = f"python -m launch.demo --chain={shlex.quote(str(chains[0]))}"
+    print(f"Ask the old gallery with pictures (pip install 'compat_jax[demo]'): {demo}")
     print(f"{time.perf_counter() - began:.0f} s in all")
 
 

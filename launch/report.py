@@ -1,12 +1,14 @@
-"""Put chains side by side on one page: matrices, retrieval wall, backfill, flips, drift, training.
+"""Put chains side by side on one page: matrices, retrieval wall, backfill, maps, flips, drift, training.
 
   python -m launch.report --chains=runs/hoc/chain --out=runs/report
   python -m launch.report --chains=runs/hoc/chain,runs/er/chain --metric=map --out=runs/report
 
 Writes index.html, which holds everything and needs no network, and its pictures (PNG), tables (CSV) and
-figures (JSON) beside it. Query and gallery are those of each chain's configuration and must be the same;
---config takes others (`data.query`, `data.gallery`). What launch.evaluate has embedded is not embedded
-again.
+figures (JSON) beside it. Beside the naive swap, the queries of the newest version in the oldest gallery,
+stand other ways to upgrade and their costs: maps fitted afterwards, rescoring, a re-index
+(--noafterwards leaves them out). Query and gallery are those of each chain's configuration and must be
+the same; --config takes others (`data.query`, `data.gallery`). What launch.evaluate has embedded is not
+embedded again.
 """
 
 from absl import flags
@@ -19,6 +21,8 @@ cli.define_config(fields=("data.ROLE.", "data.photos."))
 flags.DEFINE_list("chains", [], "folders of the chains, the first one's rivals behind it")
 flags.DEFINE_string("out", None, "folder for the page and the files beside it")
 flags.DEFINE_string("title", "Compatibility report", "of the page")
+flags.DEFINE_bool("afterwards", True, "measure maps afterwards and other ways to upgrade")
+evaluation.define_pairs()
 evaluation.define()
 
 
@@ -56,11 +60,29 @@ def main(_) -> None:
         )
         for chain, name, session in zip(chains, report.titles(chains), sessions, strict=True)
     ]
+    if args.afterwards:
+        trios = zip(found, chains, sessions, strict=True)
+        found = [_with_ways(one, chain, (query, gallery), session) for one, chain, session in trios]
     if not hosts.is_first():
         return
     print(report.table({chain.name: chain.main for chain in found}))
     page, *others = report.write_page(found, query, gallery, out, args.title)
     print(f"{page} ({len(others)} pictures, tables and figures beside it)")
+
+
+def _with_ways(found, chain, data, session):
+    """Add the ways to upgrade to what was found on a chain; one version has none."""
+    import dataclasses
+
+    from compat_jax import afterwards
+
+    if len(found.numbers) < 2:
+        return found
+    metrics = dict.fromkeys([found.main.metric, *afterwards.METRICS])
+    plan = afterwards.Plan(pairs=flags.FLAGS.pairs)
+    options = {"dtype": flags.FLAGS.dtype, "session": session}
+    ways = afterwards.compare(chain, *data, metrics=list(metrics), plan=plan, **options)
+    return dataclasses.replace(found, ways=ways)
 
 
 class Data:

@@ -26,10 +26,18 @@ FILES = sorted(
     p.stem for p in FOLDER.glob("*.py") if "\ndef get_config(" in p.read_text(encoding="utf-8")
 )
 ARGUMENTS = {
+    "folders": ["", *(f"data={d},path=p" for d in ("tiny_imagenet", "omniglot", "grocery"))],
     "glyphs": ["", "method=er,replace=false,seed=3", "method=fd", "method=sce"],
     "iamcl2r": ["", "method=er,tasks=31", "replace=false", "method=fd", "method=sce"],
+    "pairs": ["", "kind=data,method=bct", "kind=backbone,method=er", "kind=size,method=fd"],
     "photos": ["path=photos", "path=p,method=er,by=class", "path=p,optimizer=adamw,epochs=3"],
-    "pretrain": ["", "method=er", "data=imagenet32", "data=folder,seed=2"],
+    "pretrain": [
+        "",
+        "method=er",
+        "data=imagenet32",
+        "data=folder,seed=2",
+        "data=tiny_imagenet,path=p",
+    ],
 }
 
 
@@ -92,7 +100,8 @@ def shrink(config, folder):
     return config
 
 
-@pytest.mark.parametrize("file", FILES)
+# The others train and are evaluated in test_protocols.py.
+@pytest.mark.parametrize("file", [f for f in FILES if f not in ("folders", "pairs")])
 def test_every_configuration_runs_a_step(file, tmp_path):
     config = shrink(load(file), tmp_path / "photos")
     work = experiment.pretrain if "pretrain_classes" in config else experiment.train
@@ -280,6 +289,7 @@ def test_every_field_can_be_overridden(file, arguments):
     unset = {"data_dir": "/data", "path": "/photos", "classes": (3, 7), "per_class": 5}
     unset |= {"width": 16, "patch": 4, "image_size": 32, "registers": 4, "in_memory": False}
     unset |= {"mean": (0.5,) * 3, "std": (0.2,) * 3, "epochs": 2, "lr": 0.5, "freeze_backbone": 1}
+    unset |= {"split": "val"}
     fields = dict(config.items(preserve_field_references=False))
     leaves, rest = {}, [("", fields)]
     while rest:

@@ -71,8 +71,8 @@ def test_a_block_that_does_not_run_says_why(page):
     assert set(fences) <= {"", "sh", "python", "text", "bibtex"}
 
 
-# Pages whose blocks train again what other tests train.
-SLOW_PAGES = ("docs/extending.md", "docs/sequences.md")
+# Pages whose blocks train again what other tests train; test_upgrade.py runs the runbook's commands.
+SLOW_PAGES = ("docs/extending.md", "docs/sequences.md", "docs/upgrading.md")
 RUNNING = [
     pytest.param(p, marks=pytest.mark.slow if p in SLOW_PAGES else ())
     for p in PAGES
@@ -224,6 +224,8 @@ def flags_for(program: str, arguments: list[str]) -> list[str]:
     text, quiet = " ".join(arguments), ["--noprogress"]
     if program in ("launch.evaluate", "launch.embed", "launch.enlarge"):
         return quiet
+    if program == "launch.upgrade":
+        return flags_for_upgrade(arguments)
     if program not in ("launch.train", "launch.pretrain"):
         return []
     if "configs/photos.py" in text:
@@ -240,6 +242,19 @@ def flags_for(program: str, arguments: list[str]) -> list[str]:
         smaller = {k: v for k, v in smaller.items() if not k.endswith(("classes", "per_class"))}
         smaller |= {"pretrain_classes": (2, 3)} if program == "launch.pretrain" else {}
     return [*tiny.flags(smaller), *quiet]
+
+
+def flags_for_upgrade(arguments: list[str]) -> list[str]:
+    """Return the flags that let a command of launch.upgrade run without servers and go well."""
+    quiet = ["--noprogress"] if arguments[0] in ("check", "index", "backfill") else []
+    go = ["--margin=1", "--limit=1"] if arguments[0] == "check" else []
+    places = {"qdrant:http": "qdrant:runs/qdrant/shop", "gs:": "lance:runs/bucket/shop"}
+    elsewhere = [
+        f"--store={here}"
+        for there, here in places.items()
+        if any(argument.startswith(f"--store={there}") for argument in arguments)
+    ]
+    return [*quiet, *go, *elsewhere]
 
 
 def run_program(program: str, arguments: list[str]) -> None:

@@ -26,7 +26,7 @@ FIELDS = [
     for field in describe(documented)
 ]
 # Their range depends on another field.
-TIED = ("lr", "min_lr", "mean", "std")
+TIED = ("lr", "min_lr", "mean", "std", "first_prototypes")
 
 
 def make(owner, field, value):

@@ -18,7 +18,7 @@ OTHERS = [program.name for program in PROGRAMS if program.name != "launch.tpu_vm
 # Parses each command in a child process: flags and overrides of a configuration are global.
 PARSE = """
 import importlib, json, os, sys, warnings
-import compat_jax
+import launch._evaluation  # what the programs import
 warnings.simplefilter("ignore")  # JAX warns of forks, but has not started any thread yet
 for name, *argv in json.loads(sys.argv[1]):
     child = os.fork()
@@ -39,8 +39,8 @@ for name, *argv in json.loads(sys.argv[1]):
 
 
 def examples(name: str) -> list[list[str]]:
-    """The commands in the docstring of a program: its name and its arguments each."""
-    text = (ROOT / f"{name.replace('.', '/')}.py").read_text().split('"""')[1]
+    """The commands in the help of a program and of its commands: its name and its arguments each."""
+    text = (ROOT / f"{name.replace('.', '/')}.py").read_text()
     lines = re.sub(r"\\\\\n\s*", "", text).splitlines()
     found = [line for line in lines if re.match(r"  python -m launch", line)]
     return [shlex.split(line, comments=True)[2:] for line in found]

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -13,14 +14,15 @@ import pytest
 import tiny
 from PIL import Image
 
+from compat_jax import afterwards, drift, evaluation, report, retrieval, simplex
 from compat_jax import config as configs
-from compat_jax import drift, evaluation, report, retrieval, simplex
 from compat_jax.chain import Chain
 from compat_jax.errors import Stopped, UserError
-from compat_jax.report import figures, findings, style, tables
+from compat_jax.report import figures, findings, style, tables, ways
 
 QUERY = tiny.dataset(classes=4, per_class=9, seed=1, name="<b>$x$ & 'y'")
 GALLERY = tiny.dataset(classes=4, per_class=7, seed=2, name="<b>$x$ & 'y'")
+WAYS = ("naive", "ridge", "slerp", "rescoring", "reindex")
 
 
 def write_chain(folder, method, count, seed, **changes):
@@ -33,6 +35,7 @@ def write_chain(folder, method, count, seed, **changes):
         {"task": t, "step": s, "loss": 2 - s / 9, "accuracy": s / 9} for t in (0, 1) for s in (4, 8)
     ]
     lines.insert(2, {"task": 0, "step": 8, "validation": {"recall@1": 0.5}})
+    lines.append({"task": 1, "step": 8, "validation": {"accuracy": 0.25, "recall@1": 0.75}})
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"task": 1, "st')
     return chain
 
@@ -45,9 +48,10 @@ def chains(tmp_path_factory):
     for number, method in enumerate(("hoc", "sce")):
         chain = write_chain(folder / method, method, 3, seed=10 * number)
         session = tiny.session(cache=folder / method / "cache", progress=False)
-        made.append(
-            report.collect(chain, QUERY, GALLERY, metrics=["recall@1", "map"], session=session)
-        )
+        one = report.collect(chain, QUERY, GALLERY, metrics=["recall@1", "map"], session=session)
+        plan = afterwards.Plan(ways=WAYS, shares=(0, 0.5, 1))
+        ways = afterwards.compare(chain, QUERY, GALLERY, plan=plan, session=session)
+        made.append(dataclasses.replace(one, ways=ways))
     return made
 
 
@@ -102,7 +106,7 @@ def test_the_page_needs_nothing_but_itself(page):
         {"name": "viewport", "content": "width=device-width, initial-scale=1"},
     ) in found.tags
     anchors = {a["href"][1:] for tag, a in found.tags if tag == "a"}
-    assert anchors == {a["id"] for _, a in found.tags if "id" in a} and len(anchors) == 8
+    assert anchors == {a["id"] for _, a in found.tags if "id" in a} and len(anchors) == 9
 
 
 def test_pictures_are_described_and_lie_beside_the_page(page):
@@ -233,10 +237,60 @@ def test_classes_are_sorted_by_what_they_gain(chains):
 
 def test_the_log_is_read_up_to_where_it_was_cut_off(chains):
     log = chains[0].log
-    assert [line["step"] for line in log] == [4, 8, 8, 4, 8]
+    assert [line["step"] for line in log] == [4, 8, 8, 4, 8, 8]
     assert figures.task_starts(log) == {0: 0, 1: 8}
     (row, _) = tables.training(chains).rows
     assert row == (chains[0].name, 2, 16, pytest.approx(2 - 8 / 9), pytest.approx(8 / 9))
+
+
+def test_validation_is_drawn_and_listed(chains, page):
+    rows = tables.validation(chains[:1]).rows
+    name = chains[0].name
+    expected = [(name, 0, 8, np.nan, 0.5, np.nan), (name, 1, 8, 0.25, 0.75, np.nan)]
+    for row, wanted in zip(rows, expected, strict=True):
+        assert row[:3] == wanted[:3]
+        np.testing.assert_array_equal(row[3:], wanted[3:])
+    axis = figures.training_curves(chains, "validation recall@1").axes[0]
+    first = axis.lines[:2]  # a line a task, in steps of the whole run
+    assert [line.get_xydata().tolist() for line in first] == [[[8, 50]], [[16, 75]]]
+    assert (page / "training-validation-recall-1.png").exists()
+    assert not (page / "training-validation-cross.png").exists()  # nothing was measured
+    assert len(read_csv(page / "validation.csv")) == 5
+
+
+def test_ways_are_listed_by_what_they_bring_on_the_way(chains, page):
+    rows = read_csv(page / "ways.csv")
+    head, means = rows[0], [float(row[2]) for row in rows[1:]]
+    assert head[2] == "identification mean on the way" and means == sorted(means, reverse=True)
+    assert len(rows) == 1 + 2 * len(WAYS) and len(set(head)) == len(head)
+    content = json.loads((page / "report.json").read_text())
+    for chain in chains:
+        named = {way["name"]: way for way in content[chain.name]["ways"]["ways"]}
+        assert list(named) == list(WAYS)
+        for row in rows[1:]:
+            if row[0] == chain.name:
+                (way,) = (w for w in WAYS if ways.title(w) == row[1])
+                values = named[way]["curves"]["recall@1"]["values"]
+                assert [float(row[7]), float(row[9])] == [values[0], values[-1]]
+        naive = chain.ways.way("naive").curves["recall@1"].values
+        np.testing.assert_allclose(naive[[0, -1]], chain.main.matrix[2, [0, 2]])
+    points = read_csv(page / "ways-points.csv")
+    assert len(points) == 1 + 2 * 2 * (3 * (len(WAYS) - 1) + 4)  # a re-index ends in a jump
+    costs = read_csv(page / "ways-costs.csv")
+    assert [row[1] for row in costs[1:]] == [ways.title(way) for way in WAYS] * 2
+    assert "-ways-recall-1.png" in " ".join(path.name for path in page.iterdir())
+
+
+def test_the_best_map_is_drawn_beside_the_naive_swap(chains):
+    best = ways.best_map(chains[0], "recall@1")
+    areas = {kind: chains[0].ways.way(kind).curves["recall@1"].area for kind in ("ridge", "slerp")}
+    assert areas[best] == max(areas.values())
+    drawn = ways.against_images(chains, "recall@1")
+    texts = [text.get_text() for text in drawn.legends[0].get_texts()]
+    assert texts[:2] == [f"{chains[0].name}, naive swap", f"{chains[0].name}, {ways.title(best)}"]
+    fitted = drawn.axes[0].lines[1].get_xdata()
+    assert fitted[0] == pytest.approx(50) and fitted[-1] == 100  # half of the gallery is paired
+    assert ways.best_map(dataclasses.replace(chains[0], ways=None), "recall@1") == ""
 
 
 def test_settings_that_differ_come_first(chains):
@@ -250,7 +304,7 @@ def test_a_second_report_embeds_nothing(chains, monkeypatch, tmp_path):
     cache = chain.path.parent / "cache"
     session = tiny.session(cache=cache, progress=False)
     again = report.collect(chain, QUERY, GALLERY, metrics=["recall@1", "map"], session=session)
-    assert again.summary() == chains[0].summary()
+    assert again.summary() == dataclasses.replace(chains[0], ways=None).summary()
 
 
 def test_one_version_alone_has_a_report_too(tmp_path):
@@ -289,12 +343,6 @@ def test_names_must_differ_and_a_stop_is_heard(chains, tmp_path):
     session = tiny.session(progress=False, should_stop=lambda: True)
     with pytest.raises(Stopped):
         report.collect(Chain(chains[0].path), QUERY, GALLERY, session=session)
-
-
-def test_many_queries_are_sampled():
-    rows = findings.sampled(5000)
-    assert len(rows) == findings.SAMPLE == len(set(rows)) and (np.diff(rows) > 0).all()
-    np.testing.assert_array_equal(findings.sampled(7), np.arange(7))
 
 
 def test_colours_come_with_marks():

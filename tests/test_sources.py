@@ -179,7 +179,7 @@ def test_sixteen_bits_of_grey_are_scaled_to_eight(folder):
 
 def test_vanished_picture(folder, monkeypatch):
     listed = [Picture(str(folder / "cat" / "gone.png"), "cat")]
-    monkeypatch.setattr(listing, "list_folder", lambda root: listed)
+    monkeypatch.setattr(listing, "list_folder", lambda root, **_: listed)
     with pytest.raises(UserError, match=r"cat/gone.png is not there: put it back, or take it off"):
         data.from_folder(str(folder))
 

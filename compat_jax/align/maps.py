@@ -16,12 +16,26 @@ from compat_jax.files import storage, write_bytes
 # (arrays, new features float32[n, e], old features float32[n, d] or None) -> float[n, d]
 Apply = Callable[[Mapping[str, np.ndarray], np.ndarray, np.ndarray | None], Any]
 _APPLY: dict[str, Apply] = {}
+_NEEDS_OLD: set[str] = set()
 _ABOUT = "about"
 
 
-def applies(kind: str, apply: Apply) -> None:
-    """Tell how the arrays of a kind of map apply to features; the result need not be normalised."""
+def applies(kind: str, apply: Apply, *, needs_old: bool = False) -> None:
+    """Tell how the arrays of a kind of map apply to features; the result need not be normalised.
+
+    Args:
+      kind: its name.
+      apply: the function.
+      needs_old: whether it goes by the old version's features of a query as well.
+    """
     _APPLY[kind] = apply
+    if needs_old:
+        _NEEDS_OLD.add(kind)
+
+
+def needs_old(kind: str) -> bool:
+    """Return whether a kind of map takes each query's features by both versions."""
+    return kind in _NEEDS_OLD
 
 
 class Pairs(NamedTuple):

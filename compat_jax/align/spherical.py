@@ -111,4 +111,4 @@ def _apply(arrays, new, old):
     return interpolate(normalized(old), mapped, float(arrays["factor"]))
 
 
-applies("slerp", _apply)
+applies("slerp", _apply, needs_old=True)

@@ -228,6 +228,17 @@ class Chain:
         """
         return self._read(self._number(number))[0]
 
+    def digest(self, number: int) -> str:
+        """Read the SHA-256 of a version's variables from its record; the variables are not read.
+
+        Args:
+          number: of the version; negative counts from the end.
+
+        Raises:
+          NoSuchVersion, CorruptEntry: see `open`.
+        """
+        return self._read(self._number(number))[1]["variables_sha256"]
+
     def open(self, number: int) -> Version:
         """Open a version with its variables, after checking every byte.
 

@@ -5,6 +5,7 @@ pictures; links are followed, dangling ones refused.
 """
 
 import difflib
+import fnmatch
 import glob
 import os
 import stat
@@ -17,6 +18,8 @@ from compat_jax.data.huggingface import is_saved, open_saved, saved_splits
 from compat_jax.errors import UserError, unknown
 from compat_jax.files import absolute
 
+# Which folders are classes, and what names them: see `list_folder`.
+CLASS_FOLDERS = ("top", "path", "name")
 COLUMNS = ("path", "label", "split")
 TABLES = (".csv", ".tsv", ".parquet")
 _LEFT_BEHIND = {"@eadir", "__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db", "lost+found"}
@@ -81,11 +84,17 @@ def list_labelled(path: str | os.PathLike) -> list[Picture]:
     return list_folder(root)
 
 
-def list_folder(path: str | os.PathLike) -> list[Picture]:
+def list_folder(
+    path: str | os.PathLike, *, class_folders: str = "top", exclude: Sequence[str] = ()
+) -> list[Picture]:
     """List a folder with one sub-folder of pictures per class.
 
     Args:
       path: of the folder.
+      class_folders: "top": the sub-folders are the classes, with all folders in them. "path": every
+        folder that itself holds pictures is a class, called by its path, e.g. "Fruit/Apple/Royal-Gala".
+        "name": the same, called by its own name, "Royal-Gala".
+      exclude: patterns of names of files and folders to pass over, e.g. "*.txt".
 
     Returns:
       The pictures class by class, sorted by class name and path.
@@ -101,11 +110,15 @@ def list_folder(path: str | os.PathLike) -> list[Picture]:
             f"no folder {path}: it must hold one sub-folder of pictures per class", "path"
         )
     folders: dict[str, Path] = {}
-    for folder in (p for p in _entries(root) if p.is_dir()):
-        name = class_name(folder.name, f"the name of class folder {os.fsencode(folder)!r}")
+    nested = class_folders != "top"
+    for folder in _class_folders(root, (), nested=nested, exclude=exclude):
+        given = folder.relative_to(root).as_posix()
+        called = folder.name if class_folders == "name" else given
+        name = class_name(called, f"the name of class folder {os.fsencode(folder)!r}")
         if name in folders:
+            other = folders[name].relative_to(root).as_posix()
             raise UserError(
-                f"class folders {folders[name].name!r} and {folder.name!r} of {root} have the same "
+                f"class folders {other!r} and {given!r} of {root} have the same "
                 f"class name {name!r}: rename one, or move its pictures into the other",
                 "path",
             )
@@ -114,12 +127,27 @@ def list_folder(path: str | os.PathLike) -> list[Picture]:
         raise UserError(
             f"{path} has no sub-folder: it must hold one folder of pictures per class", "path"
         )
-    _refuse_parts(root, list(folders.values()))
+    if not nested:
+        _refuse_parts(root, list(folders.values()))
     return [
         Picture(str(file), name)
         for name, folder in sorted(folders.items())
-        for file in _pictures(folder)
+        for file in (_files(folder, exclude) if nested else _pictures(folder, exclude))
     ]
+
+
+def _class_folders(root, above, *, nested, exclude) -> Iterable[Path]:
+    """The folders within one that are classes."""
+    where = _entered(root, above)
+    for folder in (p for p in _entries(root, exclude) if p.is_dir()):
+        if not nested or _files(folder, exclude):
+            yield folder
+        if nested:
+            yield from _class_folders(folder, (*above, where), nested=True, exclude=exclude)
+
+
+def _files(folder, exclude):
+    return [path for path in _entries(folder, exclude) if not path.is_dir()]
 
 
 def _refuse_parts(root, folders):
@@ -137,27 +165,36 @@ def _refuse_parts(root, folders):
         )
 
 
-def _pictures(folder):
-    files = list(_walk(folder, ()))
+def _pictures(folder, exclude):
+    files = list(_walk(folder, (), exclude))
     if not files:
         raise UserError(f"class folder {folder} is empty: add pictures or remove it", "path")
     return files
 
 
-def _walk(folder, above) -> Iterable[Path]:
-    where = folder.resolve()
-    if where in above:
-        raise UserError(f"{folder} links to a folder around itself: remove the link", "path")
-    for path in _entries(folder):
+def _walk(folder, above, exclude=()) -> Iterable[Path]:
+    where = _entered(folder, above)
+    for path in _entries(folder, exclude):
         if path.is_dir():
-            yield from _walk(path, (*above, where))
+            yield from _walk(path, (*above, where), exclude)
         else:
             yield path
 
 
-def _entries(folder):
+def _entered(folder, above):
+    """The true path of a folder, which must not be one of those that it was reached through."""
+    where = folder.resolve()
+    if where in above:
+        raise UserError(f"{folder} links to a folder around itself: remove the link", "path")
+    return where
+
+
+def _entries(folder, exclude=()):
     """List pictures and folders of them, in the order of names."""
-    return [path for path in sorted(folder.iterdir()) if _is_data(path)]
+    found = [
+        p for p in sorted(folder.iterdir()) if not any(fnmatch.fnmatch(p.name, e) for e in exclude)
+    ]
+    return [path for path in found if _is_data(path)]
 
 
 def _is_data(path):

@@ -153,13 +153,21 @@ class Preparation:
         return cls(**{key: value for key, value in mapping.items() if key != "rules"})
 
 
-def decode(picture: Any, where: str = "") -> np.ndarray:
+def decode(
+    picture: Any,
+    where: str = "",
+    *,
+    pixels: int | None = None,
+    formats: Sequence[str] | None = None,
+) -> np.ndarray:
     """Decode a picture by the rules above; the one function that decides what a picture is.
 
     Args:
       picture: the path of a file, its bytes, a PIL image of any mode, or an array uint8[h, w],
         [h, w, 1], [h, w, 3] or [h, w, 4] (red, green, blue, alpha).
       where: what to call the picture in errors: its path, or its record.
+      pixels: that a file may have at most; as many as Pillow admits without a warning by default.
+      formats: of files, by Pillow's names; all that it reads by default.
 
     Returns:
       uint8[height, width, 3].
@@ -168,7 +176,7 @@ def decode(picture: Any, where: str = "") -> np.ndarray:
       BadPictures: it cannot be decoded, with the reason and the remedy.
       UserError: neither a path, bytes, a PIL image nor such an array.
     """
-    return np.asarray(_image(picture, where))
+    return np.asarray(_image(picture, where, pixels=pixels, formats=formats))
 
 
 def missing(name: str) -> BadPictures:
@@ -176,7 +184,7 @@ def missing(name: str) -> BadPictures:
     return BadPictures([f"{name} is not there: put it back, or take it off the list"])
 
 
-def _image(picture, where):
+def _image(picture, where, *, pixels=None, formats=None):
     """Return the picture as a PIL image in RGB."""
     if isinstance(picture, str | os.PathLike):
         name = where or os.fspath(picture)
@@ -186,7 +194,7 @@ def _image(picture, where):
         return _of_array(picture, name)
     try:
         with _QUIET:
-            return _opened(picture)
+            return _opened(picture, pixels, formats)
     except FileNotFoundError as error:
         raise missing(name) from error
     except UnidentifiedImageError as error:  # its own text has the address of an object
@@ -204,15 +212,16 @@ def _image(picture, where):
         ) from error
 
 
-def _opened(picture):
+def _opened(picture, pixels, formats):
     if isinstance(picture, Image.Image):
         return _rgb(picture)
     if isinstance(picture, bytes | bytearray | memoryview):
         picture = io.BytesIO(picture)
     elif "://" in os.fspath(picture):
         picture = io.BytesIO(epath.Path(picture).read_bytes())
-    with Image.open(picture) as image:
+    with Image.open(picture, formats=formats) as image:
         most = Image.MAX_IMAGE_PIXELS  # Pillow raises from twice as many on, and warns before
+        most = most if pixels is None else pixels
         if most is not None and image.width * image.height > most:
             raise UserError(
                 f"has too many pixels: make it smaller ({image.width} x {image.height})"

@@ -77,6 +77,16 @@ How = Annotated[Reading, Group()]
 def from_folder(
     path: Annotated[str, Rule("folder with one sub-folder of pictures per class")],
     size: Side = None,
+    class_folders: Annotated[
+        str,
+        Rule(
+            "classes: the sub-folders, or all folders that hold pictures, by path or name",
+            choices=listing.CLASS_FOLDERS,
+        ),
+    ] = "top",
+    exclude: Annotated[
+        tuple[str, ...], Rule("patterns of names of files and folders to pass over, e.g. *.txt")
+    ] = (),
     how: How = Reading(),
     progress: Show = False,
 ) -> Dataset:
@@ -85,6 +95,7 @@ def from_folder(
     Args:
       path: of the folder; sub-folders sort by name into classes.
       size: pictures are resized to size x size; None requires them all of one size.
+      class_folders, exclude: see `listing.list_folder`.
       how: resize, filter, crop, on_bad, in_memory, classes and per_class, given one by one; see
         `Reading`.
       progress: whether to show a bar on a terminal.
@@ -96,7 +107,8 @@ def from_folder(
       UserError: see `listing.list_folder`; files that are no pictures, all of them at once.
     """
     shown = _shown(path, progress)
-    return _from_list(listing.list_folder(path), how.preparation(size), how=how, shown=shown)
+    pictures = listing.list_folder(path, class_folders=class_folders, exclude=exclude)
+    return _from_list(pictures, how.preparation(size), how=how, shown=shown)
 
 
 @register("table")

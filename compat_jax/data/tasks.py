@@ -6,14 +6,14 @@ carried from one task to the next, so a run that was stopped draws the same numb
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
 from compat_jax.errors import UserError
 from compat_jax.fields import Rule, check_fields
 
-_MEMORY, _PLAN = 1, 2  # addresses of the two kinds of draws
+_MEMORY, _PLAN, _FIRST = 1, 2, 3  # addresses of the kinds of draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,10 @@ class Tasks:
       initial: classes of the first task.
       increment: classes of every later task.
       rehearsal: images kept of each class of earlier tasks, to train on again.
+      everything: whether every task learns all images of the classes seen so far, as if all were new;
+        then `rehearsal` does not matter.
+      first_share: share of the images of each class that the first task has; below 1, the second task
+        brings the others, and its classes if there are any left.
 
     Source: the paper's protocol on CIFAR-100 with 7 tasks.
     """
@@ -31,9 +35,28 @@ class Tasks:
     initial: Annotated[int, Rule("classes of the first task", low=1, high=10**9)] = 10
     increment: Annotated[int, Rule("classes of every later task", low=0, high=10**9)] = 15
     rehearsal: Annotated[int, Rule("images kept of each earlier class", low=0, high=10**9)] = 20
+    everything: Annotated[
+        bool, Rule("whether every task learns all images of the classes seen so far")
+    ] = False
+    first_share: Annotated[
+        float,
+        Rule(
+            "share of each class's images in the first task; the second has the rest",
+            above=0,
+            high=1,
+        ),
+    ] = 1.0
 
     def __post_init__(self):
         check_fields(self, "tasks.")
+
+    def describe(self) -> dict[str, Any]:
+        """Return the fields as JSON values; those that came later only if they are not the defaults."""
+        found = dataclasses.asdict(self)
+        for name in ("everything", "first_share"):
+            if found[name] == getattr(Tasks, name):
+                del found[name]
+        return found
 
     def sequence(self, num_classes: int) -> "TaskSequence":
         """Split so many classes into tasks.
@@ -41,7 +64,7 @@ class Tasks:
         Raises:
           UserError: fewer classes than the first task has.
         """
-        return TaskSequence(num_classes, self.initial, self.increment)
+        return TaskSequence(num_classes, self.initial, self.increment, self.first_share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +75,7 @@ class TaskSequence:
       num_classes: of the whole sequence.
       initial: classes of task 0.
       increment: classes of every later task (the last may have fewer).
+      first_share: share of the images of each class that task 0 has; task 1 brings the others.
 
     Source: `ClassIncremental(initial_increment, increment)` in the reference's data loading.
     """
@@ -59,6 +83,7 @@ class TaskSequence:
     num_classes: int
     initial: int
     increment: int
+    first_share: float = 1.0
 
     def __post_init__(self):
         if not 1 <= self.initial <= self.num_classes:
@@ -76,7 +101,7 @@ class TaskSequence:
 
     def __len__(self) -> int:
         rest = self.num_classes - self.initial
-        return 1 + -(-rest // self.increment) if rest else 1
+        return max(1 + -(-rest // self.increment) if rest else 1, 1 if self.first_share == 1 else 2)
 
     def num_seen(self, task: int) -> int:
         """Count the classes seen up to and including a task; 0 for task -1."""
@@ -98,10 +123,20 @@ class TaskSequence:
           counts: int[num_classes], images of each class.
           rehearsal: images kept of each earlier class; None to learn all of them again.
           batch_size: images per batch.
+
+        Raises:
+          UserError: the task brings no image.
         """
-        new, rehearsal = self._learnt(task, rehearsal)
-        memory = np.minimum(counts[: new.start], rehearsal).sum()
-        return plan_shape(int(counts[new.start : new.stop].sum()), int(memory), batch_size)
+        before, now = self._num_images(task - 1, counts), self._num_images(task, counts)
+        if now.sum() == before.sum():
+            raise UserError(
+                f"task {task} brings no image: a smaller first_share leaves it some",
+                "tasks.first_share",
+            )
+        if rehearsal is None:
+            return plan_shape(int(now.sum()), 0, batch_size)
+        memory = np.minimum(before, rehearsal).sum()
+        return plan_shape(int((now - before).sum()), int(memory), batch_size)
 
     def batch_plan(
         self,
@@ -121,18 +156,31 @@ class TaskSequence:
           rehearsal: images kept of each earlier class; None to learn all of them again.
           batch_size, epochs, seed: see `batch_plan`.
         """
-        classes, rehearsal = self._learnt(task, rehearsal)
-        first, last = classes[0], classes[-1]
-        new = np.flatnonzero((labels >= first) & (labels <= last))
-        memory = memory_indices(labels, range(first), rehearsal, seed)
+        before, now = self._images(task - 1, labels, seed), self._images(task, labels, seed)
+        if rehearsal is None:
+            before, rehearsal = np.zeros_like(before), 0
+        known = np.where(before, labels, -1)
+        memory = memory_indices(known, range(self.num_seen(task - 1)), rehearsal, seed)
+        new = np.flatnonzero(now & ~before)
         plan = batch_plan(new, memory, batch_size, epochs=epochs, seed=seed, task=task)
         return plan.reshape(-1, plan.shape[-1])
 
-    def _learnt(self, task, rehearsal) -> tuple[range, int]:
-        """The classes of which a task learns every image, and the images kept of those before."""
-        if rehearsal is None:
-            return range(self.num_seen(task)), 0
-        return self.classes(task), rehearsal
+    def _num_images(self, task, counts) -> np.ndarray:
+        """int[num_classes], the images of each class that have come up to a task."""
+        come = np.where(np.arange(len(counts)) < self.num_seen(task), counts, 0)
+        if task == 0 and self.first_share < 1:
+            return np.minimum(come, np.maximum(np.rint(self.first_share * come), 1).astype(int))
+        return come
+
+    def _images(self, task, labels, seed) -> np.ndarray:
+        """bool[n], the images that have come up to a task."""
+        if task or self.first_share == 1:
+            return labels < self.num_seen(task)
+        come = np.zeros(len(labels), bool)
+        for c, count in enumerate(self._num_images(task, np.bincount(labels))):
+            rng = np.random.default_rng([seed, _FIRST, c])
+            come[rng.permutation(np.flatnonzero(labels == c))[:count]] = True
+        return come
 
 
 def memory_indices(

@@ -156,7 +156,28 @@ def _finish_turns(axis, chains, label):
     style.tidy(axis, grid="y")
 
 
+VALIDATED = ("validation accuracy", "validation recall@1", "validation cross")
 _UNITS = {"loss": ("loss", 1), "accuracy": ("training accuracy, %", 100)}
+
+
+def figure_of(line: Mapping[str, Any], key: str) -> float | None:
+    """Return a figure of a line of the log, None where the line has none.
+
+    Args:
+      line: of the log.
+      key: "loss", "accuracy", or one of `VALIDATED`.
+    """
+    owner: Any = line
+    name = key
+    if key in VALIDATED:
+        owner, name = line.get("validation"), key.removeprefix("validation ")
+    value = owner.get(name) if isinstance(owner, Mapping) else None
+    return value if is_number(value) else None
+
+
+def is_validation(line: Mapping[str, Any]) -> bool:
+    """Return whether a line of the log has a validation's figure."""
+    return any(figure_of(line, key) is not None for key in VALIDATED)
 
 
 def training_curves(chains: Sequence[Findings], key: str = "loss") -> "Figure":
@@ -164,20 +185,19 @@ def training_curves(chains: Sequence[Findings], key: str = "loss") -> "Figure":
 
     Args:
       chains: colours go by their place, also of those without a log.
-      key: "loss" or "accuracy".
+      key: "loss", "accuracy", or one of `VALIDATED`.
     """
-    label, factor = _UNITS[key]
+    label, factor = _UNITS.get(key, (f"{key}, %", 100))
     drawn = style.figure((style.WIDTH, 3.9))
     axis = drawn.subplots()
     entries, borders = {}, set()
     for number, chain in enumerate(chains):
-        look = {**style.line(number), "marker": ""}
+        look = style.line(number)
+        look |= {"ms": 4} if key in VALIDATED else {"marker": ""}
         for task, begin in task_starts(chain.log).items():
-            points = [
-                (begin + line["step"], factor * line[key])
-                for line in chain.log
-                if line["task"] == task and is_number(line.get(key))
-            ]
+            lines = [line for line in chain.log if line["task"] == task]
+            found = [(begin + line["step"], figure_of(line, key)) for line in lines]
+            points = [(step, factor * value) for step, value in found if value is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), **look)
                 entries[chain.name] = look

@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from compat_jax import drift, evaluation, methods, simplex
+from compat_jax.afterwards import Comparison, sampled
 from compat_jax.backfill import Curve, Gallery, backfill
 from compat_jax.chain import Chain, Record, Version
 from compat_jax.data.class_register import Register
@@ -25,7 +26,6 @@ from compat_jax.statistics import without_nan
 ANSWERS = 5  # gallery images shown for a query
 SHOWN = 8  # queries of the wall
 ORDERS = ("random", "farthest", "oracle")
-SAMPLE = 2000  # queries of a backfill: it searches the gallery once a share and order
 
 
 class Answers(NamedTuple):
@@ -80,6 +80,8 @@ class Findings:
       geometry: of each version.
       log: lines of the training log; () without one.
       notes: sentences about what is missing.
+      ways: of upgrading the oldest gallery, maps afterwards among them, see `afterwards.compare`; None
+        where they were not measured.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Findings:
     geometry: tuple[Geometry, ...]
     log: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    ways: Comparison | None = None
 
     @property
     def main(self) -> Evaluation:
@@ -124,6 +127,7 @@ class Findings:
             ],
             "prototype_angles": without_nan([g.prototype_angle for g in self.geometry]),
             "notes": list(self.notes),
+            "ways": self.ways and self.ways.summary(),
         }
 
 
@@ -246,13 +250,6 @@ def titles(chains: Sequence[Chain]) -> list[str]:
             for n, title in enumerate(plain)
         ]
     return found
-
-
-def sampled(count: int) -> np.ndarray:
-    """Return the rows of at most 2,000 of `count` queries, drawn with seed 0, ascending."""
-    if count <= SAMPLE:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(0).choice(count, SAMPLE, replace=False))
 
 
 def _answers(queries: Queries, rows: np.ndarray, gallery, *, labels: np.ndarray) -> Answers:

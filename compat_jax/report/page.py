@@ -14,7 +14,7 @@ from etils import epath
 from compat_jax.data.dataset import Dataset
 from compat_jax.errors import UserError
 from compat_jax.files import write_bytes, write_json
-from compat_jax.report import figures, matrices, style, tables
+from compat_jax.report import figures, matrices, style, tables, ways
 from compat_jax.report.findings import Findings
 from compat_jax.report.tables import Table
 from compat_jax.report.wall import wall
@@ -85,7 +85,7 @@ $sections
 """)
 
 
-class _Folder:
+class Folder:
     """The files of a report; pictures and tables are written as they are put on the page."""
 
     def __init__(self, path: epath.Path):
@@ -139,31 +139,47 @@ def write_page(
     names = [chain.name for chain in chains]
     if not names or len(set(names)) < len(names):
         raise UserError(f"a report takes chains of different names, got {names}", "chains")
-    files = _Folder(folder)
+    files = Folder(folder)
     sections = [
         _overview(chains, files),
         _matrices(chains, files),
         _wall(chains, query, gallery, files=files),
         _backfill(chains, files),
+        _ways(chains, files),
         _flips(chains, files),
         _drift(chains, files),
         _training(chains, files),
         _settings(chains, files),
     ]
+    page = compose(title, _subtitle(chains, query, gallery), sections)
+    write_json(files.path / "report.json", {chain.name: chain.summary() for chain in chains})
+    write_bytes(files.path / "index.html", page.encode())
+    return [files.path / "index.html", files.path / "report.json", *files.written]
+
+
+def compose(title: str, subtitle: str, sections: Iterable[tuple[str, str]]) -> str:
+    """Compose a page that needs neither a network nor a program.
+
+    Args:
+      title: of the page, plain text.
+      subtitle: below it, HTML.
+      sections: name, plain text, and content, HTML; those without content are left out.
+
+    Returns:
+      HTML.
+    """
     shown = [(name, text) for name, text in sections if text]
-    page = _PAGE.substitute(
+    links = [f'<a href="#{_anchor(name)}">{html.escape(name)}</a>' for name, _ in shown]
+    return _PAGE.substitute(
         title=html.escape(title),
-        subtitle=_subtitle(chains, query, gallery),
-        links="".join(f'<a href="#{_anchor(name)}">{html.escape(name)}</a>' for name, _ in shown),
+        subtitle=subtitle,
+        links="".join(links) if len(links) > 1 else "",
         sections="\n".join(
             f'<section><h2 id="{_anchor(name)}">{html.escape(name)}</h2>\n{text}</section>'
             for name, text in shown
         ),
         footer=_footer(),
     )
-    write_json(files.path / "report.json", {chain.name: chain.summary() for chain in chains})
-    write_bytes(files.path / "index.html", page.encode())
-    return [files.path / "index.html", files.path / "report.json", *files.written]
 
 
 def _anchor(name: str) -> str:
@@ -301,6 +317,62 @@ def _backfill(chains, files):
     return "Backfill", text + _grid(pictures) + table + notes
 
 
+def _ways(chains, files):
+    found = ways.measured(chains)
+    if not found:
+        return "Ways to upgrade", ""
+    grids = []
+    for metric in found[0][1].metrics:
+        pictures = [
+            files.picture(
+                f"{_stem(number, chain)}-ways-{style.file_name(metric)}",
+                ways.curves(chain, metric, ways.reach(chains, metric)),
+                f"{metric} of each way against the share embedded again, {chain.name}",
+            )
+            for number, chain in enumerate(chains)
+            if chain.ways is not None
+        ]
+        drawn = ways.against_images(chains, metric)
+        says = f"{metric} against the images embedded: naive swap and best map of each chain"
+        caption = (
+            "Solid: the naive swap. Dashed: the map with the largest mean, its pairs counted; where it "
+            "goes straight up or down, new features of the pairs take the place of the old ones."
+        )
+        name = f"ways-images-{style.file_name(metric)}"
+        grids.append(_grid([*pictures, files.picture(name, drawn, says, caption)]))
+    files.write("ways-points.csv", ways.points(chains).csv().encode())
+    quality = files.table("ways", ways.quality(chains))
+    costs = files.table("ways-costs", ways.costs(chains))
+    return "Ways to upgrade", _about_ways(found) + "".join(grids) + quality + costs
+
+
+def _about_ways(found):
+    """What the ways are, and what their figures rest on."""
+    one = found[0][1]
+    fitted = max(way.cost.pairs for way in one.ways)
+    where = "of the gallery" if one.from_gallery else "of the training side"
+    explained = _paragraph(
+        "The newest version comes in while the gallery is as the oldest one embedded it. Naive swap: "
+        "its queries search the old features as they are. Procrustes, ridge, low rank, SLERP, adapter: "
+        f"its queries are mapped into the old space, by a map fitted on {fitted:,} images {where} that "
+        f"both versions embedded. Rescoring: the old version proposes {one.candidates} images, and the "
+        "new one embeds and ranks them. Re-index: the old version answers until all images are embedded "
+        "again. Images embedded again are compared with the new version's own queries, in all ways."
+    )
+    caution = _paragraph(
+        f"{one.queries:,} queries. Scores of old and new rows are merged as they are: where mapped "
+        "queries score higher among old rows than new ones among new rows, old rows hold the head of "
+        "the list (new answers half way). Such a map may serve the old rows alone until the last image "
+        "is embedded, at its value at 0 %. From and to: 95 % interval of the mean, by a paired "
+        "bootstrap. Seconds: fitting, and embedding at a measured "
+        f"{1000 * one.seconds_an_image:.2g} ms an image on the machine that made this report. Images a "
+        "query: those that a query has embedded on demand before any image was embedded again. "
+        "MB to keep: beside one feature an image.",
+        muted=True,
+    )
+    return explained + caution
+
+
 def _notes(chains):
     """The notes of the chains; one that all have is said once."""
     shared = set.intersection(*(set(chain.notes) for chain in chains))
@@ -353,19 +425,35 @@ def _drift(chains, files):
 
 
 def _training(chains, files):
-    if not any(figures.is_number(line.get("loss")) for c in chains for line in c.log):
+    lines = [line for chain in chains for line in chain.log]
+    kinds = ("loss", "accuracy", *figures.VALIDATED)
+    shown = [k for k in kinds if any(figures.figure_of(line, k) is not None for line in lines)]
+    if not shown:
         return "Training", ""
     text = _paragraph(
         "From the logs of the runs. Losses of different methods do not compare. Accuracy: the share of "
         "training images whose class scores highest; with a fixed simplex, among all its prototypes, "
         "those of pre-training included."
     )
+    validated = any(map(figures.is_validation, lines))
+    if validated:
+        text += _paragraph(
+            "Validation, on held-out pictures of the classes seen: accuracy as above; recall@1, whether "
+            "the nearest other picture is of the same class; cross, the same among features that the "
+            "version before gave them."
+        )
     pictures = [
-        files.picture(f"training-{key}", figures.training_curves(chains, key), f"{key} by step")
-        for key in ("loss", "accuracy")
-        if any(figures.is_number(line.get(key)) for c in chains for line in c.log)
+        files.picture(
+            f"training-{style.file_name(key)}",
+            figures.training_curves(chains, key),
+            f"{key} by step",
+        )
+        for key in shown
     ]
-    table = files.table("training", tables.training(chains))
+    table = files.table("training", tables.training(chains)) if "loss" in shown else ""
+    if validated:
+        last = files.table("validation", tables.validation(chains))
+        table += _details("The last validation of each task", last)
     return "Training", text + _grid(pictures) + table
 
 

@@ -65,17 +65,19 @@ def version_axis(axis: "Axes", tasks: Sequence[str]) -> None:
     axis.set_xticks(range(0, len(tasks), step), [plain(task) for task in tasks[::step]])
 
 
-def legend(drawn: "Figure", entries: Mapping[str, Mapping[str, Any]]) -> None:
+def legend(drawn: "Figure", entries: Mapping[str, Mapping[str, Any]], columns: int = 2) -> None:
     """Put a legend of lines below a figure.
 
     Args:
       drawn: the figure.
       entries: look of the line, by text.
+      columns: of the legend.
     """
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], label=plain(text), **look) for text, look in entries.items()]
-    drawn.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    options: dict[str, Any] = {"ncols": columns, "frameon": False, "fontsize": 9}
+    drawn.legend(handles=handles, loc="outside lower center", **options)
 
 
 def plain(text: str) -> str:

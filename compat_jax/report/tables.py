@@ -13,7 +13,13 @@ import numpy as np
 
 from compat_jax import compatibility
 from compat_jax.matrix import Evaluation, across_replacements
-from compat_jax.report.figures import class_flips, task_starts
+from compat_jax.report.figures import (
+    VALIDATED,
+    class_flips,
+    figure_of,
+    is_validation,
+    task_starts,
+)
 from compat_jax.report.findings import Findings
 
 _NOTHING = float("nan")
@@ -31,6 +37,7 @@ def _shown(pattern: str, factor: float = 1) -> Show:
 
 percent, degrees, count = _shown("{:.1f}", 100), _shown("{:.1f}"), _shown("{:,}")
 signed, share, small = _shown("{:+.1f}", 100), _shown("{:.2f}"), _shown("{:.3g}")
+seconds = _shown("{:,.1f}")
 
 
 class Column(NamedTuple):
@@ -283,6 +290,24 @@ def training(chains: Sequence[Findings]) -> Table:
             steps = starts[last["task"]] + last["step"]
             figures = (last.get("loss", _NOTHING), last.get("accuracy", _NOTHING))
             rows.append((chain.name, len(starts), steps, *figures))
+    return Table(columns, rows)
+
+
+def validation(chains: Sequence[Findings]) -> Table:
+    """The last validation of every task."""
+    columns = (
+        Column("chain"),
+        Column("task", count),
+        Column("step", count),
+        *(Column(f"{name}, %", percent) for name in VALIDATED),
+    )
+    rows = []
+    for chain in chains:
+        lines = {line["task"]: line for line in chain.log if is_validation(line)}
+        for task, line in sorted(lines.items()):
+            found = [figure_of(line, name) for name in VALIDATED]
+            numbers = (_NOTHING if value is None else value for value in found)
+            rows.append((chain.name, task, line["step"], *numbers))
     return Table(columns, rows)
 
 

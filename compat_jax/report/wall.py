@@ -13,7 +13,7 @@ from compat_jax.report.findings import Findings
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_TILE, _GAP = 72, 10  # pixels of a picture on the wall, and between two
+TILE, GAP = 72, 10  # pixels of a picture on the wall, and between two
 
 
 def wall(chain: Findings, query: Dataset, gallery: Dataset) -> "Figure":
@@ -33,21 +33,21 @@ def wall(chain: Findings, query: Dataset, gallery: Dataset) -> "Figure":
     asked = _tiles(query, answers.rows)
     found = _tiles(gallery, answers.found.reshape(-1))
     rows, columns = answers.found.shape
-    side = _TILE + _GAP
-    board = np.full((rows * side + _GAP, (columns + 1) * side + 2 * _GAP, 3), 255, np.uint8)
+    side = TILE + GAP
+    board = np.full((rows * side + GAP, (columns + 1) * side + 2 * GAP, 3), 255, np.uint8)
     drawn = style.figure((style.WIDTH, style.WIDTH * board.shape[0] / board.shape[1] + 0.55))
     axis = drawn.subplots()
     right = gallery.need_labels()[answers.found] == query.need_labels()[answers.rows, None]
     for row in range(rows):
-        top = _GAP + row * side
-        board[top : top + _TILE, _GAP : _GAP + _TILE] = asked[row]
+        top = GAP + row * side
+        board[top : top + TILE, GAP : GAP + TILE] = asked[row]
         for column in range(columns):
-            left = 2 * _GAP + (column + 1) * side
-            board[top : top + _TILE, left : left + _TILE] = found[row * columns + column]
+            left = 2 * GAP + (column + 1) * side
+            board[top : top + TILE, left : left + TILE] = found[row * columns + column]
             if right[row, column]:
                 _frame(axis, left, top)
     axis.imshow(board, interpolation="nearest")
-    axis.axvline(_TILE + 2 * _GAP + 1, color=style.MUTED, lw=1)
+    axis.axvline(TILE + 2 * GAP + 1, color=style.MUTED, lw=1)
     axis.set_axis_off()
     first, last = chain.main.tasks[0], chain.main.tasks[-1]
     axis.set_title(
@@ -63,24 +63,23 @@ def _frame(axis, left, top):
     from matplotlib.patches import Rectangle
 
     corner = (left - 4, top - 4)
-    axis.add_patch(
-        Rectangle(corner, _TILE + 7, _TILE + 7, fill=False, edgecolor=style.GOOD, lw=2.6)
-    )
+    axis.add_patch(Rectangle(corner, TILE + 7, TILE + 7, fill=False, edgecolor=style.GOOD, lw=2.6))
 
 
 def _tiles(data: Dataset, rows: np.ndarray) -> list[np.ndarray]:
     """uint8[72, 72, 3] of each row, aspect kept by a white margin."""
-    return [_tile(np.asarray(data.images[int(row) : int(row) + 1])[0]) for row in rows]
+    return [tile(np.asarray(data.images[int(row) : int(row) + 1])[0]) for row in rows]
 
 
-def _tile(picture: np.ndarray) -> np.ndarray:
+def tile(picture: np.ndarray) -> np.ndarray:
+    """Bring a picture, uint8[h, w, 1] or [h, w, 3], to uint8[72, 72, 3] with white margins."""
     shown = np.repeat(picture, 3, axis=2) if picture.shape[2] == 1 else picture[..., :3]
     height, width = shown.shape[:2]
-    scale = _TILE / max(height, width)
+    scale = TILE / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     # Small pictures show their pixels; blurred ones would look better than what the network saw.
     filter_ = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    tile = Image.new("RGB", (_TILE, _TILE), "white")
+    tile = Image.new("RGB", (TILE, TILE), "white")
     resized = Image.fromarray(np.ascontiguousarray(shown)).resize(size, filter_)
-    tile.paste(resized, ((_TILE - size[0]) // 2, (_TILE - size[1]) // 2))
+    tile.paste(resized, ((TILE - size[0]) // 2, (TILE - size[1]) // 2))
     return np.asarray(tile)

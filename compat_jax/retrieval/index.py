@@ -1,12 +1,13 @@
 """Indexes: the protocol of a gallery of features, our exact one, and one that embeds pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
+from compat_jax.align import Map, needs_old
 from compat_jax.chain import Version
 from compat_jax.errors import UserError
 from compat_jax.retrieval import exact
@@ -179,23 +180,51 @@ class Index:
         """Remove pictures by id."""
         self.engine.remove(ids)
 
-    def search(self, version: Version, images: Any, *, k: int = 10):
+    def search(self, version: Version, images: Any, *, k: int = 10, map: Map | None = None):
         """Embed queries with a version and find their nearest pictures.
 
         Args:
-          version: that embeds the queries; the gallery's own or a later one of its chain.
+          version: that embeds the queries; the gallery's own or a later one of its chain, or any at
+            all with a map.
           images: uint8[q, h, w, c].
           k: neighbours, 1..len(self).
+          map: takes the queries' features into the space of the gallery's version, see `align.fit`;
+            None for features that compare as they are.
 
         Returns:
           float32[q, k] scores, largest first, and int64[q, k] ids.
 
         Raises:
-          UserError: versions that cannot be compared, since feature size or K differ; or see `embed`
-            and the engine's `search`.
+          UserError: versions that cannot be compared, since feature size or K differ; a map between
+            other sizes; or see `embed` and the engine's `search`.
         """
-        check_comparable(version, self.version)
-        return self.engine.search(embed(version, images, **self._options), k)
+        if map is None:
+            check_comparable(version, self.version)
+            return self.engine.search(embed(version, images, **self._options), k)
+        check_map(map, version, self.version)
+        old = None
+        if needs_old(map.kind):
+            images = list(images) if isinstance(images, Iterator) else images  # they are read twice
+            old = embed(self.version, images, **self._options)
+        found = map.map(embed(version, images, **self._options), old)
+        return self.engine.search(found, k)
+
+
+def check_map(found: Map, query: Version, gallery: Version) -> None:
+    """Refuse a map between features of other sizes than those of two versions.
+
+    Raises:
+      UserError: another size.
+    """
+    sizes = found.new_size, found.old_size
+    wanted = query.record.feature_size, gallery.record.feature_size
+    if sizes != wanted:
+        raise UserError(
+            f"the map takes features of size {sizes[0]} to {sizes[1]}, but those of version "
+            f"{query.number} have {wanted[0]} and those of the gallery's version {gallery.number} have "
+            f"{wanted[1]}: fit it on features of these two versions",
+            "map",
+        )
 
 
 def check_comparable(query: Version, gallery: Version) -> None:

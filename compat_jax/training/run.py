@@ -40,6 +40,8 @@ class Run:
       preprocess: normalisation and augmentation.
       num_prototypes: K, classes that the simplex has room for; every class to come needs one.
       label_order: which prototype a class is written to, see `simplex.prototype_rows`.
+      first_prototypes: a smaller K for the first version of a sequence, which is then moved to
+        `num_prototypes` (see `enlarge`): the feature size grows; 0 for one K throughout.
       seed: of everything random.
       dtype: of the computation, "float32" or "bfloat16"; parameters are float32.
       keep: which weights of a task become the version: those of the last step, or those of the best
@@ -65,6 +67,9 @@ class Run:
     ] = "descending"
     seed: Annotated[int, Rule("of everything random", low=0, high=2**32 - 1)] = 0
     dtype: Annotated[str, Rule("of the computation", choices=tuple(DTYPES))] = "float32"
+    first_prototypes: Annotated[
+        int, Rule("K of a sequence's first version; 0 for num_prototypes", low=0, high=10**8)
+    ] = 0
     keep: Annotated[
         str, Rule("weights that become the version: the last, or the best by", choices=KEEP)
     ] = "last"
@@ -78,6 +83,25 @@ class Run:
             object.__setattr__(self, "method", methods.get(self.method))
         object.__setattr__(self, "backbone", as_backbone(self.backbone))
         self.given_backbone.build(self.dtype)
+        self._check_first()
+
+    def _check_first(self):
+        """Refuse a first version whose K is not smaller, or that no map can move."""
+        first = self.first_prototypes
+        if not first:
+            return
+        if not self.given_method.fixed_simplex:
+            raise UserError(
+                f"first_prototypes needs a fixed simplex: method {self.given_method.name!r} has a "
+                "learnable head, whose feature size is its backbone's",
+                "first_prototypes",
+            )
+        if not 2 <= first < self.num_prototypes or self.tasks.first_share < 1:
+            raise UserError(
+                f"first_prototypes={first} must be at least 2 and below num_prototypes="
+                f"{self.num_prototypes}, with tasks.first_share=1",
+                "first_prototypes",
+            )
 
     @property
     def given_method(self) -> Method:
@@ -93,8 +117,12 @@ class Run:
 
     @property
     def rehearsal(self) -> int | None:
-        """Return the images kept of each earlier class; None for all, see `Method.all_data`."""
-        return None if self.given_method.all_data else self.tasks.rehearsal
+        """Return the images kept of each earlier class; None to learn all of them again.
+
+        The method (`Method.all_data`) or the tasks (`Tasks.everything`) may ask for all.
+        """
+        is_all = self.given_method.all_data or self.tasks.everything
+        return None if is_all else self.tasks.rehearsal
 
     def describe(self) -> dict[str, Any]:
         """Return all settings as JSON values, for a workdir and for records."""
@@ -102,11 +130,13 @@ class Run:
         optimizer: Any = "an optax transformation, given as an object"
         if not isinstance(self.optimizer, optax.GradientTransformation):
             optimizer = self.optimizer.describe()
-        kept = {} if self.keep == "last" else {"keep": self.keep}
+        kept: dict[str, Any] = {} if self.keep == "last" else {"keep": self.keep}
+        if self.first_prototypes:
+            kept["first_prototypes"] = self.first_prototypes
         return {
             "method": {"name": method.name, **method.arguments},
             "backbone": {"name": backbone.name, **backbone.arguments},
-            "tasks": dataclasses.asdict(self.tasks),
+            "tasks": self.tasks.describe(),
             "epochs": self.epochs,
             "batch_size": self.batch_size,
             "optimizer": optimizer,
@@ -171,7 +201,12 @@ _PARTS: Mapping[str, tuple[Any, str]] = {
 
 
 def make_trainer(
-    run: Run, num_classes: int, mesh: Mesh, backbone: Backbone | None = None
+    run: Run,
+    num_classes: int,
+    mesh: Mesh,
+    *,
+    backbone: Backbone | None = None,
+    teacher: Backbone | None = None,
 ) -> Trainer:
     """Make the trainer of a run; runs whose step is the same program share one.
 
@@ -180,20 +215,33 @@ def make_trainer(
       num_classes: of the whole sequence.
       mesh: devices.
       backbone: of the model that training starts from; None for the run's own.
+      teacher: of the old model; None for the same.
     """
     backbone = backbone or run.given_backbone
     # The seed, the tasks and the epochs are arguments of the program, not part of it.
     same_program = dataclasses.replace(
-        run, backbone=backbone, seed=0, tasks=Tasks(), epochs=1, batch_size=1, keep="last"
+        run,
+        backbone=backbone,
+        seed=0,
+        tasks=Tasks(),
+        epochs=1,
+        batch_size=1,
+        keep="last",
+        first_prototypes=0,
     )
-    return _trainer(same_program, num_classes, mesh)
+    return _trainer(same_program, num_classes, mesh, None if teacher == backbone else teacher)
 
 
 @functools.lru_cache(maxsize=16)
-def _trainer(run, num_classes, mesh):
+def _trainer(run, num_classes, mesh, teacher):
     head = run.method.head(run.num_prototypes, run.label_order, num_classes)
+    embedder, other = (
+        backbone and head.embedder(backbone.build(run.dtype), DTYPES[run.dtype])
+        for backbone in (run.backbone, teacher)
+    )
     return Trainer(
-        embedder=head.embedder(run.backbone.build(run.dtype), DTYPES[run.dtype]),
+        embedder=embedder,
+        teacher=other,
         head=head,
         method=run.method,
         optimizer=run.optimizer,

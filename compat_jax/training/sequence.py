@@ -1,18 +1,22 @@
 """Train a sequence of tasks: fine-tune, store the version, replace the model where one is due."""
 
+import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from compat_jax.chain import Chain, Version
 from compat_jax.data.dataset import Dataset
 from compat_jax.data.tasks import TaskSequence
+from compat_jax.enlarge import enlarge
 from compat_jax.errors import Stopped, UserError
 from compat_jax.fields import check_types
 from compat_jax.interrupts import saved_on_interrupt
 from compat_jax.meter import Meter
+from compat_jax.methods.base import nothing
+from compat_jax.models import DTYPES, Backbone, GivenBackbone, as_backbone, feature_size, registered
 from compat_jax.session import Session
 from compat_jax.training.fit import Fit
 from compat_jax.training.run import Run
@@ -26,7 +30,7 @@ def train(
     data: Dataset,
     workdir: str | os.PathLike[str],
     *,
-    replacements: Mapping[int, Version] | None = None,
+    replacements: Mapping[int, Version | GivenBackbone] | None = None,
     validation: Dataset | None = None,
     session: Session | None = None,
     config: Mapping[str, Any] | None = None,
@@ -40,8 +44,9 @@ def train(
       run: what to compute.
       data: all classes of the sequence, labelled in the order in which they come.
       workdir: folder of the run, local or gs://; it belongs to this run alone.
-      replacements: {task: pre-trained version that the task starts from instead of the version
-        before}, e.g. of a chain that `pretrain` made.
+      replacements: {task: what the task starts from instead of the version before}: a pre-trained
+        version, e.g. of a chain that `pretrain` made, whose features the method then keeps near; or a
+        registered backbone, for fresh weights that are trained against the version before.
       validation: held-out pictures that training is watched on, and chosen by where `run.keep` says
         so; its classes are the first of the data's, numbered alike.
       session: where and how to train: devices, saves, validation, progress bars.
@@ -57,18 +62,19 @@ def train(
 
     Source: `main` in `src/iamcl2r/main.py`.
     """
-    session, replacements = session or Session(), dict(replacements or {})
+    session, replacements = session or Session(), _replacements(replacements)
     check_types(run=(run, Run), data=(data, Dataset))
     sequence = run.tasks.sequence(data.num_classes)
     run.check(sequence, data.labels, session.devices())
     check_replacements(run, sequence, replacements, data.images.shape[1:])
     _check_classes(run, data, replacements)
     folder, config = Workdir(workdir, run.given_backbone), recorded_settings(run, config)
-    models = {str(t): v.sha256 for t, v in replacements.items()}
+    models = {str(t): _identity(v) for t, v in replacements.items()}
     check_validation(data, validation, run)
     watched = validation_identity(run, validation, session)
     identity = {**run.describe(), "data": data_identity(data), "models": models, **watched}
     folder.claim(identity, session.accept_changes)
+    _train_first(run, data, folder, session, config)
     done = folder.chain.numbers()
     missing = [task for task in range(len(sequence)) if task not in done]
     if not missing:
@@ -83,17 +89,47 @@ def train(
         for index in missing:
             if session.should_stop():
                 raise Stopped
-            start, replaced = _start(run, folder.chain, replacements, index)
-            own = adopting(run) if start is not None and start.record.fresh else run
-            task = sequence_task(own, sequence, index, data.labels, start=start, replaced=replaced)
+            own, beginning = _begin(run, folder.chain, replacements, index)
+            task = sequence_task(own, sequence, index, data.labels, **beginning._asdict())
             fit.publish(task, data, config, meter=meter, longest=longest)
     return folder.chain
+
+
+def _replacements(given) -> dict[int, Version | Backbone]:
+    """Return replacements with backbones as objects, not yet checked."""
+    found = {}
+    for task, model in (given or {}).items():
+        found[task] = model if isinstance(model, Version) else as_backbone(model)
+    return found
+
+
+def _identity(model: Version | Backbone) -> Any:
+    """JSON values by which a run knows what starts a task again."""
+    if isinstance(model, Version):
+        return model.sha256
+    return {"name": model.name, **model.arguments}
+
+
+def _train_first(run: Run, data: Dataset, folder: Workdir, session: Session, config: Any) -> None:
+    """Train version 0 on its smaller simplex in a folder of its own, and move it to the run's."""
+    if not run.first_prototypes or 0 in folder.chain.numbers():
+        return
+    classes = run.tasks.initial
+    first = dataclasses.replace(
+        run,
+        num_prototypes=run.first_prototypes,
+        first_prototypes=0,
+        tasks=dataclasses.replace(run.tasks, increment=0),
+    )
+    own = data if classes == data.num_classes else data.select(range(classes))
+    chain = train(first, own, folder.path / "first", session=session, config=config)
+    enlarge(chain, folder.chain, run.num_prototypes)
 
 
 def check_replacements(
     run: Run,
     sequence: TaskSequence,
-    replacements: Mapping[int, Version],
+    replacements: Mapping[int, Version | Backbone],
     image_shape: tuple[int, ...],
 ) -> None:
     """Refuse replacement models that do not fit the run.
@@ -101,22 +137,31 @@ def check_replacements(
     Args:
       run: the run.
       sequence: its tasks.
-      replacements: pre-trained model by task.
+      replacements: pre-trained model, or backbone of fresh weights, by task.
       image_shape: of the task data.
 
     Raises:
-      UserError: task out of range, another K, another kind of head, another image shape, or another
-        normalisation.
+      UserError: task out of range, another K, another kind of head, another image shape, another
+        normalisation; or features that cannot be compared with those of the version before.
     """
     method = run.given_method
+    if run.first_prototypes and 0 in replacements:
+        raise UserError(
+            "first_prototypes and a model for task 0 are both given: leave one out",
+            "first_prototypes",
+        )
     for task, version in replacements.items():
-        check_types(**{f"replacements[{task}]": (version, Version)})
-        record = version.record
+        if not isinstance(version, Backbone):
+            check_types(**{f"replacements[{task}]": (version, Version)})
         if not isinstance(task, int) or not 0 <= task < len(sequence):
             raise UserError(
                 f"replacement at task {task}, but the sequence has tasks 0..{len(sequence) - 1}",
                 "tasks.replace_at",
             )
+        if isinstance(version, Backbone):
+            _check_fresh(run, replacements, task, image_shape)
+            continue
+        record = version.record
         fixed = record.head.is_fixed
         if fixed != method.fixed_simplex:
             kinds = {True: "a fixed simplex", False: "a learnable head"}
@@ -146,9 +191,40 @@ def check_replacements(
             )
 
 
-def _check_classes(run: Run, data: Dataset, replacements: Mapping[int, Version]) -> None:
+def _check_fresh(run: Run, replacements, task: int, image_shape) -> None:
+    """Refuse fresh weights that a record could not name, or a method could not compare."""
+    backbone, method = replacements[task], run.given_method
+    if backbone.module is not None or backbone.name not in registered():
+        raise UserError(
+            f"task {task} starts from fresh weights of {backbone.name!r}, which is no registered "
+            "backbone: register it with compat_jax.models.register",
+            "replacements",
+        )
+    if method.fixed_simplex or method.freeze is nothing or not task:
+        return
+    earlier = max((t for t in replacements if t < task), default=None)
+    model = run.given_backbone if earlier is None else replacements[earlier]
+    before = model.backbone if isinstance(model, Version) else model
+    old, new = (_width(run, b, image_shape) for b in (before, backbone))
+    if old != new:
+        raise UserError(
+            f"features of {before.name} have {old} numbers, those of {backbone.name} {new}: method "
+            f"{method.name!r} cannot compare them. Take a method on the simplex, or one that does not "
+            "look at the old model (er, independent)",
+            "method",
+        )
+
+
+def _width(run: Run, backbone: Backbone, image_shape) -> int:
+    head = run.given_method.head(run.num_prototypes, run.label_order, 2)
+    return feature_size(head.embedder(backbone.build(run.dtype), DTYPES[run.dtype]), image_shape)
+
+
+def _check_classes(run: Run, data: Dataset, replacements: Mapping[int, Version | Backbone]) -> None:
     """Refuse to write classes to prototypes that other classes of a starting version have."""
     for task, version in replacements.items():
+        if isinstance(version, Backbone):
+            continue
         record = version.record
         if record.task is None or record.fresh or record.label_order != run.label_order:
             continue
@@ -167,14 +243,38 @@ def _close(a, b):
     return len(a) == len(b) and np.allclose(a, b, rtol=0, atol=1e-6)
 
 
-def _start(run, chain, replacements, index) -> tuple[Version | None, bool]:
-    """The version that a task starts from, and whether that is a pre-trained model."""
+class _Beginning(NamedTuple):
+    """What a task starts from.
+
+    Attributes:
+      start: version; None for fresh weights.
+      replaced: whether that is another model than the version before.
+      teacher: the version before, where fresh weights are trained against it.
+    """
+
+    start: Version | None
+    replaced: bool = False
+    teacher: Version | None = None
+
+
+def _begin(run: Run, chain: Chain, replacements, index: int) -> tuple[Run, _Beginning]:
+    """What a task starts from, and the run with the backbone and the method that it needs."""
+    before = None
     if run.given_method.fresh_start:  # from the model of its generation, never from a version
         due = max((task for task in replacements if task <= index), default=None)
-        return (None, False) if due is None else (replacements[due], True)
-    if index in replacements:
-        return replacements[index], True
-    return (chain.open(index - 1) if index else None), False
+    else:
+        due = index if index in replacements else None
+        before = chain.open(index - 1) if index else None
+    if due is None:
+        return _adopted(run, before), _Beginning(before)
+    model = replacements[due]
+    if isinstance(model, Version):
+        return _adopted(run, model), _Beginning(model, replaced=True)
+    return dataclasses.replace(run, backbone=model), _Beginning(None, index > 0, before)
+
+
+def _adopted(run: Run, start: Version | None) -> Run:
+    return adopting(run) if start is not None and start.record.fresh else run
 
 
 def _steps(run, sequence, data):

@@ -83,6 +83,7 @@ class Trainer:
       optimizer: `Sgd` or an optax transformation.
       preprocess: normalisation and augmentation.
       mesh: devices.
+      teacher: the network of the old model, where it is of another architecture.
     """
 
     embedder: Embedder
@@ -91,6 +92,7 @@ class Trainer:
     optimizer: Optimizer
     preprocess: Preprocess
     mesh: Mesh
+    teacher: Embedder | None = None
 
     def init(self, key: jax.Array, image_shape: tuple[int, int, int]) -> Any:
         """Draw fresh variables and shard them; they are the same on every mesh."""
@@ -117,6 +119,13 @@ class Trainer:
     def network(self) -> Embedder:
         """The embedder with the projection padded to a multiple of the model axis."""
         return meshes.pad_projection(self.embedder, self.mesh)
+
+    @functools.cached_property
+    def teaching_network(self) -> Embedder:
+        """The network of the old model, padded alike."""
+        if self.teacher is None:
+            return self.network
+        return meshes.pad_projection(self.teacher, self.mesh)
 
     def train_step(
         self, state: TrainState, batch: dict[str, jax.Array], frozen: Any
@@ -151,7 +160,7 @@ class Trainer:
         task, targets = state.task, self.head.targets(batch[1])
 
         def forward(variables):
-            return self._split(self.network.apply(variables, images, train=False))
+            return self._split(self.teaching_network.apply(variables, images, train=False))
 
         taught = lax.stop_gradient(self.method.teach(forward, frozen, state.carried))
 

@@ -33,7 +33,10 @@ class Task:
       num_seen: classes seen with it.
       plan: int32[steps, batch] positions of every batch, its epochs one after the other.
       start: version that it starts from; None for fresh weights.
-      kind: "task" of a sequence, "replacement" for one that starts from a pre-trained model,
+      teacher: the old model that the method looks at, where the task starts from fresh weights
+        although there is one; None for `start`.
+      kind: "task" of a sequence, "replacement" for one that starts from another model than the
+        version before,
         "pretraining" for a model that is to replace others.
       lineage: fields of `Record` that differ from what the run and the data say.
     """
@@ -45,6 +48,7 @@ class Task:
     num_seen: int
     plan: np.ndarray
     start: Version | None = None
+    teacher: Version | None = None
     kind: str = "task"
     lineage: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -80,13 +84,17 @@ class Task:
 
     def trainer(self, mesh) -> Trainer:
         """Return the trainer of its architecture."""
-        return make_trainer(self.run, self.num_classes, mesh, backbone=self.backbone)
+        teacher = None if self.teacher is None else self.teacher.backbone
+        return make_trainer(
+            self.run, self.num_classes, mesh, backbone=self.backbone, teacher=teacher
+        )
 
     def starting_variables(self, trainer: Trainer, image_shape: tuple[int, int, int]) -> Any:
         """Return the variables that it starts from: fresh ones, or those of `start`."""
         if self.start is None:
             key = init_key(self.run)
-            if self.kind == "pretraining" or self.run.given_method.fresh_start:
+            begins_anew = self.run.given_method.fresh_start or self.teacher is not None
+            if self.kind == "pretraining" or begins_anew:
                 key = jax.random.fold_in(key, self.index)
             return trainer.init(key, image_shape)
         key = head_key(self.run, self.index)
@@ -95,22 +103,24 @@ class Task:
     @property
     def num_known(self) -> int:
         """Return how many columns of a learnable head it takes over: 0 where classes differ."""
-        if self.start is None or self.start.record.task is None:  # none, or a pre-trained head
+        old = self.start or self.teacher
+        if old is None or old.record.task is None:  # none, or a pre-trained head
             return 0
         if self.kind == "replacement" and self.lineage:
             return 0
-        return self.start.record.head_classes or 0
+        return old.record.head_classes or 0
 
     def freeze(self, trainer: Trainer, variables: Any, data: Dataset) -> Any:
         """Return the method's frozen state on the devices."""
-        own = trainer.shard(variables)
+        if self.teacher is not None:
+            key = head_key(self.run, self.index)
+            variables = trainer.head.begin(self.teacher.variables, key, self.num_known > 0)
+        own, network = trainer.shard(variables), trainer.teaching_network
 
         def means():
             seen = data.labels < self.num_seen
             images, labels = data.images[seen], data.labels[seen]
-            extractor = Extractor(
-                trainer.network, trainer.preprocess, trainer.mesh, normalized=False
-            )
+            extractor = Extractor(network, trainer.preprocess, trainer.mesh, normalized=False)
             rows = mean_features(extractor, own, images, labels=labels)
             padded = np.zeros((self.num_classes, rows.shape[1]), np.float32)
             padded[: len(rows)] = rows
@@ -129,8 +139,10 @@ class Task:
     def record(self, trainer: Trainer, data: Dataset, config: Mapping[str, Any]) -> Record:
         """Describe the version that it ends as."""
         described = None
-        if self.kind == "replacement" and self.start is not None:
-            described = f"pre-trained version {self.start.number}"
+        if self.kind == "replacement":
+            described = f"{self.backbone.name} with fresh weights"
+            if self.start is not None:
+                described = f"pre-trained version {self.start.number}"
         shape: Any = tuple(int(n) for n in data.images.shape[1:])
         lineage: dict[str, Any] = {
             "head_classes": None if trainer.head.is_fixed else self.num_seen,
@@ -198,6 +210,7 @@ def sequence_task(
     *,
     start: Version | None,
     replaced: bool,
+    teacher: Version | None = None,
 ) -> Task:
     """Make a task of a sequence.
 
@@ -207,7 +220,8 @@ def sequence_task(
       index: number of the task.
       labels: int[n] of the data.
       start: version that it starts from.
-      replaced: whether that is a pre-trained model instead of the version before.
+      replaced: whether that is another model than the version before.
+      teacher: see `Task`.
     """
     plan = sequence.batch_plan(
         index,
@@ -225,6 +239,7 @@ def sequence_task(
         num_seen=sequence.num_seen(index),
         plan=plan,
         start=start,
+        teacher=teacher,
         kind="replacement" if replaced else "task",
     )
 

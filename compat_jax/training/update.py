@@ -81,7 +81,7 @@ def update(
     all pictures that are there, against the same prototypes, so that old galleries stay searchable.
 
     Args:
-      run: what to compute; of `tasks`, only `rehearsal` matters.
+      run: what to compute; of `tasks`, only `rehearsal` and `everything` matter.
       photos: where the pictures are.
       workdir: folder of the run, local or gs://.
       start: version that version 0 starts from, e.g. an imported backbone, or that replaces the model
@@ -202,7 +202,7 @@ def _lesson(photos: Photos, month: _Month, run: Run) -> _Lesson:
         version=month.number,
         rehearsal=run.tasks.rehearsal,
         seed=run.seed,
-        everything=month.replaces or run.given_method.all_data,
+        everything=month.replaces or run.rehearsal is None,
     )
     if not new:
         raise UserError(
@@ -262,7 +262,8 @@ def _identity(run: Run, photos: Photos, session: Session) -> dict[str, Any]:
     """The settings that make a chain what it is: all but the backbone, which may be replaced."""
     found = {k: v for k, v in run.describe().items() if k not in ("backbone", "tasks")}
     preprocess = {k: v for k, v in found["preprocess"].items() if k not in ("mean", "std")}
-    found |= {"preprocess": preprocess, "tasks": {"rehearsal": run.tasks.rehearsal}}
+    tasks = {k: v for k, v in run.tasks.describe().items() if k in ("rehearsal", "everything")}
+    found |= {"preprocess": preprocess, "tasks": tasks}
     if run.keep != "last":  # then the moments of validation choose the weights
         found["validate_every"] = session.validate_every
     return {**found, "photos": photos.describe()}

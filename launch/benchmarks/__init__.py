@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from compat_jax.errors import unknown
-from launch.benchmarks import growth, photos, pictures, retrieval, training, work
+from compat_jax.errors import UserError, unknown
+from launch.benchmarks import gallery, growth, photos, pictures, retrieval, training, work
 from launch.benchmarks.sides import (
     PHOTO_VARIANTS,
     Context,
@@ -34,6 +34,7 @@ MEASURES: dict[str, Callable[[Context], Iterator[Result]]] = {
     "decoding": pictures.decoding,
     "from_disk": pictures.from_disk,
     "photo_memory": pictures.memory,
+    "gallery": gallery.load,
 }
 # Names that stand for several measures.
 GROUPS = {
@@ -44,17 +45,20 @@ ALL_VARIANTS = tuple(dict.fromkeys((*VARIANTS, *PHOTO_VARIANTS)))
 SIZES = {"full": None, "tiny": work.TINY}
 
 
-def sizes(name: str, **photo: Any) -> work.Sizes:
+def sizes(name: str, *, rows: int | None = None, **photo: Any) -> work.Sizes:
     """Return the sizes of a name: "full", for this platform, or "tiny", to try that everything runs.
 
     Args:
       name: of SIZES.
+      rows: of the gallery; None leaves it as it is.
       **photo: fields of `work.PhotoSizes` to change; None leaves one as it is.
     """
     full = work.ON_ACCELERATOR if on_accelerator() else work.Sizes()
     found = SIZES[name] or full
     changes = {field: value for field, value in photo.items() if value is not None}
-    return dataclasses.replace(found, photos=dataclasses.replace(found.photos, **changes))
+    of_gallery = found.gallery if rows is None else dataclasses.replace(found.gallery, rows=rows)
+    of_photos = dataclasses.replace(found.photos, **changes)
+    return dataclasses.replace(found, photos=of_photos, gallery=of_gallery)
 
 
 def chosen_dtypes(given: Sequence[str], names: Iterable[str]) -> tuple[str, ...]:
@@ -70,7 +74,10 @@ def chosen_dtypes(given: Sequence[str], names: Iterable[str]) -> tuple[str, ...]
 
 
 def chosen(only: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the measures to take; by default all, but the protocol on accelerators only.
+    """Return the names of the measures to take.
+
+    By default all but the gallery, which takes minutes and gigabytes, and, unless there is an
+    accelerator, the protocol.
 
     Args:
       only: names in MEASURES or GROUPS.
@@ -83,7 +90,8 @@ def chosen(only: Sequence[str]) -> tuple[str, ...]:
             raise unknown("measure", name, (*MEASURES, *GROUPS))
     if only:
         return tuple(dict.fromkeys(m for name in only for m in GROUPS.get(name, (name,))))
-    return tuple(m for m in MEASURES if m != "protocol" or on_accelerator())
+    left_out = ("gallery",) if on_accelerator() else ("gallery", "protocol")
+    return tuple(m for m in MEASURES if m not in left_out)
 
 
 def measure(
@@ -94,6 +102,7 @@ def measure(
     sizes_name: str = "full",
     variants: Sequence[str] | None = None,
     photo: Mapping[str, Any] = MappingProxyType({}),
+    gallery_url: str | None = None,
 ) -> Iterator[Result]:
     """Take the measures and yield the lines of the table.
 
@@ -105,12 +114,18 @@ def measure(
       sizes_name: see `sizes`.
       variants: variants of PyTorch to measure, from ALL_VARIANTS; by default VARIANTS, and
         PHOTO_VARIANTS at real picture sizes.
-      photo: see `sizes`.
+      photo: sizes of pictures, and rows of the gallery, see `sizes`.
+      gallery_url: address of Qdrant to measure a gallery in as well, e.g. qdrant:http://localhost:6333.
 
     Raises:
-      UserError: a name or a variant is unknown, or the folder is no clone.
+      UserError: a name or a variant is unknown, the folder is no clone, or the place is not Qdrant's.
     """
     names = chosen(only)
+    if gallery_url is not None and not gallery_url.startswith("qdrant:"):
+        raise UserError(
+            f"a store of Qdrant is named, e.g. qdrant:http://localhost:6333, got {gallery_url!r:.200}",
+            "gallery_url",
+        )
     for variant in variants or ():
         if variant not in ALL_VARIANTS:
             raise unknown("variant", variant, ALL_VARIANTS)
@@ -124,6 +139,7 @@ def measure(
             worker=worker,
             photo_dtypes=chosen_dtypes(dtypes, GROUPS["photos"]),
             photo_variants=PHOTO_VARIANTS if variants is None else tuple(variants),
+            gallery_url=gallery_url,
         )
         for name in names:
             for result in _lines(name, context):

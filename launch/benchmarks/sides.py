@@ -35,6 +35,7 @@ class Context:
       worker: the process that runs the reference and FAISS.
       photo_dtypes: dtypes to compute in at real picture sizes.
       photo_variants: variants of PyTorch to measure there.
+      gallery_url: address of Qdrant to measure a gallery in as well, or None.
     """
 
     sizes: Sizes
@@ -45,6 +46,7 @@ class Context:
     worker: Worker
     photo_dtypes: Sequence[str] = ("float32",)
     photo_variants: Sequence[str] = PHOTO_VARIANTS
+    gallery_url: str | None = None
 
 
 def reference_sides(context: Context, measure: str, **settings: Any) -> tuple[Sides, list[Result]]:

@@ -44,6 +44,25 @@ class PhotoSizes:
 
 
 @dataclasses.dataclass(frozen=True)
+class GallerySizes:
+    """Sizes of the measure of galleries in vector stores.
+
+    Attributes:
+      rows: of the gallery.
+      size: of the features.
+      queries: that are asked one at a time, and all at once.
+      k: answers to each.
+      seconds: after which no more queries are asked one at a time.
+    """
+
+    rows: int = 1_000_000
+    size: int = 128
+    queries: int = 1000
+    k: int = 10
+    seconds: float = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Sizes:
     """Sizes of the workloads; the defaults are for two CPU cores.
 
@@ -65,6 +84,7 @@ class Sizes:
       streaming: (images, bytes for images on the device, steps) of `streaming`.
       protocol: (epochs of a task, images a class, least K) of `protocol`.
       photos: sizes of the measures of real pictures.
+      gallery: sizes of the measure of galleries in vector stores.
     """
 
     backbone: str = "resnet18"
@@ -84,6 +104,7 @@ class Sizes:
     streaming: tuple[int, int, int] = (8000, 1 << 23, 24)
     protocol: tuple[int, int, int] = (70, 300, 1024)
     photos: PhotoSizes = PhotoSizes()
+    gallery: GallerySizes = GallerySizes()
 
     def of_photos(self, backbone: str = "", image: int | None = None) -> "Sizes":
         """Return the sizes with the backbone, image size and batch of `photos`, or those given."""
@@ -132,6 +153,7 @@ TINY = Sizes(
         latency=(("resnet_small", None),),
         lookups=2,
     ),
+    gallery=GallerySizes(rows=300, size=12, queries=8, k=3),
 )
 
 

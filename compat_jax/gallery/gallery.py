@@ -1,0 +1,404 @@
+"""A gallery in a vector store, which answers queries of a new version before its rows are embedded anew.
+
+    gallery = Gallery.create("lance:galleries/shop", chain, version=0, root="photos")
+    gallery.index("photos")
+    gallery.switch(1)  # from here on, version 1 embeds queries and new pictures
+    answers = gallery.search("query.jpg", k=10)
+    gallery.backfill(budget=10_000, order="worst")
+
+Every row knows the version and the fingerprint of the model that embedded it, and the digest of its
+picture. Every call reads the manifest anew, so that several programs may use a gallery at once and a
+switch in one of them is followed by all.
+"""
+
+import collections
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from compat_jax.chain import Chain
+from compat_jax.data.pictures import BadPictures, Preparation
+from compat_jax.data.reading import in_order
+from compat_jax.errors import Stopped, UserError
+from compat_jax.gallery.audit import Audit, audit
+from compat_jax.gallery.manifest import Manifest
+from compat_jax.gallery.opened import DEFAULT_WORK, Opened, begin, rows_of
+from compat_jax.gallery.originals import Listed, Work, content_of, embed
+from compat_jax.gallery.outcome import Answers, Indexed, Status, answers_of
+from compat_jax.gallery.places import open_store
+from compat_jax.gallery.reembed import Backfilled, backfill
+from compat_jax.gallery.store import EVERY, Store, Where, row_id
+from compat_jax.meter import Meter
+
+Payload = Mapping[str, Mapping[str, Any]] | Callable[[str], Mapping[str, Any]]
+
+
+class Gallery(Opened):
+    """A gallery in a store: `Gallery.create` makes one, `Gallery.open` opens one that is there.
+
+    Opening checks by fingerprint and by canaries that the chain is the one that the manifest means.
+
+    Args:
+      store: of the rows.
+      chain: of the versions.
+      root: where the pictures are, see `originals.Originals`.
+      work: how they are read and embedded.
+    """
+
+    @classmethod
+    def open(
+        cls,
+        store: Store | str,
+        chain: Chain,
+        *,
+        root: str | os.PathLike | Mapping[str, Any] | None = None,
+        work: Work = DEFAULT_WORK,
+    ) -> "Gallery":
+        """Open the gallery that a store holds.
+
+        Args:
+          store: of the rows, or its place, see `places.open_store`.
+          chain: of the versions.
+          root: where the pictures are, see `originals.Originals`.
+          work: how they are read and embedded.
+
+        Raises:
+          UserError: there is none, its manifest cannot be used, or the chain is not its own: another
+            fingerprint, other weights under a forged one, or another preprocessing.
+        """
+        return cls(open_store(store) if isinstance(store, str) else store, chain, root, work)
+
+    @classmethod
+    def create(
+        cls,
+        store: Store | str,
+        chain: Chain,
+        *,
+        version: int | None = None,
+        preparation: Preparation | None = None,
+        root: str | os.PathLike | Mapping[str, Any] | None = None,
+        work: Work = DEFAULT_WORK,
+    ) -> "Gallery":
+        """Make an empty gallery in an empty store.
+
+        Args:
+          store: without a row, or a place for one, see `places.open_store`.
+          chain: of the versions.
+          version: number of the one that embeds rows and queries at first; the last by default.
+          preparation: how pictures are brought to their size, where the chain's records do not say.
+          root: where the pictures are, see `originals.Originals`.
+          work: how they are read and embedded.
+
+        Raises:
+          UserError: the store is not empty, or the version cannot search.
+        """
+        if isinstance(store, str):
+            number = -1 if version is None else version
+            store = open_store(store, chain.record(number).feature_size)
+        begin(store, chain, version, preparation)
+        return cls(store, chain, root, work)
+
+    def __len__(self) -> int:
+        return sum(self.store.counts().values())
+
+    def index(
+        self,
+        pictures: Any,
+        *,
+        version: int | None = None,
+        payload: Payload | None = None,
+        replace: bool = False,
+        shard: tuple[int, int] = (0, 1),
+    ) -> Indexed:
+        """Insert rows for pictures that have none; call it again to resume, or when pictures were added.
+
+        Args:
+          pictures: see `originals.Originals.listed`.
+          version: number of the version that embeds them; the one that embeds queries by default, as
+            the manifest says at each write.
+          payload: {key: JSON mapping}, or a function of the key, kept beside the row.
+          replace: whether to read those that have a row too, and write it anew if their content differs.
+          shard: (number of this host, number of hosts): each embeds its share of the list.
+
+        Raises:
+          Stopped: it was asked to stop; what was written stays.
+          UserError: files that are no pictures, unless they are to be skipped; what was written before
+            stays.
+        """
+        number, hosts = shard
+        if not 0 <= number < hosts:
+            raise UserError(
+                f"a shard is (number, count) with 0 <= number < count, got {shard}", "shard"
+            )
+        listed = self.originals.listed(pictures)[number::hosts]
+        writer = _Writer(self, version, payload)
+        with Meter(self.work.label("index"), len(listed), units="pictures") as meter:
+            for start in range(0, len(listed), self.work.part):
+                some = listed[start : start + self.work.part]
+                known = self.has(np.array([row_id(one.key) for one in some], np.int64))
+                contents = dict(zip(known.keys, known.contents, strict=True))
+                fresh = [one for one in some if one.key not in contents]
+                old = [one for one in some if one.key in contents]
+                changed = _changed(old, contents) if replace else []
+                writer.present += len(old) - len(changed)
+                meter.skip(len(some) - len(fresh) - len(changed))
+                writer.add(fresh, changed, meter)
+            writer.flush(meter)
+        return writer.report()
+
+    def put(
+        self, pictures: Any, *, version: int | None = None, payload: Payload | None = None
+    ) -> Indexed:
+        """Write rows for pictures whether they have one or not: for pictures and payloads that changed.
+
+        Args:
+          pictures: see `originals.Originals.listed`.
+          version: see `index`.
+          payload: see `index`.
+
+        Raises:
+          Stopped, UserError: see `index`.
+        """
+        listed = self.originals.listed(pictures)
+        writer = _Writer(self, version, payload)
+        with Meter(self.work.label("put"), len(listed), units="pictures") as meter:
+            writer.add([], listed, meter)
+            writer.flush(meter)
+        return writer.report()
+
+    def delete(self, keys: str | Sequence[str]) -> int:
+        """Delete rows by the keys or paths of their pictures; returns how many were there."""
+        given = [keys] if isinstance(keys, str | os.PathLike) else list(keys)
+        if not given:
+            return 0
+        ids = [row_id(self.originals.key(key)) for key in given]
+        return self.store.delete(np.unique(np.array(ids, np.int64)))
+
+    def search(
+        self, queries: Any, k: int = 10, *, version: int | None = None, where: Where = EVERY
+    ) -> Answers:
+        """Find the nearest rows of queries, whatever version embedded them.
+
+        Args:
+          queries: pictures, see `Version.embed`; or features of the version, float[q, d] or [d].
+          k: answers to each.
+          version: number of the version that embeds the queries; the one in force by default.
+          where: rows to search.
+
+        Raises:
+          UserError: see `Version.embed` and the store's `search`.
+        """
+        manifest = self.manifest()
+        number = manifest.query if version is None else self.numbered(version)
+        features = self.embed(queries, number, manifest)
+        found = self.store.search(features, k, where)
+        ids = np.unique(found.ids[found.ids >= 0])
+        rows = self.has(ids)
+        return answers_of(number, found, rows)
+
+    def embed(self, queries: Any, version: int, manifest: Manifest | None = None) -> np.ndarray:
+        """Return the features of queries, float32[q, d]; those that are features already as they are."""
+        given = np.asarray(queries) if hasattr(queries, "__array__") else None
+        if given is not None and np.issubdtype(given.dtype, np.floating) and given.ndim <= 2:
+            return np.atleast_2d(given).astype(np.float32)
+        manifest = manifest or self.manifest()
+        opened = self.version(version, manifest)
+        prepared = manifest.preprocessing.preparation
+        return opened.embed(queries, preparation=prepared, dtype=self.work.dtype)
+
+    def switch(self, version: int) -> Manifest:
+        """Let another version embed queries and new pictures: one compare and set, no row is touched.
+
+        Args:
+          version: its number; negative ones count from the end of the chain, here and elsewhere.
+
+        Returns:
+          The manifest in force, also if the version was in force before.
+
+        Raises:
+          UserError: the version does not fit, or another program switched at the same time; then its
+            switch is in force.
+        """
+        version = self.numbered(version)
+        before = self.manifest().query
+        if before == version:
+            return self.manifest()
+        self.admit(version)
+        return self._switch(before, version, previous=before)
+
+    def rollback(self) -> Manifest:
+        """Undo the last switch; rows embedded since then stay until a backfill returns them.
+
+        Raises:
+          UserError: there is no switch to undo, or another program switched at the same time.
+        """
+        now = self.manifest()
+        if now.previous is None:
+            raise UserError(
+                f"there is no switch to undo: version {now.query} embeds queries. Switch to a version "
+                "by its number"
+            )
+        self.version(now.previous)
+        return self._switch(now.query, now.previous, previous=None)
+
+    def backfill(
+        self,
+        *,
+        budget: int | None = None,
+        until: float | None = None,
+        order: str = "random",
+        to: int | None = None,
+    ) -> Backfilled:
+        """Embed rows of other versions again, while the gallery answers; see `reembed.backfill`."""
+        return backfill(self, budget=budget, until=until, order=order, to=to)
+
+    def status(self, queries: Any = None, k: int = 10, *, measure: int = 0) -> Status:
+        """Say how far the gallery is.
+
+        Args:
+          queries: pictures or features, to count which versions' rows answer; None for none.
+          k: answers to each.
+          measure: pictures to embed, to say how long the rest takes; 0 for no such estimate.
+        """
+        manifest, rows = self.manifest(), dict(self.store.counts())
+        answers = None if queries is None else self.search(queries, k).shares()
+        seconds = self._picture_seconds(manifest, measure) if measure else None
+        return Status(
+            generation=manifest.generation,
+            query=manifest.query,
+            previous=manifest.previous,
+            rows=rows,
+            models={number: member.model for number, member in manifest.members.items()},
+            answers=answers,
+            row_bytes=4 * manifest.columns,
+            picture_seconds=seconds,
+            lease=manifest.lease,
+        )
+
+    def verify(self, sample: int | None = 256, *, seed: int = 0) -> Audit:
+        """Hold every claim of the manifest against the rows and the chain; see `audit.audit`."""
+        return audit(self, sample, seed=seed)
+
+    def refresh(self) -> None:
+        """Index rows that are not indexed, and compact the store."""
+        self.store.refresh()
+
+    def _switch(self, before: int, version: int, *, previous: int | None) -> Manifest:
+        def edit(now: Manifest) -> Manifest:
+            if now.query != before:
+                raise UserError(
+                    f"another program switched to version {now.query} at the same time: that is in "
+                    "force; look at the gallery's status"
+                )
+            return now.replaced(query=version, previous=previous)
+
+        return self.change(edit)
+
+    def _picture_seconds(self, manifest: Manifest, count: int) -> float | None:
+        version = self.version(manifest.query)
+        others = (n for n in self.store.counts() if n != manifest.query)
+        where = Where(version=next(others, manifest.query))
+        rows = self.store.rows(where, limit=count)
+        for _ in range(2):  # the first time compiles
+            began = time.monotonic()
+            found = embed(
+                version,
+                rows.keys,
+                self.originals.find,
+                preprocessing=manifest.preprocessing,
+                work=self.work,
+            )
+        return (time.monotonic() - began) / len(found.kept) if len(found.kept) else None
+
+
+class _Writer:
+    """Collects pictures until there are enough for a write."""
+
+    def __init__(self, gallery: Gallery, version: int | None, payload: Payload | None):
+        self.gallery, self.payload = gallery, payload
+        self.version = None if version is None else gallery.numbered(version)
+        self.inserted = self.replaced = self.present = 0
+        self.problems: dict[str, str] = {}
+        self._fresh: collections.deque[Listed] = collections.deque()
+        self._changed: collections.deque[Listed] = collections.deque()
+
+    def add(self, fresh: Sequence[Listed], changed: Sequence[Listed], meter: Meter) -> None:
+        """Take pictures without a row and pictures whose row is to be written anew."""
+        self._fresh.extend(fresh)
+        self._changed.extend(changed)
+        for queue in (self._fresh, self._changed):
+            while len(queue) >= self.gallery.work.part:
+                self._write(queue, meter)
+
+    def flush(self, meter: Meter) -> None:
+        """Write the rest."""
+        for queue in (self._fresh, self._changed):
+            while queue:
+                self._write(queue, meter)
+
+    def report(self) -> Indexed:
+        """Return what was done."""
+        return Indexed(self.inserted, self.replaced, self.present, self.problems)
+
+    def _write(self, queue: collections.deque[Listed], meter: Meter) -> None:
+        gallery = self.gallery
+        if gallery.work.should_stop():
+            raise Stopped("the rows that were written stay: call it again to resume")
+        some = [queue.popleft() for _ in range(min(len(queue), gallery.work.part))]
+        manifest = gallery.manifest()
+        number = manifest.query if self.version is None else self.version
+        version, member = gallery.admit(number)
+        pictures = {one.key: one.picture for one in some}
+        found = embed(
+            version,
+            list(pictures),
+            pictures.__getitem__,
+            preprocessing=manifest.preprocessing,
+            work=gallery.work,
+            tick=meter.update,
+        )
+        if found.problems and gallery.work.on_bad == "stop":
+            raise BadPictures(tuple(found.problems.values()), "on_bad='skip' leaves such files out")
+        self.problems.update(found.problems)
+        kept = [some[i] for i in found.kept]
+        if not kept:
+            return
+        rows = rows_of(
+            [one.key for one in kept],
+            (number, member),
+            found.contents,
+            payloads=[self._payload_of(one) for one in kept],
+            vectors=found.vectors,
+        )
+        if queue is self._fresh:
+            inserted = gallery.store.insert(rows)
+            self.inserted += inserted
+            self.present += len(rows) - inserted
+        else:
+            gallery.store.put(rows)
+            self.replaced += len(rows)
+
+    def _payload_of(self, one: Listed) -> Mapping[str, Any]:
+        if self.payload is None:
+            return one.payload
+        given = self.payload(one.key) if callable(self.payload) else self.payload.get(one.key, {})
+        if not isinstance(given, Mapping):
+            raise UserError(
+                f"the payload of {one.key} must be a mapping, got {given!r:.80}", "payload"
+            )
+        return {**one.payload, **given}
+
+
+def _changed(listed: Sequence[Listed], contents: Mapping[str, str]) -> list[Listed]:
+    """Return the pictures whose content is no longer that of their row, or cannot be read."""
+
+    def differs(i):
+        try:
+            return content_of(listed[i].picture) != contents[listed[i].key]
+        except BadPictures:
+            return True
+
+    return [one for one, new in zip(listed, in_order(len(listed), differs), strict=True) if new]
