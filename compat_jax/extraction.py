@@ -15,7 +15,7 @@ from compat_jax import hosts
 from compat_jax import mesh as meshes
 from compat_jax.data.augment import Preprocess
 from compat_jax.data.listing import list_pictures
-from compat_jax.data.pictures import Preparation
+from compat_jax.data.pictures import Preparation, decode
 from compat_jax.data.reading import LazyImages, block_size, in_order
 from compat_jax.errors import UserError
 from compat_jax.features import Extractor
@@ -203,11 +203,15 @@ def _batch(chunk, embedding, prepare, *, first) -> np.ndarray:
         array = np.asarray(picture) if hasattr(picture, "__array__") else None
         if array is not None and array.dtype == np.uint8 and array.shape == shape:
             return array
-        if prepare is None:
-            kind, found = (None, ()) if array is None else (array.dtype, array.shape)
-            _refuse(embedding, kind, found)
+        if prepare is None and array is not None:
+            _refuse(embedding, array.dtype, array.shape)
         where = "" if isinstance(picture, str | os.PathLike) else f"picture {first + i}"
-        return prepare(picture, where)
+        if prepare is not None:
+            return prepare(picture, where)
+        pixels = decode(picture, where)  # of the size already, or nobody said how to get there
+        if pixels.shape != shape:
+            _refuse(embedding, None, ())
+        return pixels
 
     return np.stack(list(in_order(len(chunk), one, block=block_size(int(np.prod(shape))))))
 

@@ -46,6 +46,10 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     config.seed = args.seed
     config.epochs, config.batch_size = args.epochs, args.batch
     config.backbone.name, config.weights, config.ema = args.backbone, args.weights, False
+    if args.method == "hoc":
+        # The paper's 0.1 is for long fine-tuning of pre-trained models; in short months it learns new
+        # classes too slowly, and searched old galleries worse as well (docs/results.md).
+        config.loss.lam = 0.5
     config.start = ""
     config.keep = "last"
     if args.optimizer == "sgd":

@@ -10,19 +10,26 @@ pixels in their place (path=tiny-imagenet-200), `data=folder` class folders (pat
 Classes are written to the prototypes in ascending order, those of the tasks in descending order, so
 that the two share the simplex and no prototype.
 
-Arguments: method=hoc|sce|fd (cross-entropy on the simplex)|er (learnable head),
-data=glyphs|imagenet32|tiny_imagenet|folder, path=FOLDER, size=32, backbone=resnet18, seed=0,
-optimizer=sgd|adamw|lars.
+All methods with a fixed simplex start from the same models, trained by cross-entropy on the simplex, and
+all with a learnable head from the same others.
+
+Arguments: method=hoc|er|... (docs/methods.md), data=glyphs|imagenet32|tiny_imagenet|folder, path=FOLDER,
+size=32, backbone=resnet18, seed=0, optimizer=sgd|adamw|lars.
 """
 
 from ml_collections import ConfigDict
 
+from compat_jax import methods
 from compat_jax.errors import unknown
 from configs import folders, glyphs
 from configs.common import base_config, cifar_input, parse_arguments, source, tfds_source
 
-METHODS = ("hoc", "sce", "fd", "er")
 DATA = ("glyphs", "imagenet32", "tiny_imagenet", "folder")
+
+
+def head_of(method: str) -> str:
+    """Return the method that trains the models which a method starts from: sce or er, by its head."""
+    return "sce" if methods.get(method).fixed_simplex else "er"
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:
@@ -37,11 +44,9 @@ def get_config(arguments: str | None = None) -> ConfigDict:
         backbone="resnet18",
         seed=0,
     )
-    if args.method not in METHODS:
-        raise unknown("method", args.method, METHODS)
     if args.data not in DATA:
         raise unknown("data", args.data, DATA)
-    config = base_config(args.method if args.method == "er" else "sce", args.optimizer)
+    config = base_config(head_of(args.method), args.optimizer)
     config.seed = args.seed
     config.label_order = "ascending"
     config.optim.lr, config.optim.min_lr = 0.1, 0.001

@@ -171,7 +171,7 @@ def delete() -> int:
     args = flags.FLAGS
     keys = list(args.keys)
     if args.list:
-        keys += [line for line in absolute(args.list).read_text().splitlines() if line.strip()]
+        keys += read_keys(args.list)
     if args.pictures:
         keys += [picture.path for picture in list_pictures(args.pictures)]
     if not keys:
@@ -295,22 +295,40 @@ def first_answers(gallery: "Gallery", pictures: Sequence["Picture"]) -> float:
     return float(np.mean(right))
 
 
+def read_keys(path: str) -> list[str]:
+    """Read the keys of a list, one a line.
+
+    Raises:
+      UserError: no such file, or no text in UTF-8.
+    """
+    try:
+        lines = (
+            absolute(path).read_text(encoding="utf-8").split("\n")
+        )  # names may hold other breaks
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no text in UTF-8"
+        raise UserError(f"the list {path} cannot be read ({reason})", "list") from error
+    return [line.removesuffix("\r") for line in lines if line.strip()]
+
+
 def read_check(path: str) -> dict[str, Any]:
     """Read the figures of a verdict that `check --json` printed.
 
     Raises:
       UserError: no such file, or something else.
     """
+    from compat_jax.gallery.verdict import STAGES
+
     try:
         content = json.loads(absolute(path).read_text())
         found = {
             "metric": content["measured"]["metric"],
             "new": content["new"]["version"],
             "old": content["old"]["version"],
-            **{
-                name: one["quality"]["value"] for name, one in content["measured"]["stages"].items()
-            },
+            **{name: content["measured"]["stages"][name]["quality"]["value"] for name in STAGES},
         }
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})", "check") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not what check --json printed ({error!r:.80})", "check"
@@ -330,16 +348,16 @@ def at_share(expected: Mapping[str, Any], share: float, query: int) -> float:
       UserError: the check was of other versions.
     """
     if query == expected["new"]:
-        points = [expected[name] for name in ("switched", "half", "finished")]
+        names, shares = ("switched", "begun", "half", "finished"), (0, 0.1, 0.5, 1)
     elif query == expected["old"]:
-        points = [expected[name] for name in ("back", "half back", "today")]
+        names, shares = ("back", "half back", "today"), (0, 0.5, 1)
     else:
         raise UserError(
             f"that check was of versions {expected['old']} and {expected['new']}, but version {query} "
             "is in force: check it",
             "check",
         )
-    return float(np.interp(share, (0, 0.5, 1), points))
+    return float(np.interp(share, shares, [expected[name] for name in names]))
 
 
 def read_retrieval(
@@ -366,26 +384,28 @@ def read_retrieval(
         session.devices()  # refuses a mesh before any data is read
         query, gallery = experiment.load_retrieval(config, chain, session)
     else:
-        query, gallery = (
-            _read(args[role].value, version, session) for role in ("query", "gallery")
-        )
+        query, gallery = (_read(role, version, session) for role in ("query", "gallery"))
     return _sampled(query, args.sample), _sampled(gallery, args.sample)
 
 
-def _read(path: str, version: "Version", session: "Session") -> "Dataset":
-    """Read a folder, pattern or table; with --labels, a folder of class folders or labelled table."""
+def _read(role: str, version: "Version", session: "Session") -> "Dataset":
+    """Read what a flag names; with --labels, a folder of class folders or labelled table."""
     from compat_jax.data import load
     from compat_jax.data.listing import TABLES
     from compat_jax.extraction import preparation_of
 
-    labels = flags.FLAGS.labels
+    labels, path = flags.FLAGS.labels, flags.FLAGS[role].value
     is_table = path.lower().endswith(TABLES)
     source = "table" if is_table else "folder" if labels else "pictures"
     prepared = preparation_of(version.record, None)
     how = {} if prepared is None else dataclasses.asdict(prepared)
-    data = load({"source": source, "path": path, **how}, session.progress)
-    if labels:
-        data.need_labels()
+    try:
+        data = load({"source": source, "path": path, **how}, session.progress)
+        if labels:
+            data.need_labels()
+    except UserError as error:
+        error.argument = role  # the flag that named it, not the field of a configuration
+        raise
     return data if labels else dataclasses.replace(data, labels=None, class_names=())
 
 

@@ -43,7 +43,7 @@ def main(_) -> None:
     for method in dict.fromkeys(args.methods):
         models, config = configurations(method, args.seed)
         models_session, session = cli.session(models, stop), cli.session(config, stop)
-        pretrained = experiment.pretrain(models, folder / f"{method}-models", models_session)
+        pretrained = experiment.pretrain(models, folder / f"{models.method}-models", models_session)
         config.pretrained = str(pretrained.path)
         chain = experiment.train(config, folder / method, session)
         session = dataclasses.replace(session, cache=folder / method / "evaluation" / "cache")
@@ -68,8 +68,7 @@ def configurations(method: str, seed: int):
     """Configurations of the pre-training and of the sequence."""
     from configs import glyphs, pretrain
 
-    head = "er" if method == "er" else "hoc"
-    models = pretrain.get_config(f"method={head},data=glyphs,seed={seed}")
+    models = pretrain.get_config(f"method={method},data=glyphs,seed={seed}")
     return models, glyphs.get_config(f"method={method},seed={seed}")
 
 

@@ -40,7 +40,7 @@ HELP = {
 
 Pictures are those of the chain's configuration, or --query and --gallery: folders, patterns or tables;
 with --labels folders of one folder per class. Versions that share no space are refused. Others are tried
-by querying: today, after the switch, with half and with all rows embedded again, and with the old
+by querying: today, after the switch, with a tenth, half and all rows embedded again, and with the old
 version asking again, which a rollback meets. Without labels answers are compared with those that the
 new version would give had it embedded everything. What launch.evaluate has embedded is not embedded
 again. A table of labels has a column label.
@@ -92,7 +92,7 @@ them as well: backfill after the rollback.
 
   python -m launch.upgrade backfill --chain=runs/shop/chain --store=runs/shop.lance --budget=10000
   python -m launch.upgrade backfill --chain=runs/shop/chain --store=runs/shop.lance \\
-      --until=0.5 --order=worst
+      --until=0.5 --order=best
 
 The version in force embeds them. --budget is a number of pictures, --until the share of rows that
 shall be of that version; without either all are. The progress is what the rows say themselves: killed
@@ -100,9 +100,10 @@ at any time, run the same command again. Rows are updated, never inserted: a pic
 stays deleted, one that was replaced keeps its own feature. A second backfill at the same time is
 refused.
 
---order: random; worst, rows first that lie farthest from the mean of their class (of their nearest
-prototype, where rows have no label); or a field of the rows' payload, the smallest first, -FIELD the
-largest. --to embeds with another version than the one in force, e.g. the old one after a rollback.
+--order: random; best, rows first that lie nearest to the mean of their class (to a prototype, where
+rows have no label); worst, the farthest first; or a field of the rows' payload, the smallest first,
+-FIELD the largest. While rows are mixed the new ones give nearly all answers: see docs/upgrading.md.
+--to embeds with another version than the one in force, e.g. the old one after a rollback.
 """,
     "status": """Say which versions the rows are of, and what is left to embed again.
 
@@ -214,7 +215,9 @@ def _define_backfill() -> None:
     _define_work()
     flags.DEFINE_integer("budget", None, "pictures to embed at most", lower_bound=1)
     flags.DEFINE_float("until", None, "share of rows that shall be of the version in force")
-    flags.DEFINE_string("order", "random", "random, worst, FIELD or -FIELD of the rows' payload")
+    flags.DEFINE_string(
+        "order", "random", "random, best, worst, FIELD or -FIELD of the rows' payload"
+    )
     flags.DEFINE_integer("to", None, "version that embeds them; the one in force by default")
 
 

@@ -187,6 +187,7 @@ def test_a_naive_swap_is_a_backfill_and_other_metrics_go_by_features():
         ways["rescoring"].curves["of_my_own"]
 
 
+@pytest.mark.slow
 def test_a_turned_space_needs_a_map_and_costs_what_it_costs():
     plan = dataclasses.replace(PLAN, ways=WAYS)
     every = afterwards.measure(spaces(), MEASURED[1:2], plan, seconds_an_image=2.0)

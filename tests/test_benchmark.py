@@ -13,7 +13,7 @@ from compat_jax import Chain, methods, models
 from compat_jax.data.pictures import decode
 from compat_jax.errors import UserError
 from launch import benchmarks
-from launch.benchmarks import flops, photos, pictures, table, timing, work
+from launch.benchmarks import flops, gallery, photos, pictures, table, timing, work
 
 
 def test_the_command_measures_and_writes_what_it_printed(tmp_path):
@@ -174,6 +174,45 @@ def test_a_network_that_torch_lacks_is_one_line():
     assert last.what == "torch eager" and last.note.startswith("not run: ")
 
 
+@pytest.mark.parametrize(
+    ("place", "package"),
+    [
+        ("memory:load", None),
+        ("lance:{}/load", "lancedb"),
+        ("qdrant:{}/server/load", "qdrant_client"),
+    ],
+)
+def test_a_gallery_under_load_is_measured(place, package, tmp_path):
+    if package:
+        pytest.importorskip(package)
+    sizes = work.GallerySizes(rows=120, size=9, queries=3, k=3)
+    gallery.draw(tmp_path, sizes)
+    settings = {"place": place.format(tmp_path), "sizes": dataclasses.asdict(sizes)}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    lines = [timing.Result(**line) for line in gallery.one_store(str(tmp_path))]
+    assert all(line.value > 0 for line in lines)
+    by = {line.what.partition(", ")[2]: line for line in lines}
+    assert {"ingest", "a query", "3 queries at once", "update, 10 % of the rows"} <= {*by}
+    asked = [line for what, line in by.items() if what.startswith("a query")]
+    assert len(asked) == (4 if package is None else 6)
+    assert all(line.ratio == 1 and line.repeats == 3 for line in asked)  # so few rows have no index
+    assert ("disk" in by) == (package == "lancedb")
+    assert "after ingest" in by["peak memory of the program"].note
+
+
+@pytest.mark.slow
+def test_a_gallery_is_measured_in_programs_of_their_own():
+    pytest.importorskip("lancedb")
+    results = list(benchmarks.measure(["gallery"], sizes_name="tiny", photo={"rows": 200}))
+    assert [*dict.fromkeys(r.what.split(",")[0] for r in results)] == ["memory", "lance"]
+    assert "200 rows" in results[0].note and all(r.met is None for r in results)
+
+
+def test_a_gallery_is_measured_in_qdrant_only_as_well():
+    with pytest.raises(UserError, match="a store of Qdrant is named"):
+        next(benchmarks.measure(["gallery"], gallery_url="http://localhost:6333"))
+
+
 @pytest.mark.slow
 def test_what_cannot_be_measured_is_one_line(tmp_path):
     code, out, err = tiny.call("benchmark", "--only=stp")
@@ -185,7 +224,8 @@ def test_what_cannot_be_measured_is_one_line(tmp_path):
 def test_unknown_names_are_refused():
     with pytest.raises(UserError, match=r"unknown variant 'egaer'\. Did you mean 'eager'"):
         next(benchmarks.measure(["large_k"], variants=["egaer"]))
-    assert benchmarks.chosen([]) == tuple(m for m in benchmarks.MEASURES if m != "protocol")
+    left_out = {"protocol", "gallery"}
+    assert benchmarks.chosen([]) == tuple(m for m in benchmarks.MEASURES if m not in left_out)
     assert benchmarks.chosen(["decoding", "pictures"])[:2] == ("decoding", "latency")
 
 

@@ -399,7 +399,7 @@ def test_evaluation_refuses_a_mesh_before_any_data_is_read(tmp_path, monkeypatch
 
 
 def test_the_quickstart_pre_trains_the_kind_of_head_that_it_needs():
-    for method, kind in (("hoc", "sce"), ("er", "er"), ("fd", "sce")):
+    for method, kind in (("hoc", "sce"), ("er", "er"), ("fd", "sce"), ("bct", "er")):
         pretraining, sequence = configurations(method, seed=3)
         assert (pretraining.method, sequence.method) == (kind, method)
         assert pretraining.seed == sequence.seed == 3
@@ -444,7 +444,7 @@ MISTAKES = [
     (
         "pretrain",
         ["--workdir=x", "--config=configs/pretrain.py:data=glyf"],
-        "unknown data 'glyf'. Did you mean 'glyphs'? Valid: folder, glyphs, imagenet32.",
+        "unknown data 'glyf'. Did you mean 'glyphs'? Valid: folder, glyphs, imagenet32, tiny_imagenet.",
     ),
     (
         "evaluate",

@@ -24,7 +24,6 @@ import pytest
 import small_gallery
 import tiny
 import uvicorn
-from absl import flags as absl_flags
 from PIL import Image
 
 from compat_jax.chain import Chain
@@ -354,11 +353,9 @@ def test_limits_are_checked():
 @pytest.fixture
 def program():
     """The module of the program, whose flags do not stay."""
-    before = set(absl_flags.FLAGS)
     sys.modules.pop("launch.demo", None)
-    yield importlib.import_module("launch.demo")
-    for name in set(absl_flags.FLAGS) - before:
-        delattr(absl_flags.FLAGS, name)
+    with tiny.own_flags():
+        yield importlib.import_module("launch.demo")
     del sys.modules["launch.demo"]
 
 

@@ -72,7 +72,7 @@ def test_a_block_that_does_not_run_says_why(page):
 
 
 # Pages whose blocks train again what other tests train; test_upgrade.py runs the runbook's commands.
-SLOW_PAGES = ("docs/extending.md", "docs/sequences.md", "docs/upgrading.md")
+SLOW_PAGES = ("docs/extending.md", "docs/own-data.md", "docs/sequences.md", "docs/upgrading.md")
 RUNNING = [
     pytest.param(p, marks=pytest.mark.slow if p in SLOW_PAGES else ())
     for p in PAGES

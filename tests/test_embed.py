@@ -142,6 +142,17 @@ def test_a_version_that_does_not_say_how_asks(expected):
     np.testing.assert_allclose(given, expected[1], atol=2e-5)
 
 
+def test_files_of_the_versions_size_need_no_preparation(tmp_path):
+    """As drawn and downloaded data sets have them, written to files."""
+    silent, files = tiny.version(), []
+    pixels = np.random.default_rng(0).integers(0, 256, (2, tiny.SIZE, tiny.SIZE, 3), dtype=np.uint8)
+    for i, picture in enumerate(pixels):
+        files.append(tmp_path / f"{i}.png")
+        Image.fromarray(picture).save(files[-1])
+    np.testing.assert_array_equal(silent.embed(files), silent.embed(pixels))
+    np.testing.assert_array_equal(silent.embed(Image.open(files[0])), silent.embed(pixels[0]))
+
+
 def test_a_gallery_of_files_needs_no_labels(version, expected):
     files, _ = expected
     index = Index(version, files)

@@ -1,5 +1,6 @@
 """A gallery: indexed, searched across versions, switched, embedded again; refused to the wrong model."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -24,6 +25,7 @@ from compat_jax.gallery.gallery import Gallery
 from compat_jax.gallery.lease import Holder
 from compat_jax.gallery.manifest import Lease
 from compat_jax.gallery.memory import MemoryStore
+from compat_jax.gallery.places import open_store
 from compat_jax.gallery.reembed import backfill
 from compat_jax.gallery.store import Rows, Where, row_id
 
@@ -257,6 +259,53 @@ def test_a_store_is_named_by_its_place(chain, photos, tmp_path):
         Gallery.create(MemoryStore(7), chain)
 
 
+def test_a_place_may_be_a_path_and_says_what_is_wrong_with_it(chain, photos, tmp_path):
+    pytest.importorskip("lancedb")
+    place = tmp_path / "shop.lance"
+    Gallery.create(place, chain, version=0, work=small_gallery.work()).index(photos / SOME)
+    opened = Gallery.open(place, chain)
+    assert len(opened) == 1 and not len(opened.store.rows(limit=0))
+    shutil.rmtree(place)
+    for make in (Gallery.open, Gallery.create):
+        with pytest.raises(
+            UserError, match=r"is gone, but its manifest .*shop_manifest\.lance is there"
+        ):
+            make(place, chain)
+    (tmp_path / "file.lance").touch()
+    with pytest.raises(UserError, match=r"file\.lance is a file, not a table"):
+        Gallery.create(tmp_path / "file.lance", chain)
+    with pytest.raises(
+        UserError, match="begins with http:// or https://: qdrant:http://localhost:6"
+    ):
+        Gallery.create("qdrant:localhost:6333/shop", chain)
+    with pytest.raises(UserError, match="None names no gallery"):
+        open_store(None)
+    with pytest.raises(UserError, match="size must be at least 1"):
+        open_store(place, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "package"), [("lance", "lancedb"), ("qdrant", "qdrant_client")])
+def test_no_gallery_lies_where_another_ones_manifest_does(tmp_path, engine, package):
+    pytest.importorskip(package)
+    with pytest.raises(UserError, match="is kept for the manifest of 'shop'"):
+        open_store(f"{engine}:{tmp_path}/shop_manifest", 3)
+    if engine == "lance":
+        import lancedb
+
+        lancedb.connect(tmp_path).create_table("shop_manifest", [{"x": 1}])
+        (tmp_path / "shop.lance").mkdir()
+    else:
+        import qdrant_client
+
+        with contextlib.closing(qdrant_client.QdrantClient(path=str(tmp_path))) as client:
+            vectors = qdrant_client.models.VectorParams(size=2, distance="Dot")
+            client.create_collection("shop_manifest", vectors)
+    with pytest.raises(UserError, match=r"shop_manifest.* is somebody else's"):
+        open_store(f"{engine}:{tmp_path}/shop", 3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "package"), [("lance", "lancedb"), ("qdrant", "qdrant_client")])
 def test_other_engines_hold_a_gallery(chain, photos, tmp_path, engine, package):
     pytest.importorskip(package)
@@ -414,6 +463,44 @@ def test_a_switch_touches_no_row_and_is_undone(gallery):
     assert repr(small_gallery.content(gallery.store)) == before
     with pytest.raises(UserError, match="no version 9"):
         gallery.switch(9)
+
+
+def test_negative_versions_count_from_the_end(gallery, photos):
+    assert gallery.switch(-1).query == 2
+    assert gallery.search(photos / SOME, 1, version=-2).version == 1
+    gallery.put(photos / SOME, version=-2)
+    assert gallery.backfill(to=-2, budget=1).version == 1
+    assert set(gallery.manifest().members) == {0, 1, 2}
+    assert set(versions(gallery).values()) == {0, 1}
+    for wrong, message in ((-4, "no version -4"), (1.0, "whole number"), ("1", "whole number")):
+        with pytest.raises(UserError, match=message):
+            gallery.switch(wrong)
+    now = gallery.manifest()
+    with pytest.raises(UserError, match="-1 is no number of a version"):
+        now.with_member(-1, now.members[0])  # it could not be read again
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda g, photo: g.search(photo, 10**9), "k must be at least 1 and at most 10,000"),
+        (lambda g, photo: g.search(photo, 2.5), "k must be a whole number"),
+        (lambda g, photo: g.search(photo, where={"version": 0}), "where must be a Where"),
+        (
+            lambda g, photo: g.search(photo, where=Where("0")),
+            "where.version must be a whole number",
+        ),
+        (lambda g, photo: g.search(photo, where=Where(2**40)), "where.version must be at least 0"),
+        (lambda g, photo: g.status(measure=-1), "measure must be at least 0"),
+        (lambda g, photo: g.verify(-1), "sample must be at least 0"),
+        (lambda g, photo: g.index(photo, shard=(0, 1.5)), "a shard is"),
+        (lambda g, photo: g.index(photo, shard=None), "a shard is"),
+        (lambda g, photo: g.put(photo, payload=[1]), "payload must be a Mapping"),
+    ],
+)
+def test_wrong_arguments_are_refused(gallery, photos, call, message):
+    with pytest.raises(UserError, match=message):
+        call(gallery, photos / SOME)
 
 
 def test_of_two_switches_at_once_one_wins(gallery, monkeypatch):
@@ -603,7 +690,8 @@ def test_a_backfill_is_undone_by_another(gallery):
     assert gallery.backfill(to=1).rows == {1: COUNT}
 
 
-def test_the_worst_rows_come_first(gallery):
+@pytest.mark.parametrize(("order", "first"), [("worst", slice(3)), ("best", slice(-3, None))])
+def test_the_worst_rows_come_first_or_the_best(gallery, order, first):
     gallery.switch(1)
     rows = small_gallery.content(gallery.store)
     means = {
@@ -613,9 +701,16 @@ def test_the_worst_rows_come_first(gallery):
     cosine = {
         k: r[4] @ m / np.linalg.norm(m) for k, r in rows.items() for m in [means[r[3]["label"]]]
     }
-    gallery.backfill(budget=3, order="worst")
+    gallery.backfill(budget=3, order=order)
     done = {key for key, version in versions(gallery).items() if version == 1}
-    assert done == set(sorted(cosine, key=cosine.get)[:3])
+    assert done == set(sorted(cosine, key=cosine.get)[first])
+
+
+def test_classes_may_be_any_json(gallery, photos):
+    names = {"pear": ["pear", 1], "plum": {"name": "plum"}}
+    gallery.put(photos, payload=lambda key: {"label": names[key.partition("/")[0]]})
+    gallery.switch(1)
+    assert gallery.backfill(order="worst").rows == {1: COUNT}
 
 
 def test_rows_without_a_class_are_ranked_by_their_nearest_prototype(chain, photos):
@@ -651,9 +746,13 @@ def test_a_field_of_the_payload_decides_the_order(chain, photos):
     ("limits", "message"),
     [
         ({"budget": 3, "until": 0.5}, "a budget or a share to reach, not both"),
-        ({"budget": 0}, "budget must be at least 1 picture, got 0"),
-        ({"until": 1.5}, r"until must be a share in \(0, 1\], got 1.5"),
+        ({"budget": 0}, "budget must be at least 1, got 0"),
+        ({"budget": 1.5}, "budget must be a whole number, got 1.5"),
+        ({"until": 1.5}, "until must be above 0 and at most 1, got 1.5"),
+        ({"until": float("nan")}, "until must be a finite number"),
+        ({"order": None}, "order must be a text"),
         ({"to": 7}, "no version 7"),
+        ({"to": "1"}, "version must be a whole number"),
     ],
 )
 def test_wrong_limits_are_refused(gallery, limits, message):

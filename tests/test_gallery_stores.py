@@ -523,6 +523,31 @@ def test_lance_removes_an_index_that_finds_too_little(tmp_path, monkeypatch):
         one.refresh()
 
 
+def test_lance_reads_as_few_partitions_as_find_enough(tmp_path):
+    rng = np.random.default_rng(0)
+    count, size = 20_000, 8
+    features = rng.normal(size=(count, size)).astype(np.float32)
+    wide = lance.LanceStore(tmp_path, size=size, index_from=count, probes=1)
+    rows = Rows(
+        names(count),
+        np.zeros(count, np.int32),
+        ["m"] * count,
+        ["c"] * count,
+        [{}] * count,
+        features,
+    )
+    assert wide.insert(rows) == count
+    wide.refresh()
+    # Rows without clusters: one partition holds too few of the nearest, so that more are read.
+    assert wide.recall(1) < lance.LEAST_RECALL <= wide.recall()
+    kept = lance.LanceStore(tmp_path, probes=1).recall()
+    assert lance.LEAST_RECALL <= kept == wide.recall()
+    # Of a condition that leaves few rows, all are found, in whatever partitions.
+    some = rows.ids[:9]
+    found = wide.search(features[:2], 9, Where(ids=some)).ids
+    assert (np.sort(found) == np.sort(some)).all()
+
+
 def test_recall_compares_scores():
     exact = np.array([[3.0, 2.0], [5.0, 5.0]], np.float32)
     assert store.recall(exact, exact) == 1

@@ -15,7 +15,6 @@ import drawn_photos
 import numpy as np
 import pytest
 import tiny
-from absl import flags as absl_flags
 
 from compat_jax.chain import Chain
 from compat_jax.data import Dataset, Preparation
@@ -25,6 +24,7 @@ from compat_jax.gallery.verdict import GO, LOSS, NO_GO, STAGES, Figure, Stage
 from compat_jax.report.answers import Answer, answers_wall, versions_of, write_answers
 from compat_jax.session import never
 from launch import _cli, upgrade
+from launch._upgrade import at_share
 
 DATA = tiny.dataset(classes=4, per_class=20, seed=3)
 QUERY, GALLERY = DATA.take(range(24)), DATA.take(range(24, 80))
@@ -71,13 +71,19 @@ def test_every_stage_is_what_its_queries_find(strangers):
         name: [version.embed(data) for version in (OLD, NEW)]
         for name, data in (("query", QUERY), ("gallery", GALLERY))
     }
-    half = np.random.default_rng(0).permutation(len(GALLERY))[: len(GALLERY) // 2]
-    mixed = features["gallery"][0].copy()
-    mixed[half] = features["gallery"][1][half]
-    rows = {"old": features["gallery"][0], "half": mixed, "new": features["gallery"][1]}
+    drawn = np.random.default_rng(0).permutation(len(GALLERY))
+    embedded_again = {
+        name: drawn[: len(GALLERY) // part]
+        for name, part in (("tenth", 10), ("half", 2), ("new", 1))
+    }
+    rows = {"old": features["gallery"][0]}
+    for name, some in embedded_again.items():
+        rows[name] = features["gallery"][0].copy()
+        rows[name][some] = features["gallery"][1][some]
     asked = {
         "today": (0, "old"),
         "switched": (1, "old"),
+        "begun": (1, "tenth"),
         "half": (1, "half"),
         "finished": (1, "new"),
         "half back": (0, "half"),
@@ -92,7 +98,7 @@ def test_every_stage_is_what_its_queries_find(strangers):
         np.testing.assert_allclose(found.quality.value, values[stage])
         np.testing.assert_allclose(found.change.value, values[stage] - values["today"])
         assert found.quality.low <= found.quality.value <= found.quality.high
-        expected = {"old": 0, "half": np.isin(order, half).mean(), "new": 1}[place]
+        expected = np.isin(order, embedded_again.get(place, [])).mean()
         np.testing.assert_allclose(found.new_rows, expected)
     flips = strangers.measured.flips
     np.testing.assert_allclose(flips.gained - flips.lost, values["switched"] - values["today"])
@@ -202,6 +208,11 @@ def stages(**changes):
             "the switch loses 6.0 points, more than the limit",
         ),
         ({"back": (-0.5, -0.6, -0.4)}, LOSS, "a rollback after a backfill loses 50.0 points, more"),
+        (
+            {"begun": (-0.06, -0.08, -0.04)},
+            LOSS,
+            "the beginning of a backfill loses 6.0 points, more",
+        ),
         ({"half_back": (-0.03, -0.04, -0.02)}, LOSS, "a rollback in the middle of a backfill"),
         ({"finished": (-0.03, -0.04, -0.02)}, LOSS, "a finished backfill loses"),
     ],
@@ -247,19 +258,17 @@ class Ended(NamedTuple):
 def run(*arguments) -> Ended:
     """`python -m launch.upgrade ARGUMENTS` in this process."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
-    flags, handler, code = absl_flags.FLAGS, signal.getsignal(signal.SIGINT), 0
-    before, argv, module = set(flags), sys.argv, sys.modules.pop("launch.upgrade")
+    handler, code = signal.getsignal(signal.SIGINT), 0
+    argv, module = sys.argv, sys.modules.pop("launch.upgrade")
     sys.argv = ["launch.upgrade", *map(str, arguments)]
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with tiny.own_flags(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             runpy.run_module("launch.upgrade", run_name="__main__", alter_sys=True)
     except SystemExit as end:
         code = end.code or 0
     finally:
         sys.argv, sys.modules["launch.upgrade"] = argv, module
         signal.signal(signal.SIGINT, handler)
-        for name in set(flags) - before:
-            delattr(flags, name)
     for stream in (out, err):
         stream.seek(0)
     return Ended(code, out.read(), err.read())
@@ -326,6 +335,10 @@ def test_each_command_explains_itself(command):
         (["check", "--chain={}/chain", "--new=7"], "no version 7"),
         (["check", "--chain={}/chain", "--query=x"], "--gallery is missing"),
         (["check", "--chain={}/chain"], "does not say what to query"),
+        (
+            ["check", "--chain={}/chain", "--query={}/asked", "--gallery={}/none", "--noprogress"],
+            "none (flag --gallery)",
+        ),
         (["index", "--chain={}/chain", "--store=memory:x"], "--pictures is missing"),
         (["index", "--chain={}/chain", "--pictures={}/photos"], "--store is missing"),
         (
@@ -410,6 +423,24 @@ def test_an_upgrade_from_end_to_end(shop, store, tmp_path):
     assert again.out == "1 rows inserted, 15 were there\n"
 
 
+@pytest.mark.parametrize(
+    ("query", "share", "quality"),
+    [
+        (3, 0, 0.5),
+        (3, 0.05, 0.4),
+        (3, 0.1, 0.3),
+        (3, 0.5, 0.4),
+        (3, 1, 0.6),
+        (1, 0.5, 0.2),
+        (1, 1, 0.7),
+    ],
+)
+def test_status_expects_what_the_check_measured_around_a_share(query, share, quality):
+    figures = {"today": 0.7, "switched": 0.5, "begun": 0.3, "half": 0.4, "finished": 0.6}
+    expected = {"old": 1, "new": 3, **figures, "half back": 0.2, "back": 0.1}
+    assert at_share(expected, share, query) == pytest.approx(quality)
+
+
 def test_query_writes_a_page_that_holds_everything(shop, store, tmp_path):
     done = run("query", *store, f"--pictures={shop}/asked", f"--out={tmp_path}", "--k=3")
     assert (done.code, done.err) == (0, ""), done
@@ -462,6 +493,8 @@ def test_a_table_gives_its_labels_and_a_list_its_keys(shop, tmp_path):
     done = run("status", *where, f"--pictures={table}", "--labels", "--json")
     assert 0 <= json.loads(done.out)["measured"] <= 1
     gone = tmp_path / "gone.txt"
-    gone.write_text(rows[0].partition(",")[0] + "\n")
+    gone.write_text(rows[0].partition(",")[0] + "\r\n/with a\u2028break.jpg\n\n")
     done = run("delete", *where, f"--list={gone}")
-    assert done.out == "1 rows deleted, 0 were not there\n", done
+    assert done.out == "1 rows deleted, 1 were not there\n", done
+    done = run("delete", *where, f"--list={shop}/photos/pear/000.jpg")
+    assert (done.code, done.out) == (2, "") and "no text in UTF-8" in done.err, done

@@ -1,5 +1,6 @@
 """A data set, a network and a run so small that a whole sequence takes a second."""
 
+import contextlib
 import importlib
 import os
 import subprocess
@@ -10,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
 from compat_jax import config as configs
@@ -205,6 +207,24 @@ def start(program, *arguments, flat=False) -> subprocess.Popen:
         cwd=root,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
     )
+
+
+@contextlib.contextmanager
+def own_flags():
+    """Put the flags of programs aside that other tests have imported, and away those of the block."""
+    values = absl_flags.FLAGS
+    owners = {name: values.find_module_defining_flag(name) or "" for name in values}
+    aside = {n: values[n] for n, owner in owners.items() if owner.startswith("launch.")}
+    for name in aside:
+        delattr(values, name)
+    before = set(values)
+    try:
+        yield
+    finally:
+        for name in set(values) - before:
+            delattr(values, name)
+        for name, flag in aside.items():
+            absl_flags.DEFINE_flag(flag, values, module_name=owners[name])
 
 
 def call(program, *arguments, flat=False) -> tuple[int, str, str]:

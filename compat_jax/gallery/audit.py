@@ -9,6 +9,7 @@ import numpy as np
 
 from compat_jax.chain import Version
 from compat_jax.errors import UserError
+from compat_jax.fields import Field, Rule, checked
 from compat_jax.gallery.canary import LEAST_COSINE
 from compat_jax.gallery.opened import Opened, select
 from compat_jax.gallery.originals import embed
@@ -17,6 +18,7 @@ from compat_jax.meter import Meter
 
 _NORM = 1e-3  # how far the norm of a feature may be from 1
 _NAMED = 5
+_SAMPLE = Field("sample", int, Rule("rows to embed again", low=0), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,8 @@ def audit(gallery: Opened, sample: int | None = 256, *, seed: int = 0) -> Audit:
       sample: rows whose pictures are embedded again, drawn at random; None for all.
       seed: of the sample.
     """
+    if sample is not None:
+        checked(_SAMPLE, sample)
     auditor = _Auditor(gallery)
     auditor.check_versions()
     total = sum(gallery.store.counts().values())

@@ -40,10 +40,12 @@ from compat_jax.statistics import flips, flips_by_class, interval, resampled_mea
 PAIRS = 100_000  # pairs of each kind for Definition 1
 SAMPLE = 2000  # queries whose pairs meet the threshold
 _BLOCK = 256
+_SHARES = {"old": 0, "tenth": 0.1, "half": 0.5, "new": 1}  # of rows that the new version embedded
 # Number of the version that asks, and which rows it meets, by stage.
 _ASKING = {
     "today": (0, "old"),
     "switched": (1, "old"),
+    "begun": (1, "tenth"),
     "half": (1, "half"),
     "finished": (1, "new"),
     "half back": (0, "half"),
@@ -51,6 +53,7 @@ _ASKING = {
 }
 _WHEN = {
     "switched": "the switch",
+    "begun": "the beginning of a backfill",
     "half": "the middle of a backfill",
     "finished": "a finished backfill",
     "half back": "a rollback in the middle of a backfill",
@@ -101,8 +104,8 @@ def check(
 
     Versions that share no space (see `differences`) are a "no-go" without being measured. Of others the
     quality of the answers is measured at every stage of an upgrade (`verdict.STAGES`): today, after the
-    switch, with half of the rows embedded again (drawn with seed 0), with all of them, and with the old
-    version asking again at the last two, which is what a rollback meets. The verdict:
+    switch, with a tenth and with half of the rows embedded again (drawn with seed 0), with all of them,
+    and with the old version asking again at the last two, which is what a rollback meets. The verdict:
 
     - "go": no stage loses more than `terms.margin` against today, whatever the queries drawn: the 95 %
       intervals of all changes end above it.
@@ -267,13 +270,13 @@ def _not_known(new: Version, asked: "_Asked", found: Measured) -> tuple[str, ...
 class _Asked(NamedTuple):
     """Queries and rows of both versions.
 
-    `queries` and the rows "old" and "new" are float32 features; "half" has the new version's features
-    where `half` is true.
+    `queries` and the rows "old" and "new" are float32 features; the rows "tenth" and "half" are the new
+    version's where `is_new` is true, bool[n], and the old one's elsewhere.
     """
 
     queries: tuple[np.ndarray, np.ndarray]
     rows: Mapping[str, np.ndarray]
-    half: np.ndarray
+    is_new: Mapping[str, np.ndarray]
     data: tuple[Dataset, Dataset]
     own: np.ndarray | None
     mesh: Mesh
@@ -293,9 +296,11 @@ class _Asked(NamedTuple):
             for data in (query, gallery)
         ]
         old, new = features[1]
-        half = np.zeros(len(gallery), bool)
-        half[np.random.default_rng(0).permutation(len(gallery))[: len(gallery) // 2]] = True
-        rows = {"old": old, "half": np.where(half[:, None], new, old), "new": new}
+        place = np.empty(len(gallery), int)
+        place[np.random.default_rng(0).permutation(len(gallery))] = np.arange(len(gallery))
+        is_new = {name: place < int(share * len(gallery)) for name, share in _SHARES.items()}
+        mixed = {name: np.where(is_new[name][:, None], new, old) for name in ("tenth", "half")}
+        rows = {"old": old, **mixed, "new": new}
         own = evaluation.same_pictures(query, gallery)
         if own is not None and len(gallery) < 2:
             raise UserError(
@@ -304,16 +309,10 @@ class _Asked(NamedTuple):
         return cls(
             (features[0][0], features[0][1]),
             rows,
-            half,
+            is_new,
             data=(query, gallery),
             own=own,
             mesh=session.devices(),
-        )
-
-    def is_new(self, rows: str) -> np.ndarray:
-        """bool[n], the rows that the new version embedded."""
-        return {"old": np.zeros_like(self.half), "half": self.half}.get(
-            rows, np.ones_like(self.half)
         )
 
     def answers(self, k: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -346,7 +345,7 @@ def _measure(asked: _Asked, metric: Metric | None, terms: Terms) -> Measured:
         quality, (name, unit) = _scores(asked, metric), (metric.name, metric.unit)
         threshold, at = _pair_scores(asked, terms)
     new_rows = {
-        stage: asked.is_new(_ASKING[stage][1])[near].mean() for stage, near in nearest.items()
+        stage: asked.is_new[_ASKING[stage][1]][near].mean() for stage, near in nearest.items()
     }
     found = Measured(
         name,

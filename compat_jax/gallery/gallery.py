@@ -4,7 +4,7 @@
     gallery.index("photos")
     gallery.switch(1)  # from here on, version 1 embeds queries and new pictures
     answers = gallery.search("query.jpg", k=10)
-    gallery.backfill(budget=10_000, order="worst")
+    gallery.backfill(budget=10_000, order="best")
 
 Every row knows the version and the fingerprint of the model that embedded it, and the digest of its
 picture. Every call reads the manifest anew, so that several programs may use a gallery at once and a
@@ -23,6 +23,7 @@ from compat_jax.chain import Chain
 from compat_jax.data.pictures import BadPictures, Preparation
 from compat_jax.data.reading import in_order
 from compat_jax.errors import Stopped, UserError
+from compat_jax.fields import Field, Rule, check_types, checked
 from compat_jax.gallery.audit import Audit, audit
 from compat_jax.gallery.manifest import Manifest
 from compat_jax.gallery.opened import DEFAULT_WORK, Opened, begin, rows_of
@@ -30,8 +31,10 @@ from compat_jax.gallery.originals import Listed, Work, content_of, embed
 from compat_jax.gallery.outcome import Answers, Indexed, Status, answers_of
 from compat_jax.gallery.places import open_store
 from compat_jax.gallery.reembed import Backfilled, backfill
-from compat_jax.gallery.store import EVERY, Store, Where, row_id
+from compat_jax.gallery.store import EVERY, Store, Where, check_where, row_id
 from compat_jax.meter import Meter
+
+_PICTURES = Field("measure", int, Rule("pictures to embed", low=0), 0)
 
 Payload = Mapping[str, Mapping[str, Any]] | Callable[[str], Mapping[str, Any]]
 
@@ -51,7 +54,7 @@ class Gallery(Opened):
     @classmethod
     def open(
         cls,
-        store: Store | str,
+        store: Store | str | os.PathLike[str],
         chain: Chain,
         *,
         root: str | os.PathLike | Mapping[str, Any] | None = None,
@@ -69,12 +72,13 @@ class Gallery(Opened):
           UserError: there is none, its manifest cannot be used, or the chain is not its own: another
             fingerprint, other weights under a forged one, or another preprocessing.
         """
-        return cls(open_store(store) if isinstance(store, str) else store, chain, root, work)
+        opened = open_store(store) if isinstance(store, str | os.PathLike) else store
+        return cls(opened, chain, root, work)
 
     @classmethod
     def create(
         cls,
-        store: Store | str,
+        store: Store | str | os.PathLike[str],
         chain: Chain,
         *,
         version: int | None = None,
@@ -95,7 +99,8 @@ class Gallery(Opened):
         Raises:
           UserError: the store is not empty, or the version cannot search.
         """
-        if isinstance(store, str):
+        check_types(chain=(chain, Chain))
+        if isinstance(store, str | os.PathLike):
             number = -1 if version is None else version
             store = open_store(store, chain.record(number).feature_size)
         begin(store, chain, version, preparation)
@@ -128,11 +133,7 @@ class Gallery(Opened):
           UserError: files that are no pictures, unless they are to be skipped; what was written before
             stays.
         """
-        number, hosts = shard
-        if not 0 <= number < hosts:
-            raise UserError(
-                f"a shard is (number, count) with 0 <= number < count, got {shard}", "shard"
-            )
+        number, hosts = _checked_shard(shard)
         listed = self.originals.listed(pictures)[number::hosts]
         writer = _Writer(self, version, payload)
         with Meter(self.work.label("index"), len(listed), units="pictures") as meter:
@@ -191,6 +192,7 @@ class Gallery(Opened):
         Raises:
           UserError: see `Version.embed` and the store's `search`.
         """
+        check_where(where)
         manifest = self.manifest()
         number = manifest.query if version is None else self.numbered(version)
         features = self.embed(queries, number, manifest)
@@ -263,6 +265,7 @@ class Gallery(Opened):
           k: answers to each.
           measure: pictures to embed, to say how long the rest takes; 0 for no such estimate.
         """
+        checked(_PICTURES, measure)
         manifest, rows = self.manifest(), dict(self.store.counts())
         answers = None if queries is None else self.search(queries, k).shares()
         seconds = self._picture_seconds(manifest, measure) if measure else None
@@ -318,6 +321,8 @@ class _Writer:
     """Collects pictures until there are enough for a write."""
 
     def __init__(self, gallery: Gallery, version: int | None, payload: Payload | None):
+        if payload is not None and not callable(payload):
+            check_types(payload=(payload, Mapping))
         self.gallery, self.payload = gallery, payload
         self.version = None if version is None else gallery.numbered(version)
         self.inserted = self.replaced = self.present = 0
@@ -390,6 +395,16 @@ class _Writer:
                 f"the payload of {one.key} must be a mapping, got {given!r:.80}", "payload"
             )
         return {**one.payload, **given}
+
+
+def _checked_shard(shard: tuple[int, int]) -> tuple[int, int]:
+    """Return a shard that can be: (number, count) with 0 <= number < count."""
+    given = tuple(shard) if isinstance(shard, Sequence) else ()
+    if len(given) == 2 and all(type(part) is int for part in given) and 0 <= given[0] < given[1]:
+        return given
+    raise UserError(
+        f"a shard is (number, count) with 0 <= number < count, got {shard!r:.80}", "shard"
+    )
 
 
 def _changed(listed: Sequence[Listed], contents: Mapping[str, str]) -> list[Listed]:

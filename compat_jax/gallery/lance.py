@@ -4,7 +4,10 @@ import contextlib
 import datetime
 import json
 import os
+import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,7 @@ from compat_jax.gallery.store import (
     columns,
     facts,
     key_of,
+    manifest_name,
     no_answers,
     padded,
     recall,
@@ -51,6 +55,11 @@ _QUERIES = 256
 _IDS = 10_000
 # Without a primary key in the schema, writers that insert the same new row at once all insert it.
 _KEY = {"lance-schema:unenforced-primary-key:position": "1"}
+_SOURCE = re.compile(r",? \S*\.cargo/registry/\S+")  # a line of its own source, in its messages
+_PARTITION = 1000  # fewer rows than LanceDB puts into a partition
+_ALL = 0  # partitions
+_KNOWN_FOR = 60.0  # seconds: in a bucket each look at the table takes a request
+_PROBES = "compat_jax.probes"
 _SIZE = b"compat_jax.size"
 _ID = pa.field("id", pa.int64(), nullable=False, metadata=_KEY)
 _MANIFEST = pa.schema([_ID, ("generation", pa.int64()), ("text", pa.string())])
@@ -69,7 +78,8 @@ class LanceStore:
       table: name of the rows' table.
       size: of the features; None opens a table that is there.
       index_from: number of rows from which `refresh` builds an index.
-      probes: partitions of the index that a search reads at least; more are slower and find more.
+      probes: partitions of the index that a search reads; more are slower and find more. An index that
+        finds too little with so many is read with more, whose number is kept in the table.
 
     Raises:
       UserError: there is no such table and no size, another size, or a table of somebody else's.
@@ -84,12 +94,12 @@ class LanceStore:
         index_from: int = INDEX_FROM,
         probes: int = PROBES,
     ):
-        root = files.absolute(folder)
+        root, own = files.absolute(folder), manifest_name(table)
         self.place = f"{root}/{table}.lance"
         self._index_from, self._probes = index_from, probes
-        missing = not files.in_bucket(root) and not (root / f"{table}.lance").exists()
-        if missing and size is None:
-            raise UserError(f"there is no gallery at {self.place}")
+        self._known, self._known_until = probes, 0.0
+        if not files.in_bucket(root):
+            _check_folders(root / f"{table}.lance", root / f"{own}.lance", size)
         with self._reported():
             # Whoever reads sees what was acknowledged before, by whatever process.
             always = datetime.timedelta(0)
@@ -97,7 +107,9 @@ class LanceStore:
             self._table = _opened(database, table, None if size is None else _no_rows(size))
             self.size = self._own_size()
             none = pa.table([[0], [0], [""]], schema=_MANIFEST)
-            self._manifest = _opened(database, f"{table}_manifest", none)
+            self._manifest = _opened(database, own, none)
+            if self._manifest.schema.names != _MANIFEST.names:
+                raise UserError(f"{root}/{own}.lance is somebody else's: choose another place")
         check_size(self.size, size, self.place)
 
     def _own_size(self) -> int:
@@ -114,7 +126,8 @@ class LanceStore:
         except UserError:
             raise
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"LanceDB, {self.place}: {files.first_line(error)}") from error
+            told = _SOURCE.sub("", files.first_line(error))
+            raise UserError(f"LanceDB, {self.place}: {told}") from error
 
     def manifest(self) -> Mapping[str, Any] | None:
         """See `Store`."""
@@ -200,7 +213,8 @@ class LanceStore:
         names = [*_TEXTS, "vector"] if vectors else list(_TEXTS)
         with self._reported():
             page = self._table.search().where(condition).order_by(by_id).select(names)
-            found = page.limit(limit).to_arrow()
+            # To LanceDB a limit of 0 is none.
+            found = page.limit(max(limit, 1)).to_arrow().slice(0, max(limit, 0))
         return Rows(
             keys=[key_of(text) for text in found["key"].to_pylist()],
             versions=found["version"].to_numpy().astype(np.int32),
@@ -235,8 +249,12 @@ class LanceStore:
             if (index is None and many) or (stale and self.recall() < LEAST_RECALL):
                 self._build()
 
-    def recall(self) -> float:
-        """Return the share of an exact search's ten best rows that a search finds, for 50 rows."""
+    def recall(self, probes: int | None = None) -> float:
+        """Return the share of an exact search's ten best rows that a search finds, for 50 rows.
+
+        Args:
+          probes: partitions of the index to read; None for those that every search reads.
+        """
         with self._reported():
             count = self._table.count_rows()
             some = np.random.default_rng(0).permutation(count)[:PROBE_QUERIES]
@@ -245,11 +263,13 @@ class LanceStore:
             return 1.0
         queries, k = _vectors(taken), min(PROBE_K, count)
         exact = self._nearest(queries, k, exact=True)
-        return recall(exact.scores, self._nearest(queries, k).scores)
+        return recall(exact.scores, self._nearest(queries, k, probes=probes).scores)
 
     def _build(self) -> None:
         self._table.create_index("vector", config=IvfFlat(distance_type="dot"))
-        share = self.recall()
+        probes, most = self._probes, self._table.count_rows() / _PARTITION
+        while (share := self.recall(probes)) < LEAST_RECALL and probes < most:
+            probes *= 2
         if share < LEAST_RECALL:
             index = self._index()
             if index is not None:
@@ -257,25 +277,58 @@ class LanceStore:
             raise UserError(
                 f"the index of {self.place} finds {share:.0%} of what an exact search finds, less than "
                 f"{LEAST_RECALL:.0%}, and was removed: searches are exact and slower; open the store "
-                f"with more probes than {self._probes} and refresh again"
+                f"with more probes than {probes} and refresh again"
             )
+        self._table.update_field_metadata({"path": "vector", "metadata": {_PROBES: str(probes)}})
+        self._known_until = 0.0
+
+    def _enough(self) -> int:
+        """Return the partitions to read, as the index said when it was built; asked once a minute."""
+        now = time.monotonic()
+        if now > self._known_until:
+            with self._reported():
+                kept = self._table.schema.field("vector").metadata or {}
+            self._known = max(self._probes, int(kept.get(_PROBES.encode(), 0)))
+            self._known_until = now + _KNOWN_FOR
+        return self._known
 
     def _index(self) -> Any:
         """Return the index of the features; None where there is none."""
         return next((i for i in self._table.list_indices() if i.columns == ["vector"]), None)
 
     def _nearest(
-        self, queries: np.ndarray, k: int, *, where: str = "", exact: bool = False
+        self,
+        queries: np.ndarray,
+        k: int,
+        *,
+        where: str = "",
+        exact: bool = False,
+        probes: int | None = None,
     ) -> Found:
         """Search with padded queries."""
+        read = None if exact else probes or self._enough()
+        found = self._answered(queries, k, where=where, probes=read)
+        short = np.flatnonzero(found.ids[:, -1] < 0)
+        if not exact and len(short) and self._index() is not None:
+            # Rows that a condition leaves may lie in other partitions. Asked for a range of partitions,
+            # lance 13 reads the most in any case: so these queries are asked once more.
+            rest = self._answered(queries[short], k, where=where, probes=_ALL)
+            found.ids[short], found.scores[short] = rest
+        return found
+
+    def _answered(self, queries: np.ndarray, k: int, *, where: str, probes: int | None) -> Found:
+        """Search so many partitions of the index, `_ALL` of them, or for None without it."""
         found = no_answers(len(queries), k)
         for start in range(0, len(queries), _QUERIES):
             some = queries[start : start + _QUERIES]
             with self._reported():
                 query = self._table.search(some, vector_column_name="vector").distance_type("dot")
-                # The default reads 20 partitions at most and then answers with fewer rows than match.
-                query = query.maximum_nprobes(0).minimum_nprobes(self._probes)
-                query = query.bypass_vector_index() if exact else query
+                if probes is None:
+                    query = query.bypass_vector_index()
+                elif probes == _ALL:
+                    query = query.minimum_nprobes(1).maximum_nprobes(_ALL)
+                else:
+                    query = query.nprobes(probes)
                 query = query.where(where, prefilter=True) if where else query
                 answer = query.select(["id", "_distance"]).limit(k).to_arrow()
             one = np.zeros(len(answer), np.int32)
@@ -328,6 +381,22 @@ class LanceStore:
         for key, one in zip(rows.keys, ids.tolist(), strict=True):
             if one in known and known[one] != stored_key(key):
                 raise UserError(clash(key, key_of(known[one])))
+
+
+def _check_folders(rows: Path, manifest: Path, size: int | None) -> None:
+    """Refuse a local place that cannot be opened, or lost its rows but kept its manifest."""
+    known = manifest.exists()  # asked first: the rows' table is made before it
+    if rows.is_file():
+        raise UserError(f"{rows} is a file, not a table: choose another place")
+    if rows.exists():
+        return
+    if known:
+        raise UserError(
+            f"{rows} is gone, but its manifest {manifest} is there: restore the one from a backup, or "
+            "delete the other to begin anew"
+        )
+    if size is None:
+        raise UserError(f"there is no gallery at {rows}")
 
 
 def _opened(database: Any, name: str, new: pa.Table | None) -> Any:

@@ -248,6 +248,8 @@ class Manifest:
                 raise UserError(f"version {number} is in force, but not among the versions")
         counts = set()
         for number, member in self.members.items():
+            if not _NUMBER.fullmatch(str(number)):  # what cannot be read must not be written
+                raise UserError(f"{number!r:.80} is no number of a version")
             channels = self.preprocessing.image_shape[2]
             if {len(member.mean), len(member.std)} != {channels}:
                 raise UserError(

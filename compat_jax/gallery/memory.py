@@ -154,7 +154,7 @@ class MemoryStore:
         """See `Store`."""
         slots = self._matching(where)
         slots = slots[self._ids[slots] > after]
-        slots = slots[np.argsort(self._ids[slots])][:limit]
+        slots = slots[np.argsort(self._ids[slots])][: max(limit, 0)]
         records = [self._records[slot] for slot in slots]
         return Rows(
             keys=[one["key"] for one in records],

@@ -1,17 +1,22 @@
 """The place of a gallery as one text: which engine, and where."""
 
 import importlib.util
+import os
+import re
 
 from compat_jax.errors import UserError, unknown
+from compat_jax.fields import Field, Rule, checked
 from compat_jax.gallery import memory
 from compat_jax.gallery.store import Store
 
 ENGINES = ("memory", "lance", "qdrant")
 _EXTRAS = {"lance": ("lancedb", "gallery"), "qdrant": ("qdrant_client", "qdrant")}
+_SIZE = Field("size", int, Rule("numbers in a feature", low=1), None)
+_SERVER = re.compile(r"[\w.-]+:[0-9]+")  # without the scheme it would name a folder
 _EXAMPLES = "lance:FOLDER/NAME, FOLDER/NAME.lance, qdrant:http://localhost:6333/NAME or memory:NAME"
 
 
-def open_store(place: str, size: int | None = None) -> Store:
+def open_store(place: str | os.PathLike[str], size: int | None = None) -> Store:
     """Open the store at a place, or make a new one.
 
     Args:
@@ -23,6 +28,11 @@ def open_store(place: str, size: int | None = None) -> Store:
     Raises:
       UserError: no such kind of place, an engine that is not installed, or see the engines' stores.
     """
+    if not isinstance(place, str | os.PathLike):
+        raise UserError(f"{place!r:.200} names no gallery: write {_EXAMPLES}")
+    place = os.fsdecode(place)
+    if size is not None:
+        checked(_SIZE, size)
     engine, where = _parsed(place)
     if engine == "memory":
         return memory.named(where, size)
@@ -33,6 +43,10 @@ def open_store(place: str, size: int | None = None) -> Store:
     name = name.removesuffix(".lance") if engine == "lance" else name
     if not name or folder.endswith(":/"):
         raise UserError(f"the gallery {place!r:.200} has no name: write {_EXAMPLES}")
+    if engine == "qdrant" and _SERVER.fullmatch(folder):
+        raise UserError(
+            f"a server's address begins with http:// or https://: qdrant:http://{where}"
+        )
     if engine == "lance":
         from compat_jax.gallery.lance import LanceStore
 

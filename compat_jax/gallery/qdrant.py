@@ -33,6 +33,7 @@ from compat_jax.gallery.store import (
     columns,
     facts,
     key_of,
+    manifest_name,
     no_answers,
     padded,
     recall,
@@ -95,7 +96,7 @@ class QdrantStore:
         self, place: str | os.PathLike[str], collection: str = "gallery", size: int | None = None
     ):
         self.place = f"{place}/{collection}"
-        self._rows, self._own = collection, f"{collection}_manifest"
+        self._rows, self._own = collection, manifest_name(collection)
         with self._reported():
             self._connection = _connect(place)
         with self._engine() as client:
@@ -123,6 +124,8 @@ class QdrantStore:
             if self._connection.is_server:
                 kind = models.PayloadSchemaType.INTEGER
                 client.create_payload_index(self._own, "generation", kind)
+        if client.get_collection(self._own).config.params.vectors:
+            raise UserError(f"the collection {self._own} is somebody else's: choose another place")
         if not client.retrieve(self._own, [0]):
             none = {"generation": 0, "text": "", "writes": []}
             point = models.PointStruct(id=0, vector={}, payload=none)

@@ -7,6 +7,7 @@ keeps its own feature.
 """
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 from compat_jax import simplex
 from compat_jax.chain import Version
 from compat_jax.errors import Stopped, UserError
+from compat_jax.fields import Field, Rule, checked
 from compat_jax.gallery.lease import SECONDS, Holder
 from compat_jax.gallery.manifest import LEARNT, Member
 from compat_jax.gallery.opened import Opened, rows_of, select
@@ -26,8 +28,11 @@ from compat_jax.gallery.store import Rows, Where
 from compat_jax.meter import Meter, duration
 
 LABEL = "label"  # field of the payload that names a row's class
-RANDOM, WORST = "random", "worst"
+RANDOM, WORST, BEST = "random", "worst", "best"
 _NAMED = 10
+_BUDGET = Field("budget", int | None, Rule("pictures to embed at most", low=1), None)
+_UNTIL = Field("until", float | None, Rule("share of all rows to reach", above=0, high=1), None)
+_ORDER = Field("order", str, Rule("which rows come first"), RANDOM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +98,8 @@ def backfill(
       until: share of all rows to reach, in (0, 1].
       order: which rows come first. "random": by id, which is a hash of the key. "worst": those whose
         feature has the least cosine to the mean of their class (the payload's "label") among the rows
-        that are left; where some have no label, the least score at its nearest prototype. Else the
+        that are left; where some have no label, the least score at its nearest prototype. "best": the
+        same from its other end. Else the
         name of a field of the payload, the smallest values first, or "-FIELD", the largest first; rows
         without it come last.
       to: number of the version that embeds; the one that embeds queries by default. An old one undoes
@@ -108,7 +114,7 @@ def backfill(
         order by.
       Stopped: it was asked to stop, or a switch came; what was embedded stays.
     """
-    _check_limits(budget, until)
+    _check_limits(budget, until, order)
     query = gallery.manifest().query
     number = query if to is None else gallery.numbered(to)
     version, member = gallery.admit(number)
@@ -132,13 +138,11 @@ def backfill(
     )
 
 
-def _check_limits(budget: int | None, until: float | None) -> None:
+def _check_limits(budget: int | None, until: float | None, order: str) -> None:
     if budget is not None and until is not None:
         raise UserError("give a budget or a share to reach, not both", "until")
-    if budget is not None and budget < 1:
-        raise UserError(f"budget must be at least 1 picture, got {budget}", "budget")
-    if until is not None and not 0 < until <= 1:
-        raise UserError(f"until must be a share in (0, 1], got {until}", "until")
+    for field, value in ((_BUDGET, budget), (_UNTIL, until), (_ORDER, order)):
+        checked(field, value)
 
 
 class _Run:
@@ -187,7 +191,8 @@ class _Run:
         """Yield rows to embed again, until there are none or no more may be embedded."""
         part, store = self.gallery.work.part, self.gallery.store
         if order != RANDOM:
-            yield from self._ranked(self._worst() if order == WORST else self._by_field(order))
+            rank = self._by_class if order in (WORST, BEST) else self._by_field
+            yield from self._ranked(rank(order))
         fresh = True
         while fresh:  # once more for rows that were inserted meanwhile
             fresh = False
@@ -276,7 +281,7 @@ class _Run:
         if values and not (kinds and (kinds <= {int, float, bool} or kinds == {str})):
             raise UserError(
                 f"order {order!r}: the payload's field {name!r} must hold numbers, or texts, in the "
-                f"rows that are left. Others are {RANDOM!r} and {WORST!r}",
+                f"rows that are left. Others are {RANDOM!r}, {WORST!r} and {BEST!r}",
                 "order",
             )
         known = [i for i, value in enumerate(values) if value is not None]
@@ -284,19 +289,19 @@ class _Run:
         ranked += [i for i, value in enumerate(values) if value is None]
         return _joined(ids)[np.array(ranked, np.int64)]
 
-    def _worst(self) -> np.ndarray:
-        """Return the ids of the rows that are left, those farthest from their class first."""
-        sums: dict[Any, np.ndarray] = {}
+    def _by_class(self, order: str) -> np.ndarray:
+        """Return the ids of the rows that are left by how far they lie from their class."""
+        sums: dict[str, np.ndarray] = {}
         labelled = True
         for page in self._left(vectors=True):
             for vector, payload in zip(_vectors(page), page.payloads, strict=True):
-                label = payload.get(LABEL)
-                labelled &= label is not None
+                labelled &= payload.get(LABEL) is not None
+                label = _label(payload)
                 sums[label] = sums.get(label, 0.0) + vector.astype(np.float64)
         manifest = self.gallery.manifest()
         if not labelled and manifest.order == LEARNT:
             raise UserError(
-                f"order {WORST!r} needs the classes of all rows, the payload's {LABEL!r}: their "
+                f"order {order!r} needs the classes of all rows, the payload's {LABEL!r}: their "
                 "versions have no fixed prototypes to compare with",
                 "order",
             )
@@ -304,13 +309,19 @@ class _Run:
         ids, scores = [], []
         for page in self._left(vectors=True):
             if labelled:
-                near = np.stack([means[payload[LABEL]] for payload in page.payloads])
+                near = np.stack([means[_label(payload)] for payload in page.payloads])
                 scores.append(np.einsum("nd,nd->n", _vectors(page), near))
             else:
                 body, last = simplex.split_logits(jnp.asarray(_vectors(page)))
                 scores.append(np.maximum(np.asarray(body).max(axis=1), np.asarray(last)))
             ids.append(page.ids)
-        return _joined(ids)[np.argsort(_joined(scores, np.float64), kind="stable")]
+        ranked = _joined(ids)[np.argsort(_joined(scores, np.float64), kind="stable")]
+        return ranked if order == WORST else ranked[::-1]
+
+
+def _label(payload: Mapping[str, Any]) -> str:
+    """Return a row's class as a text, whatever JSON it is."""
+    return json.dumps(payload.get(LABEL), sort_keys=True)
 
 
 def _as_they_are(rows: Rows) -> Iterator[tuple[str, int, str]]:

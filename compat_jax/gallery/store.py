@@ -10,12 +10,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from compat_jax.errors import UserError
-from compat_jax.fields import Field, Rule, checked
+from compat_jax.fields import Field, Rule, check_types, checked
 
 MULTIPLE = 8
 # Answers take 12 bytes each before any is found: a k of a thousand million would take all memory.
 MOST_ANSWERS = 10_000
 
+_MANIFEST = "_manifest"
+_VERSION = Field("version", int | None, Rule("number of a version", low=0, high=10**9), None)
 _ANSWERS = Field("k", int, Rule("answers to a query", low=1, high=MOST_ANSWERS), None)
 
 
@@ -167,6 +169,18 @@ def facts(payload: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def check_where(where: Where) -> None:
+    """Refuse a condition that no store can ask.
+
+    Raises:
+      UserError: another type, numbers of versions that are none, or see `asked`.
+    """
+    check_types(where=(where, Where))
+    for name in ("version", "below"):
+        checked(dataclasses.replace(_VERSION, name=f"where.{name}"), getattr(where, name))
+    asked(where)
+
+
 def asked(where: Where) -> list[str]:
     """Return the `facts` that a row's payload must hold under a condition.
 
@@ -270,6 +284,21 @@ def check_size(present: int, wanted: int | None, place: str) -> None:
             "choose another place",
             "size",
         )
+
+
+def manifest_name(name: str) -> str:
+    """Return the name of what holds the manifest of a gallery, beside the table of its rows.
+
+    Raises:
+      UserError: the gallery's own name is one that this function returns: another gallery's manifest
+        would lie among its rows.
+    """
+    if name.endswith(_MANIFEST):
+        raise UserError(
+            f"the name {name!r:.200} is kept for the manifest of {name.removesuffix(_MANIFEST)!r:.200}: "
+            f"choose one that does not end in {_MANIFEST}"
+        )
+    return name + _MANIFEST
 
 
 def check_swap(new: Mapping[str, Any], expected: int) -> str:

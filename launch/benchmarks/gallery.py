@@ -13,7 +13,7 @@ import numpy as np
 
 from compat_jax.gallery import Where, open_store
 from compat_jax.gallery.originals import Work
-from compat_jax.gallery.store import Rows, Store, recall
+from compat_jax.gallery.store import Rows, Store, manifest_name, recall
 from compat_jax.retrieval import search
 from launch.benchmarks.sides import Context, program
 from launch.benchmarks.timing import Result, Timing, peak_bytes
@@ -118,7 +118,7 @@ def _emptied(place):
             client = qdrant_client.QdrantClient(
                 url=address, api_key=os.environ.get("QDRANT_API_KEY")
             )
-            for collection in (name, f"{name}_manifest"):
+            for collection in (name, manifest_name(name)):
                 client.delete_collection(collection)
 
 
@@ -241,7 +241,8 @@ class _Load:
             self.bytes.append(f"{_mb(self._disk())} {when}")
 
     def _folder(self):
-        return self.folder / f"{_NAME}.lance" if self.engine == "lance" else self.folder / "none"
+        where = self.place.partition(":")[2] if self.engine == "lance" else "none"
+        return self.folder / f"{where}.lance"  # of an absolute path: that path
 
     def _disk(self):
         return sum(one.stat().st_size for one in self._folder().rglob("*") if one.is_file())
