@@ -8,11 +8,12 @@ import numpy as np
 
 from compat_jax.errors import UserError, unknown
 from compat_jax.retrieval import metric as metrics
-from compat_jax.retrieval.exact import check_finite, check_sizes
+from compat_jax.retrieval.blocks import check_finite, check_sizes
 from compat_jax.retrieval.index import ExactIndex
 from compat_jax.retrieval.labels import check_labels
 from compat_jax.retrieval.metric import Metric, Queries
 from compat_jax.retrieval.metrics import class_templates, drop_self
+from compat_jax.retrieval.mixed import renewals
 
 # Scores that `rank_gains` holds at a time.
 _SCORES = 1 << 22
@@ -54,6 +55,26 @@ class Curve:
     values: np.ndarray
     new_answers: np.ndarray
     scores: np.ndarray = dataclasses.field(repr=False)
+
+    @classmethod
+    def of(cls, order: str, metric: str, *, shares: Any, scores: Any, new_answers: Any) -> "Curve":
+        """Make a curve of the scores at each share; its values are their means.
+
+        Args:
+          order: see `Curve`.
+          metric: see `Curve`.
+          shares: see `Curve`.
+          scores: float[s, q], or a float[q] a share; NaN leaves a query out.
+          new_answers: see `Curve`.
+        """
+        return cls(
+            order,
+            metric,
+            shares=np.asarray(shares, np.float64),
+            values=np.array([cell[~np.isnan(cell)].mean() for cell in scores]),
+            new_answers=np.asarray(new_answers),
+            scores=np.stack(scores),
+        )
 
     @property
     def area(self) -> float:
@@ -128,24 +149,12 @@ def backfill(
         name, rows = "given", np.asarray(order)
     if not np.array_equal(np.sort(rows), np.arange(len(old))):
         raise UserError(f"an order must list each of the {len(old)} images once", "order")
-    mixed, renewed, done = old.copy(), np.zeros(len(old), bool), 0
-    scores, answers = [], []
-    for share in points:
-        upto = round(share * len(old))
-        mixed[rows[done:upto]] = new[rows[done:upto]]
-        renewed[rows[done:upto]] = True
-        done = upto
-        prepare = metric.prepare if queries.own is None else metrics.everything
-        scores.append(metric.score(queries, [prepare(mixed, labels)])[0])
+    mixed, scores, answers = old.copy(), [], []
+    for renewed in renewals(rows, points):
+        np.copyto(mixed, new, where=renewed[:, None])
+        scores.append(metric.score_features(queries, mixed, labels))
         answers.append(renewed[_nearest(queries, mixed)].mean())
-    return Curve(
-        name,
-        metric.name,
-        shares=points,
-        values=np.array([cell[~np.isnan(cell)].mean() for cell in scores]),
-        new_answers=np.array(answers),
-        scores=np.stack(scores),
-    )
+    return Curve.of(name, metric.name, shares=points, scores=scores, new_answers=answers)
 
 
 ORDERS = ("farthest", "oracle", "random")

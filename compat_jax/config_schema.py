@@ -16,10 +16,7 @@ from compat_jax.training.run import Run
 
 # Sections of a configuration, and what they become.
 SECTIONS: Mapping[str, Any] = {"tasks": Tasks, "data": Preprocess}
-
-
 ROLES = ("train", "query", "gallery")
-
 
 OWN = (
     Field(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compat_jax.errors import UserError, unknown
-from compat_jax.retrieval.exact import check_finite
+from compat_jax.retrieval.blocks import check_finite
 from compat_jax.retrieval.verification import sample_pairs
 
 Distance = Literal["cosine", "euclidean"]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from compat_jax.errors import UserError
-from compat_jax.retrieval.exact import check_finite, check_sizes
+from compat_jax.retrieval.blocks import check_finite, check_sizes
 
 
 class ClassMeans(NamedTuple):

@@ -33,7 +33,7 @@ from compat_jax.training.update import Update, update
 from compat_jax.training.workdir import Workdir
 
 Path: TypeAlias = str | os.PathLike[str]
-_NUMBER = r"-?[0-9]{1,9}"
+_NUMBER = re.compile("-?[0-9]{1,9}")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -135,13 +135,13 @@ def load_start(config: ConfigDict, run: Run, photos: Photos | None) -> Version |
     if weights and start:
         raise UserError("weights and start are both given: start from one of them", "start")
     if start:
-        path, colon, number = start.rpartition(":")
-        if not colon or not re.fullmatch(_NUMBER, number):
+        path, number = _numbered(start)
+        if number is None:
             raise UserError(
                 f"start is CHAIN:NUMBER, e.g. runs/a/chain:2, got {start!r:.200}", "start"
             )
         with configs.located():
-            return Chain(path, _own_backbone(config)).open(int(number))
+            return Chain(path, _own_backbone(config)).open(number)
     if not weights:
         return None
     given = ImageSettings()
@@ -303,13 +303,17 @@ def _models(pretrained: str, backbone: str | None) -> list[tuple[Chain, int]]:
     """List chain and number of each model of "CHAIN,CHAIN:NUMBER,...": all of a chain without number."""
     found = []
     for part in pretrained.split(","):
-        path, _, number = part.strip().rpartition(":")
-        if path and re.fullmatch(_NUMBER, number):
-            found.append((Chain(path, backbone), int(number)))
-            continue
-        chain = Chain(part.strip(), backbone).require_whole()
-        found += [(chain, n) for n in chain.numbers()]
+        path, number = _numbered(part.strip())
+        chain = Chain(path, backbone)
+        numbers = chain.require_whole().numbers() if number is None else [number]
+        found += [(chain, n) for n in numbers]
     return found
+
+
+def _numbered(text: str) -> tuple[str, int | None]:
+    """Return path and number of "CHAIN:NUMBER"; None for a chain without a number."""
+    path, _, number = text.rpartition(":")
+    return (path, int(number)) if path and _NUMBER.fullmatch(number) else (text, None)
 
 
 def _own_backbone(config):

@@ -32,7 +32,9 @@ def check() -> int:
     cli.start_jax()
     from compat_jax import metrics
     from compat_jax.chain import Chain
-    from compat_jax.gallery.checking import Terms, check, differences
+    from compat_jax.gallery.checking import check
+    from compat_jax.gallery.comparing import differences
+    from compat_jax.gallery.rule import Terms
 
     metrics.get(args.metric)
     terms = Terms(

@@ -1,21 +1,32 @@
-"""A chain of three versions, photos in a folder, and a gallery of them: small enough for every test."""
+"""A chain of three versions, photos in a folder, and a gallery of them: small enough for every test.
 
+Modules give the fixtures names of their own: `chain, photos = small_gallery.kept_chain,
+small_gallery.kept_photos`, and `indexed` and `own` take these.
+"""
+
+import dataclasses
 import functools
+import shutil
+import time
 
 import drawn_photos
 import numpy as np
+import pytest
 import tiny
+from PIL import Image
 
 from compat_jax.chain import Chain
 from compat_jax.data import Preparation
 from compat_jax.data.listing import list_labelled
 from compat_jax.gallery.gallery import Gallery
+from compat_jax.gallery.manifest import Lease
 from compat_jax.gallery.memory import MemoryStore
 from compat_jax.gallery.originals import Work
 
 PREPARATION = Preparation(tiny.SIZE)
 CLASSES, PER_CLASS = ("pear", "plum"), 6
 COUNT = len(CLASSES) * PER_CLASS
+SOME = "pear/003.jpg"
 
 
 class KeptChain(Chain):
@@ -61,6 +72,41 @@ def made(chain, folder, *, store=None, version=0, **changes) -> Gallery:
     return gallery
 
 
+_MADE: dict = {}
+
+
+def _shared(make, factory):
+    """What no test changes is made once for all modules."""
+    if make not in _MADE:
+        _MADE[make] = make(factory.mktemp(make.__name__))
+    return _MADE[make]
+
+
+@pytest.fixture
+def kept_chain(tmp_path_factory):
+    """Three versions."""
+    return _shared(chain, tmp_path_factory)
+
+
+@pytest.fixture
+def kept_photos(tmp_path_factory):
+    """Photos that no test changes."""
+    return _shared(photos, tmp_path_factory)
+
+
+@pytest.fixture
+def indexed(chain, photos):
+    """A gallery indexed by version 0, four rows a write."""
+    return made(chain, photos)
+
+
+@pytest.fixture
+def own(chain, photos, tmp_path):
+    """A gallery whose photos a test may change."""
+    shutil.copytree(photos, tmp_path / "photos")
+    return made(chain, tmp_path / "photos")
+
+
 def content(store) -> dict:
     """{key: (version, model, content, payload, feature)} of all rows."""
     rows = store.rows(limit=10**6, vectors=True)
@@ -75,3 +121,47 @@ def assert_consistent(gallery) -> None:
         assert model == manifest.members[version].model, key
         feature = gallery.chain[version].embed(gallery.originals.find(key))[0]
         np.testing.assert_allclose(vector, feature, atol=1e-5, err_msg=key)
+
+
+def during(gallery, act):
+    """Open the gallery with a hook that acts once, after the first rows of a backfill were read."""
+    acts = [act]
+
+    def hook():
+        if acts:
+            acts.pop()()
+        return False
+
+    return reopened(gallery, work=work(should_stop=hook))
+
+
+def reopened(gallery, **changes):
+    """Open the same store again."""
+    given = {"root": gallery.originals.root, "work": gallery.work, **changes}
+    return Gallery.open(gallery.store, gallery.chain, **given)
+
+
+def versions(gallery):
+    """{key: version}."""
+    return {key: row[0] for key, row in content(gallery.store).items()}
+
+
+def repaint(gallery, key, colour="red"):
+    """Put another picture in the place of a row's."""
+    Image.new("RGB", (30, 40), colour).save(gallery.originals.find(key))
+
+
+def forge(gallery, number, **changes):
+    """Have the manifest mean another member, consistently but for the canaries."""
+    manifest = gallery.manifest()
+    member = dataclasses.replace(manifest.members[number], **changes)
+    assert gallery.store.swap_manifest(
+        manifest.with_member(number, member).describe(), manifest.generation
+    )
+
+
+def lend(gallery, owner, seconds):
+    """Have the manifest say that a backfill runs, for so many seconds."""
+    now = gallery.manifest()
+    lease = Lease(owner, time.time() + seconds)
+    assert gallery.store.swap_manifest(now.replaced(lease=lease).describe(), now.generation)

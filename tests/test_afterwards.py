@@ -11,7 +11,7 @@ import tiny
 
 from compat_jax import afterwards, align, backfill, evaluation, metrics, retrieval
 from compat_jax import config as configs
-from compat_jax.afterwards import WAYS, Plan, Spaces
+from compat_jax.afterwards import WAYS, Plan, Spaces, comparing
 from compat_jax.chain import Chain
 from compat_jax.data import Dataset
 from compat_jax.errors import Stopped, UserError
@@ -242,7 +242,7 @@ def test_a_chain_is_compared_once_and_read_back_afterwards(chain, tmp_path, monk
         values = found.way("naive").curves[name].values
         np.testing.assert_allclose(values[[0, -1]], evaluated.matrix[2, [0, 2]])
         assert found.way("reindex").curves[name].values[0] == evaluated.matrix[0, 0]
-    for module in (evaluation, afterwards):
+    for module in (evaluation, comparing):
         monkeypatch.setattr(module, "embed", lambda *_, **__: pytest.fail("embedded again"))
     again = afterwards.compare(chain, QUERY, GALLERY, plan=PLAN, session=session)
     assert json.dumps(again.summary()) == json.dumps(found.summary())

@@ -11,7 +11,8 @@ import tiny
 
 from compat_jax.data import Preparation
 from compat_jax.errors import UserError
-from compat_jax.gallery.manifest import LEARNT, Lease, Manifest, Member, Preprocessing
+from compat_jax.gallery.manifest import Lease, Manifest
+from compat_jax.gallery.member import LEARNT, Member, Preprocessing
 
 SIZE = tiny.K - 1
 HOSTILE = 100

@@ -17,7 +17,7 @@ import pytest
 import qdrant_client
 
 from compat_jax.errors import UserError
-from compat_jax.gallery import lance, memory, qdrant, store
+from compat_jax.gallery import lance, memory, probe, qdrant, store
 from compat_jax.gallery.places import open_store
 from compat_jax.gallery.store import Rows, Where, row_id
 
@@ -510,7 +510,7 @@ def test_lance_has_no_index_below_its_number_of_rows_and_none_on_ids(tmp_path, c
 def test_lance_removes_an_index_that_finds_too_little(tmp_path, monkeypatch):
     one = lance.LanceStore(tmp_path, size=D, index_from=200)
     one.insert(make(names(200), 1))
-    monkeypatch.setattr(lance, "recall", lambda exact, found: 0.5)
+    monkeypatch.setattr(probe, "recall", lambda exact, found: 0.5)
     with pytest.raises(UserError, match="finds 50% of what an exact search finds"):
         one.refresh()
     assert indexes(tmp_path) == []
@@ -518,7 +518,7 @@ def test_lance_removes_an_index_that_finds_too_little(tmp_path, monkeypatch):
     one.refresh()
     assert one.recall() == 1
     one.insert(make(names(1, 200), 1))
-    monkeypatch.setattr(lance, "recall", lambda exact, found: 0.5)
+    monkeypatch.setattr(probe, "recall", lambda exact, found: 0.5)
     with pytest.raises(UserError, match="more probes than 50"):  # measured again after a backfill
         one.refresh()
 
@@ -539,9 +539,9 @@ def test_lance_reads_as_few_partitions_as_find_enough(tmp_path):
     assert wide.insert(rows) == count
     wide.refresh()
     # Rows without clusters: one partition holds too few of the nearest, so that more are read.
-    assert wide.recall(1) < lance.LEAST_RECALL <= wide.recall()
+    assert wide.recall(1) < probe.LEAST_RECALL <= wide.recall()
     kept = lance.LanceStore(tmp_path, probes=1).recall()
-    assert lance.LEAST_RECALL <= kept == wide.recall()
+    assert probe.LEAST_RECALL <= kept == wide.recall()
     # Of a condition that leaves few rows, all are found, in whatever partitions.
     some = rows.ids[:9]
     found = wide.search(features[:2], 9, Where(ids=some)).ids
@@ -550,8 +550,8 @@ def test_lance_reads_as_few_partitions_as_find_enough(tmp_path):
 
 def test_recall_compares_scores():
     exact = np.array([[3.0, 2.0], [5.0, 5.0]], np.float32)
-    assert store.recall(exact, exact) == 1
-    assert store.recall(exact, np.array([[3, 1], [5, 4]], np.float32)) == 0.5
+    assert probe.recall(exact, exact) == 1
+    assert probe.recall(exact, np.array([[3, 1], [5, 4]], np.float32)) == 0.5
 
 
 @pytest.mark.slow
@@ -596,7 +596,7 @@ def test_a_large_lance_table_is_indexed_probed_and_stays_right(tmp_path, size, c
     exact = -np.sort(-(queries @ vectors[kept].T), axis=1)[:, :10]
     for _ in range(2):
         found = large.search(queries, 10)
-        assert store.recall(exact, found.scores) >= 0.9
+        assert probe.recall(exact, found.scores) >= 0.9
         assert not np.isin(found.ids, ids[gone]).any()
         place = {one: i for i, one in enumerate(ids.tolist())}
         own = vectors[[[place[i] for i in row] for row in found.ids.tolist()]]

@@ -12,9 +12,9 @@ import pytest
 
 from compat_jax.errors import UserError
 from compat_jax.mesh import make_mesh
-from compat_jax.retrieval import SearchOptions, search
+from compat_jax.retrieval import SearchOptions, blocks, exact, search
+from compat_jax.retrieval.blocks import Block
 from compat_jax.retrieval.exact import (
-    Block,
     lower,
     no_neighbours,
     round_rows,
@@ -205,6 +205,33 @@ def test_host_and_device_arrays_of_any_float_type():
         scores, rows = search(convert(query), convert(gallery), 5, options=SMALL)
         np.testing.assert_array_equal(scores, expected[0])
         np.testing.assert_array_equal(rows, expected[1])
+
+
+def test_a_prepared_gallery_answers_as_search_does():
+    query, gallery = random_features(9, 6, 0), random_features(5000, 6, 1)
+    for mesh in (None, make_mesh("data:8")):
+        prepared = exact.Prepared(gallery, mesh=mesh, options=SMALL)
+        for k in (5, 5, 3000, 5):  # 3000 are more than a block has
+            expected = search(query, gallery, k, mesh=mesh, options=SMALL)
+            for found, wanted in zip(prepared.search(query, k), expected, strict=True):
+                np.testing.assert_array_equal(found, wanted)
+    with pytest.raises(UserError, match=r"gallery features .* row 1"):
+        exact.Prepared(np.array([[1], [np.nan]], np.float32)).search(query[:, :1], 1)
+
+
+def test_a_prepared_gallery_is_placed_once_unless_it_is_too_large(monkeypatch):
+    query, gallery = random_features(1, 6, 0), random_features(5000, 6, 1)
+    placed, place = [], blocks.place
+    monkeypatch.setattr(blocks, "place", lambda *args: placed.append(len(args[0])) or place(*args))
+    kept = exact.Prepared(gallery, options=SMALL)
+    for _ in range(2):
+        kept.search(query, 5)
+    assert placed == 3 * [2048]
+    monkeypatch.setattr(exact, "KEPT_BYTES", 3 * 4 * 6 * 2048 - 1)
+    streamed = exact.Prepared(gallery, options=SMALL)
+    for _ in range(2):
+        streamed.search(query, 5)
+    assert placed == 9 * [2048]
 
 
 def test_approximate_search_reaches_its_recall():

@@ -19,7 +19,10 @@ import tiny
 from compat_jax.chain import Chain
 from compat_jax.data import Dataset, Preparation
 from compat_jax.errors import UserError
-from compat_jax.gallery.checking import Terms, check, differences, judge, overlap
+from compat_jax.gallery.checking import check
+from compat_jax.gallery.comparing import differences
+from compat_jax.gallery.rule import Terms, judge
+from compat_jax.gallery.stages import overlap
 from compat_jax.gallery.verdict import GO, LOSS, NO_GO, STAGES, Figure, Stage
 from compat_jax.report.answers import Answer, answers_wall, versions_of, write_answers
 from compat_jax.session import never

@@ -52,7 +52,7 @@ _SENTENCES = {  # for what the framework says in two words
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a picture that is sent may have.
+    """Bounds on a picture that is sent.
 
     Attributes:
       size: bytes of its file.
@@ -171,7 +171,7 @@ class _Pages:
 
 
 def _about(shown: Showcase, limits: Limits) -> dict[str, Any]:
-    """What the page needs to know before anybody asks."""
+    """Return what the page needs to know before anybody asks."""
     before = sorted({shown.old, *shown.rows.versions.tolist()})
     quality = shown.quality
     return {

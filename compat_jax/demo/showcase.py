@@ -22,7 +22,7 @@ NEAREST = 10  # answers to a picture
 
 
 class Answer(NamedTuple):
-    """What a version finds, at every share of `SHARES`.
+    """Answers of a version, at every share of `SHARES`.
 
     Attributes:
       version: number of the version that embedded the picture.

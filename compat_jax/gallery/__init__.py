@@ -4,10 +4,12 @@ from etils import epy
 
 # Imported when first used: a program that only asks need not load what checks versions.
 with epy.lazy_api_imports(globals()):
-    from compat_jax.gallery.checking import Terms, check, differences
+    from compat_jax.gallery.checking import check
+    from compat_jax.gallery.comparing import differences
     from compat_jax.gallery.gallery import Gallery
     from compat_jax.gallery.originals import Work
     from compat_jax.gallery.places import open_store
+    from compat_jax.gallery.rule import Terms
     from compat_jax.gallery.store import Where
     from compat_jax.gallery.verdict import Verdict
 

@@ -23,7 +23,7 @@ _SAMPLE = Field("sample", int, Rule("rows to embed again", low=0), None)
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """What an audit found.
+    """Findings of an audit.
 
     Attributes:
       rows: rows that were read.

@@ -25,13 +25,14 @@ from compat_jax.data.reading import in_order
 from compat_jax.errors import Stopped, UserError
 from compat_jax.fields import Field, Rule, check_types, checked
 from compat_jax.gallery.audit import Audit, audit
+from compat_jax.gallery.conventions import check_where
 from compat_jax.gallery.manifest import Manifest
 from compat_jax.gallery.opened import DEFAULT_WORK, Opened, begin, rows_of
 from compat_jax.gallery.originals import Listed, Work, content_of, embed
 from compat_jax.gallery.outcome import Answers, Indexed, Status, answers_of
 from compat_jax.gallery.places import open_store
 from compat_jax.gallery.reembed import Backfilled, backfill
-from compat_jax.gallery.store import EVERY, Store, Where, check_where, row_id
+from compat_jax.gallery.store import EVERY, Store, Where, row_id
 from compat_jax.meter import Meter
 
 _PICTURES = Field("measure", int, Rule("pictures to embed", low=0), 0)

@@ -4,183 +4,38 @@ A store keeps it as one JSON mapping and replaces it by compare and set. It come
 from another organisation: `Manifest.read` refuses whatever `Manifest.describe` cannot have written.
 """
 
-import base64
-import binascii
 import dataclasses
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import numpy as np
-
-from compat_jax.chain import Chain, NoSuchVersion, Record, Version
-from compat_jax.data.pictures import Preparation
+from compat_jax.chain import Version
 from compat_jax.errors import UserError
-from compat_jax.extraction import preparation_of
 from compat_jax.fields import Rule, check_fields
-from compat_jax.gallery.store import columns
+from compat_jax.gallery.conventions import columns
+from compat_jax.gallery.member import (
+    LEARNT,
+    SHA256,
+    Member,
+    Preprocessing,
+    Text,
+    mapping_of,
+    model_of,
+    order_of,
+)
 from compat_jax.simplex import LABEL_ORDERS
 
 FORMAT = 1
-LEARNT = "learnt"  # in the place of a prototype order: a classifier that is trained
 # Sanity limits: larger claims are refused before any memory is allocated.
 MAX_SIZE, MAX_VERSIONS, MAX_OWNER, MAX_TIME = 2**24, 10_000, 300, 2.0**40
-_SHA256, _MODEL = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16}")
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
-_TOLERANCE = 1e-3  # of the norm of a canary's feature
 
 Size = Annotated[int, Rule("numbers in a feature", low=1, high=MAX_SIZE)]
 Count = Annotated[int, Rule("prototypes of the simplex", low=1, high=2**31 - 1)]
 Generation = Annotated[int, Rule("how often the manifest was replaced", low=1, high=2**53)]
 Order = Annotated[str, Rule("prototype of a class", choices=(*LABEL_ORDERS, LEARNT))]
 Number = Annotated[int, Rule("number of a version", low=0, high=10**9)]
-Numbers = Annotated[tuple[float, ...], Rule("one number a channel")]
-Shape = Annotated[tuple[int, ...], Rule("height, width, channels")]
-Text = Annotated[str, Rule("text")]
 Time = Annotated[float, Rule("seconds since 1970", low=0, high=MAX_TIME)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """How pictures are brought to a network's size; all versions of a gallery do the same.
-
-    Attributes:
-      image_shape: (height, width, channels) of the network's input.
-      preparation: how a picture is brought to its size; None for pictures that have it.
-    """
-
-    image_shape: Shape
-    preparation: Preparation | None = None
-
-    def __post_init__(self):
-        check_fields(self, "preprocessing.")
-        shape = self.image_shape
-        if len(shape) != 3 or not all(1 <= side <= 2**16 for side in shape):
-            raise UserError(f"image_shape must be height, width and channels, got {shape!r:.80}")
-        size = None if self.preparation is None else self.preparation.size
-        if size is not None and shape != (size, size, 3):
-            raise UserError(f"pictures are brought to {size} px, the network takes {shape}")
-
-    @classmethod
-    def of(cls, record: Record, preparation: Preparation | None = None) -> "Preprocessing":
-        """Return the preprocessing of a version.
-
-        Args:
-          record: of the version.
-          preparation: for a version whose record does not say how pictures are brought to its size.
-
-        Raises:
-          UserError: the record says otherwise.
-        """
-        own = preparation_of(record, None)
-        if own is not None and preparation is not None and own != preparation:
-            raise UserError(
-                f"the version was trained on pictures prepared by {own}: leave preparation out",
-                "preparation",
-            )
-        return cls(record.image_shape, own or preparation)
-
-    def describe(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        prepared = None if self.preparation is None else dataclasses.asdict(self.preparation)
-        return {
-            "image_shape": list(self.image_shape),
-            "preparation": prepared,
-        }
-
-    @classmethod
-    def read(cls, content: Any) -> "Preprocessing":
-        """Return the preprocessing that `describe` described.
-
-        Raises:
-          UserError: anything that it cannot have written.
-        """
-        found = _mapping(content, "preprocessing", dataclasses.fields(cls))
-        given = found["preparation"]
-        prepared = None
-        if given is not None:
-            prepared = Preparation(
-                **_mapping(given, "preparation", dataclasses.fields(Preparation))
-            )
-        return cls(**{**found, "preparation": prepared})
-
-    def differences(self, other: "Preprocessing") -> str:
-        """Say in which fields another preprocessing differs: "preparation None here, ... there"."""
-        pairs = [
-            (field.name, getattr(self, field.name), getattr(other, field.name))
-            for field in dataclasses.fields(self)
-        ]
-        return "; ".join(f"{name} {a} here, {b} there" for name, a, b in pairs if a != b)
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """A version that embeds rows or queries of a gallery.
-
-    Attributes:
-      variables: SHA-256 of its variables, 64 hexadecimal digits.
-      model: its fingerprint, see `fingerprint`.
-      mean: channel means of its normalisation, in 0..1; each version has its own.
-      std: channel deviations, in 0..1.
-      canary: features of the canaries (`canary.pictures`), float32[n, d] as little-endian bytes in
-        base64.
-    """
-
-    variables: Text
-    model: Text
-    mean: Numbers
-    std: Numbers
-    canary: Text = dataclasses.field(repr=False)
-
-    def __post_init__(self):
-        check_fields(self, "version.")
-        for name, pattern in (("variables", _SHA256), ("model", _MODEL)):
-            value = getattr(self, name)
-            if not pattern.fullmatch(value):
-                raise UserError(
-                    f"{name} of a version must be hexadecimal digits, got {value!r:.80}"
-                )
-        if min(self.std, default=0) <= 0:
-            raise UserError(f"std of a version must be numbers above 0, got {self.std!r:.80}")
-
-    @classmethod
-    def of(cls, version: Version, features: np.ndarray, preprocessing: Preprocessing) -> "Member":
-        """Describe a version.
-
-        Args:
-          version: the version.
-          features: float32[n, d], of the canaries.
-          preprocessing: of the gallery.
-        """
-        text = base64.b64encode(np.ascontiguousarray(features, "<f4").tobytes()).decode()
-        record = version.record
-        model = fingerprint(version.sha256, record, preprocessing)
-        return cls(version.sha256, model, record.mean, record.std, canary=text)
-
-    def describe(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        return {**dataclasses.asdict(self), "mean": list(self.mean), "std": list(self.std)}
-
-    def features(self, size: int) -> np.ndarray:
-        """Return the features of the canaries, float32[n, size].
-
-        Raises:
-          UserError: no such array, values that are not finite, or rows of another norm than 1.
-        """
-        try:
-            content = base64.b64decode(self.canary, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise UserError(f"the canary features of a version are not base64 ({error})") from error
-        if not content or len(content) % (4 * size):
-            raise UserError(f"the canary features of a version are no rows of {size} float32")
-        found = np.frombuffer(content, "<f4").reshape(-1, size).astype(np.float32)
-        with np.errstate(all="ignore"):
-            norms = np.linalg.norm(found, axis=1)
-        if not (np.abs(norms - 1) <= _TOLERANCE).all():
-            raise UserError("the canary features of a version are not finite, or not of norm 1")
-        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,11 +58,11 @@ class Lease:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a gallery says of itself.
+    """A gallery's description of itself.
 
     Attributes:
       generation: how often the manifest was replaced; 1 for the first.
-      chain: fingerprint of the chain, see `chain_fingerprint`.
+      chain: fingerprint of the chain, see `member.chain_fingerprint`.
       num_prototypes: K of the simplex.
       order: which prototype a class has; `LEARNT` for versions with a trained classifier.
       feature_size: d.
@@ -234,7 +89,7 @@ class Manifest:
 
     def __post_init__(self):
         check_fields(self)
-        if not _SHA256.fullmatch(self.chain):
+        if not SHA256.fullmatch(self.chain):
             raise UserError(f"chain must be 64 hexadecimal digits, got {self.chain!r:.80}")
         if self.order != LEARNT and self.feature_size != self.num_prototypes - 1:
             raise UserError(
@@ -273,7 +128,7 @@ class Manifest:
         """Return the fingerprint of a version of this gallery, from the rest of its entry."""
         head = (self.num_prototypes, self.order, self.feature_size)
         normalized = (member.mean, member.std)
-        return _model(member.variables, self.preprocessing, normalized=normalized, head=head)
+        return model_of(member.variables, self.preprocessing, normalized=normalized, head=head)
 
     def replaced(self, **changes: Any) -> "Manifest":
         """Return the manifest of the next generation, with some fields changed."""
@@ -360,7 +215,7 @@ class Manifest:
                 "release that wrote it"
             )
         names = {f.name for f in dataclasses.fields(cls)} - {"members"}
-        found = _mapping(content, "the manifest", names | {"format", "columns", "versions"})
+        found = mapping_of(content, "the manifest", names | {"format", "columns", "versions"})
         if type(found.pop("format")) is not int:
             raise UserError("its format must be a whole number")
         versions, padded = found.pop("versions"), found.pop("columns")
@@ -368,7 +223,7 @@ class Manifest:
         found["preprocessing"] = Preprocessing.read(found["preprocessing"])
         lease = found["lease"]
         if lease is not None:
-            found["lease"] = Lease(**_mapping(lease, "lease", dataclasses.fields(Lease)))
+            found["lease"] = Lease(**mapping_of(lease, "lease", dataclasses.fields(Lease)))
         manifest = cls(**found)
         if type(padded) is not int or padded != manifest.columns:
             raise UserError(
@@ -376,51 +231,6 @@ class Manifest:
                 f"{padded!r:.80}"
             )
         return manifest
-
-
-def order_of(record: Record) -> str:
-    """Return what decides which prototype a class has: a label order, or `LEARNT`."""
-    return record.label_order if record.head.is_fixed else LEARNT
-
-
-def fingerprint(variables: str, record: Record, preprocessing: Preprocessing) -> str:
-    """Return the fingerprint of a version: what its features depend on, in 16 hexadecimal digits.
-
-    Names and numbers do not count: a version that was renamed needs no row embedded again.
-
-    Args:
-      variables: their SHA-256.
-      record: of the version.
-      preprocessing: of its pictures.
-    """
-    head = (record.num_prototypes, order_of(record), record.feature_size)
-    normalized = (record.mean, record.std)
-    return _model(variables, preprocessing, normalized=normalized, head=head)
-
-
-def chain_fingerprint(chain: Chain) -> str | None:
-    """Return the SHA-256 of what a chain begins with, which stays when versions are added.
-
-    Args:
-      chain: the chain.
-
-    Returns:
-      64 hexadecimal digits; None if version 0 is no longer there.
-
-    Raises:
-      CorruptEntry: version 0 is damaged.
-    """
-    try:
-        variables = chain.digest(0)
-    except NoSuchVersion:
-        return None
-    record = chain.record(0)
-    return _sha256([variables, record.num_prototypes, order_of(record), record.feature_size])
-
-
-def _model(variables: str, preprocessing: Preprocessing, *, normalized, head) -> str:
-    numbers = [list(map(float, each)) for each in normalized]
-    return _sha256([variables, preprocessing.describe(), *numbers, *head])[:16]
 
 
 def _members(versions) -> dict[int, Member]:
@@ -433,24 +243,6 @@ def _members(versions) -> dict[int, Member]:
             raise UserError(f"{number!r:.80} is no number of a version")
     fields = dataclasses.fields(Member)
     return {
-        int(number): Member(**_mapping(member, f"version {number}", fields))
+        int(number): Member(**mapping_of(member, f"version {number}", fields))
         for number, member in versions.items()
     }
-
-
-def _mapping(content, what, names) -> dict[str, Any]:
-    """Return a mapping that has just these keys."""
-    names = {getattr(field, "name", field) for field in names}
-    if not isinstance(content, Mapping):
-        raise UserError(f"{what} must be a mapping, got {content!r:.80}")
-    missing = sorted(names - set(content))
-    if missing:
-        raise UserError(f"{what} lacks {', '.join(missing)}")
-    surplus = [key for key in content if key not in names]
-    if surplus:
-        raise UserError(f"{what} has {surplus[0]!r:.80}, which is no field of it")
-    return dict(content)
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -9,20 +9,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from compat_jax.errors import UserError
-from compat_jax.gallery.store import (
-    EVERY,
-    Found,
-    Rows,
-    Where,
-    asked,
-    check_queries,
-    check_rows,
-    check_size,
-    check_swap,
-    clash,
-    facts,
-    no_answers,
-)
+from compat_jax.gallery import conventions
+from compat_jax.gallery.store import EVERY, Found, Rows, Where
 from compat_jax.retrieval import exact
 
 _SMALLEST = 1024
@@ -58,24 +46,25 @@ class MemoryStore:
         self.size = size
         self._options = options
         self._lock = threading.RLock()
-        self._manifest: str | None = None
+        self._manifest = ""
         self._slots: dict[int, int] = {}
         self._vectors = np.zeros((_SMALLEST, size), np.float32)
         self._ids = np.zeros(_SMALLEST, np.int64)
         self._versions = np.zeros(_SMALLEST, np.int32)
         self._records: list[dict[str, Any]] = []  # key, model, content, payload as JSON, facts
+        self._whole: exact.Prepared | None = None  # all rows, for searches until one changes
 
     @_alone
     def manifest(self) -> Mapping[str, Any] | None:
         """See `Store`."""
-        return None if self._manifest is None else json.loads(self._manifest)
+        return conventions.read_manifest(self._manifest)
 
     @_alone
     def swap_manifest(self, new: Mapping[str, Any], expected: int) -> bool:
         """See `Store`."""
-        text = check_swap(new, expected)
-        now = 0 if self._manifest is None else json.loads(self._manifest)["generation"]
-        if now != expected:
+        text = conventions.check_swap(new, expected)
+        now = conventions.read_manifest(self._manifest) or {"generation": 0}
+        if now["generation"] != expected:
             return False
         self._manifest = text
         return True
@@ -83,7 +72,7 @@ class MemoryStore:
     @_alone
     def insert(self, rows: Rows) -> int:
         """See `Store`."""
-        ids, vectors = check_rows(rows, self.size)
+        ids, vectors = conventions.check_rows(rows, self.size)
         self._refuse_clashes(rows, ids)
         fresh = [i for i, one in enumerate(ids.tolist()) if one not in self._slots]
         for i in fresh:
@@ -93,7 +82,7 @@ class MemoryStore:
     @_alone
     def put(self, rows: Rows) -> None:
         """See `Store`."""
-        ids, vectors = check_rows(rows, self.size)
+        ids, vectors = conventions.check_rows(rows, self.size)
         self._refuse_clashes(rows, ids)
         for i, one in enumerate(ids.tolist()):
             slot = self._slots.get(one)
@@ -102,7 +91,7 @@ class MemoryStore:
     @_alone
     def update(self, rows: Rows, replaces: Where) -> int:
         """See `Store`."""
-        ids, vectors = check_rows(rows, self.size)
+        ids, vectors = conventions.check_rows(rows, self.size)
         holds = set(self._ids[self._matching(replaces)].tolist())
         count = 0
         for i, one in enumerate(ids.tolist()):
@@ -112,6 +101,7 @@ class MemoryStore:
             record = self._records[slot]
             if (record["key"], record["content"]) != (rows.keys[i], rows.contents[i]):
                 continue
+            self._whole = None
             self._vectors[slot] = vectors[i]
             self._versions[slot] = rows.versions[i]
             record["model"] = rows.models[i]
@@ -125,6 +115,7 @@ class MemoryStore:
         for one in gone:
             slot, last = self._slots.pop(one), len(self._records) - 1
             record = self._records.pop()
+            self._whole = None
             if slot != last:
                 for array in (self._vectors, self._ids, self._versions):
                     array[slot] = array[last]
@@ -135,17 +126,23 @@ class MemoryStore:
     @_alone
     def search(self, queries: np.ndarray, k: int, where: Where = EVERY) -> Found:
         """See `Store`; exact."""
-        queries = check_queries(queries, k, self.size)
-        count, found = len(self._records), no_answers(len(queries), k)
-        # The whole gallery is searched where it lies; a part of it is copied first.
-        chosen: Any = self._matching(where) if where.restricts else slice(count)
-        ids = self._ids[chosen]
+        queries = conventions.check_queries(queries, k, self.size)
+        count, found = len(self._records), conventions.no_answers(len(queries), k)
+        slots: Any = self._matching(where) if where.restricts else slice(count)
+        ids = self._ids[slots]
         if len(queries) and len(ids):
             most = min(k, len(ids))
-            vectors = self._vectors[chosen]
-            scores, nearest = exact.search(queries, vectors, most, options=self._options)
+            scores, nearest = self._prepared(slots, where).search(queries, most)
             found.ids[:, :most], found.scores[:, :most] = ids[nearest], scores
         return found
+
+    def _prepared(self, slots: Any, where: Where) -> exact.Prepared:
+        """Return the rows in some slots, prepared to be searched; all rows stay so until one changes."""
+        if where.restricts:
+            return exact.Prepared(self._vectors[slots], options=self._options)
+        if self._whole is None:
+            self._whole = exact.Prepared(self._vectors[slots], options=self._options)
+        return self._whole
 
     @_alone
     def rows(
@@ -168,8 +165,7 @@ class MemoryStore:
     @_alone
     def counts(self) -> Mapping[int, int]:
         """See `Store`."""
-        found, counts = np.unique(self._versions[: len(self._records)], return_counts=True)
-        return dict(zip(found.tolist(), counts.tolist(), strict=True))
+        return conventions.counted(self._versions[: len(self._records)])
 
     def refresh(self) -> None:
         """See `Store`; nothing to do, since every row is compared."""
@@ -187,14 +183,14 @@ class MemoryStore:
         slots = np.flatnonzero(mask)
         if not where.payload:
             return slots
-        needed = set(asked(where))
+        needed = set(conventions.asked(where))
         holds = [needed <= self._records[s]["facts"] for s in slots]
         return slots[np.array(holds, bool)]
 
     def _refuse_clashes(self, rows: Rows, ids: np.ndarray) -> None:
-        for key, one in zip(rows.keys, ids.tolist(), strict=True):
-            if one in self._slots and (present := self._records[self._slots[one]]["key"]) != key:
-                raise UserError(clash(key, present))
+        known = [one for one in ids.tolist() if one in self._slots]
+        present = {one: self._records[self._slots[one]]["key"] for one in known}
+        conventions.refuse_clashes(rows.keys, ids.tolist(), present)
 
     def _new_slot(self, one: int) -> int:
         slot = len(self._records)
@@ -209,6 +205,7 @@ class MemoryStore:
         return slot
 
     def _write(self, rows: Rows, i: int, vector: np.ndarray, *, slot: int) -> None:
+        self._whole = None
         self._vectors[slot] = vector
         self._versions[slot] = rows.versions[i]
         self._records[slot] = {
@@ -216,7 +213,7 @@ class MemoryStore:
             "model": rows.models[i],
             "content": rows.contents[i],
             "payload": json.dumps(rows.payloads[i]),
-            "facts": frozenset(facts(rows.payloads[i])),
+            "facts": frozenset(conventions.facts(rows.payloads[i])),
         }
 
 
@@ -240,5 +237,5 @@ def named(name: str, size: int | None = None) -> MemoryStore:
                 raise UserError(f"there is no gallery in memory of name {name!r}")
             _NAMED[name] = MemoryStore(size)
         store = _NAMED[name]
-    check_size(store.size, size, f"memory:{name}")
+    conventions.check_size(store.size, size, f"memory:{name}")
     return store

@@ -12,8 +12,8 @@ from compat_jax.errors import UserError
 from compat_jax.fields import Field, Rule, check_types, checked
 from compat_jax.files import first_line
 from compat_jax.gallery import canary
-from compat_jax.gallery.manifest import (
-    Manifest,
+from compat_jax.gallery.manifest import Manifest
+from compat_jax.gallery.member import (
     Member,
     Preprocessing,
     chain_fingerprint,

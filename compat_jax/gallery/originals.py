@@ -17,7 +17,7 @@ from compat_jax.data.reading import ON_BAD, block_size, content, digest, in_orde
 from compat_jax.errors import UserError
 from compat_jax.fields import Rule, check_fields
 from compat_jax.files import absolute
-from compat_jax.gallery.manifest import Preprocessing
+from compat_jax.gallery.member import Preprocessing
 from compat_jax.mesh import make_mesh
 from compat_jax.models import DTYPES
 from compat_jax.session import never

@@ -1,4 +1,4 @@
-"""What a gallery answers: to queries, to those who fill it, and to those who ask how far it is."""
+"""Answers of a gallery: to queries, to those who fill it, and to those who ask how far it is."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ _NAMED = 10
 
 @dataclasses.dataclass(frozen=True)
 class Indexed:
-    """What `index` or `put` did.
+    """The outcome of `index` or `put`.
 
     Attributes:
       inserted: rows that are new.

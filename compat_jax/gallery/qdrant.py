@@ -1,7 +1,7 @@
 """A gallery in a collection of Qdrant: a server by URL; a folder for tests and small trials."""
 
 import contextlib
-import json
+import functools
 import os
 import threading
 import time
@@ -19,29 +19,9 @@ from qdrant_client.http.exceptions import ApiException
 
 from compat_jax import files
 from compat_jax.errors import UserError
-from compat_jax.gallery.store import (
-    EVERY,
-    Found,
-    Rows,
-    Where,
-    asked,
-    check_queries,
-    check_rows,
-    check_size,
-    check_swap,
-    clash,
-    columns,
-    facts,
-    key_of,
-    manifest_name,
-    no_answers,
-    padded,
-    recall,
-    stored_key,
-)
+from compat_jax.gallery import conventions, probe
+from compat_jax.gallery.store import EVERY, Found, Rows, Where
 
-LEAST_RECALL = 0.9
-PROBE_QUERIES, PROBE_K = 50, 10
 # Its folders hold a Python imitation of the engine: everything in memory, compared one by one.
 MOST_IN_FOLDER = 20_000
 # Older servers ignore the conditions of a write that they do not know.
@@ -96,7 +76,7 @@ class QdrantStore:
         self, place: str | os.PathLike[str], collection: str = "gallery", size: int | None = None
     ):
         self.place = f"{place}/{collection}"
-        self._rows, self._own = collection, manifest_name(collection)
+        self._rows, self._own = collection, conventions.manifest_name(collection)
         with self._reported():
             self._connection = _connect(place)
         with self._engine() as client:
@@ -109,10 +89,10 @@ class QdrantStore:
             self.size = int((config.metadata or {}).get(_SIZE, 0))
         if not self.size:
             raise UserError(f"{self.place} is no gallery of compat_jax: choose another place")
-        check_size(self.size, size, self.place)
+        conventions.check_size(self.size, size, self.place)
 
     def _create(self, size: int) -> None:
-        vectors = models.VectorParams(size=columns(size), distance=models.Distance.DOT)
+        vectors = models.VectorParams(size=conventions.columns(size), distance=models.Distance.DOT)
         self._create_collection(self._rows, vectors, metadata={_SIZE: size})
         for name, kind in _INDEXED.items() if self._connection.is_server else ():
             self._connection.client.create_payload_index(self._rows, name, kind)
@@ -138,15 +118,9 @@ class QdrantStore:
             if not self._connection.client.collection_exists(name):  # else another process made it
                 raise
 
-    @contextlib.contextmanager
-    def _reported(self) -> Iterator[None]:
-        """Turn what Qdrant raises (no server, a folder in use) into a `UserError`."""
-        try:
-            yield
-        except UserError:
-            raise
-        except (ApiException, QdrantException, OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"Qdrant, {self.place}: {files.first_line(error)}") from error
+    def _reported(self) -> contextlib.AbstractContextManager[None]:
+        errors = (ApiException, QdrantException)
+        return conventions.reported(f"Qdrant, {self.place}", *errors)
 
     @contextlib.contextmanager
     def _engine(self) -> Iterator[Any]:
@@ -157,7 +131,7 @@ class QdrantStore:
         """See `Store`."""
         with self._engine():
             text = self._manifest_payload()["text"]
-        return json.loads(text) if text else None
+        return conventions.read_manifest(text)
 
     def _manifest_payload(self) -> dict[str, Any]:
         [point] = self._connection.client.retrieve(self._own, [0])
@@ -165,7 +139,7 @@ class QdrantStore:
 
     def swap_manifest(self, new: Mapping[str, Any], expected: int) -> bool:
         """See `Store`."""
-        text, token = check_swap(new, expected), uuid.uuid4().hex
+        text, token = conventions.check_swap(new, expected), uuid.uuid4().hex
         with self._engine() as client:
             now = self._manifest_payload()
             if now["generation"] != expected:
@@ -252,13 +226,13 @@ class QdrantStore:
 
     def search(self, queries: np.ndarray, k: int, where: Where = EVERY) -> Found:
         """See `Store`; a server searches approximately where it has built an index."""
-        queries = check_queries(queries, k, self.size)
-        return self._nearest(padded(queries), k, where=where)
+        queries = conventions.check_queries(queries, k, self.size)
+        return self._nearest(conventions.padded(queries), k, where=where)
 
     def _nearest(
         self, queries: np.ndarray, k: int, *, where: Where = EVERY, exact: bool = False
     ) -> Found:
-        found = no_answers(len(queries), k)
+        found = conventions.no_answers(len(queries), k)
         # A folder is always searched exactly, and has a warning for those who ask for it.
         params = models.SearchParams(exact=True) if exact and self._connection.is_server else None
         condition = _filter(where)
@@ -297,14 +271,14 @@ class QdrantStore:
             begin = following
         features = np.array([one.vector for one in found], np.float32) if vectors else None
         return Rows(
-            keys=[key_of(one.payload["key"]) for one in found],
+            keys=[conventions.key_of(one.payload["key"]) for one in found],
             versions=np.array([one.payload["version"] for one in found], np.int32),
             models=[one.payload["model"] for one in found],
             contents=[one.payload["content"] for one in found],
             payloads=[one.payload["payload"] for one in found],
             vectors=None
             if features is None
-            else features.reshape(len(found), columns(self.size))[:, : self.size],
+            else features.reshape(len(found), conventions.columns(self.size))[:, : self.size],
         )
 
     def counts(self) -> Mapping[int, int]:
@@ -325,10 +299,10 @@ class QdrantStore:
             if info.status != models.CollectionStatus.YELLOW:
                 break
             time.sleep(1)
-        if info.indexed_vectors_count and (share := self.recall()) < LEAST_RECALL:
+        if info.indexed_vectors_count and (share := self.recall()) < probe.LEAST_RECALL:
             raise UserError(
-                f"the index of {self.place} finds {share:.0%} of what an exact search finds, less than "
-                f"{LEAST_RECALL:.0%}: raise m and ef_construct of the collection in Qdrant"
+                f"{probe.too_little(self.place, share)}: raise m and ef_construct of the collection in "
+                "Qdrant"
             )
 
     def recall(self) -> float:
@@ -336,23 +310,21 @@ class QdrantStore:
         sample = models.SampleQuery(sample=models.Sample.RANDOM)
         with self._engine() as client:
             some = client.query_points(
-                self._rows, query=sample, limit=PROBE_QUERIES, with_vectors=True
+                self._rows, query=sample, limit=probe.QUERIES, with_vectors=True
             ).points
-            k = min(PROBE_K, client.count(self._rows).count)
-        if not some:
-            return 1.0
+            count = client.count(self._rows).count
         queries = np.array([one.vector for one in some], np.float32)
-        exact = self._nearest(queries, k, exact=True)
-        return recall(exact.scores, self._nearest(queries, k).scores)
+        exact = functools.partial(self._nearest, exact=True)
+        return probe.probe(queries, count, exact=exact, search=self._nearest)
 
     def _batch(self) -> int:
         """Return the rows of one request: a server takes 32 MB of JSON, 20 bytes a number."""
-        return max(1, min(256, 2**20 // columns(self.size)))
+        return max(1, min(256, 2**20 // conventions.columns(self.size)))
 
     def _points(self, rows: Rows) -> Iterator[tuple[list[Any], list[int]]]:
         """Check rows and lay them out as points with one token, in batches, with their ids."""
-        ids, vectors = check_rows(rows, self.size)
-        vectors, token = padded(vectors), uuid.uuid4().hex
+        ids, vectors = conventions.check_rows(rows, self.size)
+        vectors, token = conventions.padded(vectors), uuid.uuid4().hex
         for start in range(0, len(rows), self._batch()):
             some = range(start, min(start + self._batch(), len(rows)))
             points = [
@@ -360,12 +332,12 @@ class QdrantStore:
                     id=int(ids[i]),
                     vector=vectors[i].tolist(),
                     payload={
-                        "key": stored_key(rows.keys[i]),
+                        "key": conventions.stored_key(rows.keys[i]),
                         "version": int(rows.versions[i]),
                         "model": rows.models[i],
                         "content": rows.contents[i],
                         "payload": dict(rows.payloads[i]),
-                        "facts": facts(rows.payloads[i]),
+                        "facts": conventions.facts(rows.payloads[i]),
                         "write": token,
                     },
                 )
@@ -420,7 +392,7 @@ def _equal(name: str, value: int | str) -> models.FieldCondition:
 def _filter(where: Where) -> models.Filter | None:
     """Return a condition for Qdrant; None for one that does not restrict."""
     version, below, ids, _ = where
-    must: list[Any] = [_equal("facts", fact) for fact in asked(where)]
+    must: list[Any] = [_equal("facts", fact) for fact in conventions.asked(where)]
     if version is not None:
         must.append(_equal("version", int(version)))
     if below is not None:
@@ -438,7 +410,7 @@ def _holds(where: Where, point: Any) -> bool:
         (version is None or found == version)
         and (below is None or found < below)
         and (ids is None or point.id in ids)
-        and set(asked(where)) <= set(facts(point.payload["payload"]))
+        and set(conventions.asked(where)) <= set(conventions.facts(point.payload["payload"]))
     )
 
 
@@ -449,7 +421,7 @@ def _same_picture(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def _renewed(old: Any, new: Any) -> models.PointStruct:
     """Return a point with the feature and version of a new one and the payload of the old one."""
     payload = {**new.payload, "payload": old.payload["payload"]}
-    payload["facts"] = facts(payload["payload"])
+    payload["facts"] = conventions.facts(payload["payload"])
     return models.PointStruct(id=old.id, vector=new.vector, payload=payload)
 
 
@@ -460,7 +432,6 @@ def _unchanged(token: str, points: Sequence[Any]) -> models.Filter:
 
 
 def _refuse_clashes(points: Sequence[Any], there: Sequence[Any]) -> None:
-    keys = {point.id: point.payload["key"] for point in points}
-    for one in there:
-        if one.payload["key"] != keys[one.id]:
-            raise UserError(clash(key_of(keys[one.id]), key_of(one.payload["key"])))
+    keys = [conventions.key_of(point.payload["key"]) for point in points]
+    present = {one.id: conventions.key_of(one.payload["key"]) for one in there}
+    conventions.refuse_clashes(keys, [point.id for point in points], present)

@@ -21,7 +21,7 @@ from compat_jax.chain import Version
 from compat_jax.errors import Stopped, UserError
 from compat_jax.fields import Field, Rule, checked
 from compat_jax.gallery.lease import SECONDS, Holder
-from compat_jax.gallery.manifest import LEARNT, Member
+from compat_jax.gallery.member import LEARNT, Member
 from compat_jax.gallery.opened import Opened, rows_of, select
 from compat_jax.gallery.originals import embed
 from compat_jax.gallery.store import Rows, Where
@@ -37,7 +37,7 @@ _ORDER = Field("order", str, Rule("which rows come first"), RANDOM)
 
 @dataclasses.dataclass(frozen=True)
 class Backfilled:
-    """What a backfill did.
+    """The outcome of a backfill.
 
     Attributes:
       version: number of the version that embedded the rows.

@@ -53,7 +53,7 @@ class Stage(NamedTuple):
 
 
 class AtThreshold(NamedTuple):
-    """What a fixed score lets pass at a stage.
+    """Pairs and answers that pass a fixed score at a stage.
 
     Attributes:
       score: mean cosine of what should pass: pairs of one class; each query's best answer without
@@ -71,7 +71,7 @@ class AtThreshold(NamedTuple):
 
 
 class ClassFlips(NamedTuple):
-    """What the switch does to the queries of a class.
+    """Effect of the switch on the queries of a class.
 
     Attributes:
       name: of the class.
@@ -143,7 +143,7 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether a new version may answer in the gallery of an old one.
+    """The answer to whether a new version may answer in the gallery of an old one.
 
     Attributes:
       word: "go", "go with loss" or "no-go".
@@ -165,7 +165,7 @@ class Verdict:
 
     @property
     def refused(self) -> bool:
-        """Whether the versions cannot be compared at all."""
+        """Return whether the versions cannot be compared at all."""
         return self.measured is None
 
     def summary(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from compat_jax.data.pictures import BadPictures, decode
 from compat_jax.errors import UserError
 from compat_jax.files import write_bytes, write_json
 from compat_jax.report import style
-from compat_jax.report.page import Folder, compose
+from compat_jax.report.frame import Folder, compose
 from compat_jax.report.tables import Column, Table, count
 from compat_jax.report.wall import GAP, TILE, tile
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -13,9 +13,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from compat_jax import hosts
-from compat_jax import mesh as meshes
 from compat_jax.errors import UserError
 from compat_jax.fields import Rule, check_fields
+from compat_jax.retrieval.blocks import (
+    Block,
+    check_sizes,
+    gallery_blocks,
+    place,
+    power_of_two,
+    rows_of,
+)
 
 # On CPU, scores are computed TILE gallery rows at a time: few enough to stay in cache until they are
 # reduced to one maximum per GROUP of neighbouring rows.
@@ -26,6 +33,8 @@ GROUP = 64
 QUERY_BLOCK = 256
 GALLERY_BYTES = 1 << 29
 GALLERY_ROWS, GALLERY_ROWS_ON_CPU = 1 << 18, 1 << 20
+# Of a gallery that is kept between searches, a device: two blocks, as many as streaming holds at once.
+KEPT_BYTES = 2 * GALLERY_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,20 +65,6 @@ class SearchOptions:
 
 
 DEFAULT_OPTIONS = SearchOptions()
-
-
-class Block(NamedTuple):
-    """Gallery rows of one step.
-
-    Attributes:
-      rows: float32[size, d]; padding repeats the last row of the gallery.
-      first: int32[], number of the first row.
-      stop: int32[], number of rows of the whole gallery; rows numbered `stop` and up are padding.
-    """
-
-    rows: Any
-    first: Any
-    stop: Any
 
 
 class Rounded(NamedTuple):
@@ -121,25 +116,69 @@ def search(
 
     Source: `calculate_rank` in `src/iamcl2r/performance_metrics.py`, there faiss.IndexFlatIP.
     """
+    blocks = partial(gallery_blocks, gallery, mesh=mesh)
+    return _search(query, gallery, k, blocks=blocks, mesh=mesh, options=options)
+
+
+class Prepared:
+    """A gallery for many searches: its rows are checked, padded and placed on the devices once.
+
+    Blocks of more than `KEPT_BYTES` a device are not kept, but streamed again by each search.
+
+    Args:
+      gallery: float[n, d], on the host or on the device; must not change afterwards.
+      mesh: see `search`.
+      options: see `SearchOptions`.
+    """
+
+    def __init__(
+        self,
+        gallery: np.ndarray | jax.Array,
+        *,
+        mesh: Mesh | None = None,
+        options: SearchOptions = DEFAULT_OPTIONS,
+    ):
+        self._gallery, self._mesh, self._options = gallery, mesh, options
+        self._size = 0
+        self._kept: list[Block] = []
+
+    def search(self, query: np.ndarray | jax.Array, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `search` returns for this gallery, to the bit; see there."""
+        gallery, options = self._gallery, self._options
+        return _search(query, gallery, k, blocks=self._blocks, mesh=self._mesh, options=options)
+
+    def _blocks(self, size: int) -> Iterable[Block]:
+        num_rows, feature_size = self._gallery.shape
+        shards = 1 if self._mesh is None else self._mesh.shape["data"]
+        if 4 * feature_size * size * -(-num_rows // size) > KEPT_BYTES * shards:
+            return gallery_blocks(self._gallery, size, self._mesh)
+        if size != self._size:  # a k above a block's rows needs larger ones
+            self._kept = list(gallery_blocks(self._gallery, size, self._mesh))
+            self._size = size
+        return self._kept
+
+
+def _search(
+    query, gallery, k: int, *, blocks: Callable[[int], Iterable[Block]], mesh, options
+) -> tuple[np.ndarray, np.ndarray]:
+    """Search the blocks of a gallery; `blocks` returns them, of so many rows each."""
     _check(query, gallery, k, mesh=mesh)
-    num_rows = len(gallery)
-    query_size, size = _block_sizes(query.shape, num_rows, k, mesh=mesh, options=options)
+    query_size, size = _block_sizes(query.shape, len(gallery), k, mesh=mesh, options=options)
     approx_recall, screen = options.approx_recall, options.screen
     if screen is None:
         screen = len(query) >= QUERY_BLOCK and _multiplies_in_bfloat16(_platform(mesh))
         if mesh is not None and mesh.is_multi_process:  # the hosts may have different processors
             screen = hosts.broadcast(screen)
     screen = screen and approx_recall is None and _can_screen(size, k, mesh)
-    queries = [_place(b, mesh) for _, b in _blocks("query", query, query_size)]
-    none_yet = tuple(_place(part, mesh) for part in no_neighbours(query_size, k))
+    queries = [place(b, mesh) for _, b in rows_of("query", query, query_size)]
+    none_yet = tuple(place(part, mesh) for part in no_neighbours(query_size, k))
     best = [none_yet] * len(queries)
     step = partial(search_block, k=k, approx_recall=approx_recall, mesh=mesh)
-    for start, rows in _blocks("gallery", gallery, size):
-        block = Block(_place(rows, mesh, "data"), np.int32(start), np.int32(num_rows))
+    for block in blocks(size):
         coarse = round_rows(block.rows) if screen else None
         for i, one in enumerate(queries):
             best[i], certain = step(one, block, best[i], coarse=coarse)
-            if screen and start == i == 0 and not certain:
+            if screen and block.first == i == 0 and not certain:
                 # Rows too close to each other for the bound to hold: stop screening.
                 screen, coarse = False, None
     scores, found = (np.concatenate([np.asarray(b[i]) for b in best]) for i in (0, 1))
@@ -180,9 +219,9 @@ def _block_sizes(
     gallery_block = options.gallery_block
     if gallery_block is None:
         most = GALLERY_ROWS_ON_CPU if _platform(mesh) == "cpu" else GALLERY_ROWS
-        gallery_block = min(most, _power_of_two(GALLERY_BYTES // (4 * feature_size) + 1) // 2)
-    rows = _power_of_two(max(k, min(gallery_block, -(-num_rows // shards))))
-    return _power_of_two(min(options.query_block, num_queries)), shards * rows
+        gallery_block = min(most, power_of_two(GALLERY_BYTES // (4 * feature_size) + 1) // 2)
+    rows = power_of_two(max(k, min(gallery_block, -(-num_rows // shards))))
+    return power_of_two(min(options.query_block, num_queries)), shards * rows
 
 
 def _platform(mesh: Mesh | None) -> str:
@@ -406,81 +445,6 @@ def _merge(best, found, k):
 def _top_k_of(scores, rows, k):
     scores, place = jax.lax.top_k(scores, k)
     return scores, jnp.take_along_axis(rows, place, axis=1)
-
-
-def _blocks(name: str, features, size: int) -> Iterator[tuple[int, np.ndarray | jax.Array]]:
-    """Yield starts and float32 blocks of `size` rows; the last block repeats its last row."""
-    for start in range(0, len(features), size):
-        if isinstance(features, jax.Array):
-            block = _slice(features, np.int32(start), size)
-        else:
-            block = np.asarray(features[start : start + size], np.float32)
-            if len(block) < size:
-                block = np.pad(block, ((0, size - len(block)), (0, 0)), mode="edge")
-        check_finite(name, block, start)
-        yield start, block
-
-
-@partial(jax.jit, static_argnames="size")
-def _slice(features, start, size):
-    """Return rows start, start + 1, …; beyond the end, the last row."""
-    rows = jnp.minimum(start + jnp.arange(size, dtype=jnp.int32), len(features) - 1)
-    return features[rows].astype(jnp.float32)
-
-
-def _place(block, mesh: Mesh | None, axis: str | None = None) -> jax.Array:
-    # On CPU, device_put uses an aligned host array in place, where jnp.asarray copies it.
-    if mesh is None:
-        return jax.device_put(block)
-    if axis is not None and isinstance(block, np.ndarray):
-        return meshes.shard_batch(block, mesh)
-    return meshes.device_put(block, NamedSharding(mesh, PartitionSpec(axis)))
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def check_finite(name: str, features, start: int = 0) -> None:
-    """Refuse features with a NaN or an infinity.
-
-    Args:
-      name: name of the features, for the message.
-      features: float[n, d].
-      start: number of the first row, for the message.
-
-    Raises:
-      UserError: a value is not finite; names the first such row.
-    """
-    # A row's sum is finite exactly when its entries are, and cheaper to test than each entry.
-    finite = np.isfinite(np.asarray(features.sum(axis=1)))
-    if not finite.all():
-        raise UserError(
-            f"{name} features have a value that is not finite in row {start + np.argmin(finite)}: "
-            "look for a diverged version or a broken image there"
-        )
-
-
-def check_sizes(query, gallery) -> None:
-    """Refuse features that are not two arrays [rows, size] of the same size.
-
-    Args:
-      query: float[q, d].
-      gallery: float[n, d].
-
-    Raises:
-      UserError: a shape does not fit; names both.
-    """
-    if query.ndim != 2 or gallery.ndim != 2:
-        raise UserError(
-            f"retrieval takes features [rows, size], got shapes {query.shape} (query) and "
-            f"{gallery.shape} (gallery)"
-        )
-    if query.shape[1] != gallery.shape[1]:
-        raise UserError(
-            f"query features have size {query.shape[1]} and gallery features {gallery.shape[1]}: "
-            "versions of unequal feature size cannot be compared"
-        )
 
 
 def _check(query, gallery, k: int, *, mesh: Mesh | None) -> None:

@@ -11,6 +11,7 @@ from compat_jax.align import Map, needs_old
 from compat_jax.chain import Version
 from compat_jax.errors import UserError
 from compat_jax.retrieval import exact
+from compat_jax.retrieval.blocks import check_finite, check_sizes
 from compat_jax.retrieval.embedding import embed
 
 _LARGEST_ID, _RANGE = 2**63 - 1, "ids must lie in -2**63..2**63-1"
@@ -71,8 +72,8 @@ class ExactIndex:
             that are present, repeated or of another length.
         """
         features = np.asarray(features, np.float32)
-        exact.check_sizes(features, features if self._features is None else self._features)
-        exact.check_finite("gallery", features)
+        check_sizes(features, features if self._features is None else self._features)
+        check_finite("gallery", features)
         added = self._next_ids(len(features)) if ids is None else _whole_numbers(ids)
         if len(added) != len(features):
             raise UserError(f"{len(features)} features need as many ids, got {len(added)}")

@@ -65,6 +65,17 @@ class Metric:
     score: Callable[[Queries, Sequence[Prepared]], np.ndarray]
     prepare: Callable[[np.ndarray, np.ndarray], Prepared] = everything
 
+    def score_features(
+        self, queries: Queries, features: np.ndarray, labels: np.ndarray
+    ) -> np.ndarray:
+        """Score queries in one gallery, float32[n, d] with labels int[n].
+
+        Returns:
+          float[queries], see `score`.
+        """
+        prepare = self.prepare if queries.own is None else everything
+        return self.score(queries, [prepare(features, labels)])[0]
+
 
 def _identification(queries: Queries, galleries: Sequence[Prepared]) -> np.ndarray:
     if queries.own is not None:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from compat_jax import hosts
 from compat_jax.errors import UserError
-from compat_jax.retrieval.exact import check_finite, check_sizes
+from compat_jax.retrieval.blocks import check_finite, check_sizes
 from compat_jax.retrieval.index import ExactIndex
 from compat_jax.retrieval.labels import check_labels
 

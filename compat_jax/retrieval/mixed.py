@@ -68,6 +68,22 @@ def judges_scores(metric: Metric) -> bool:
     )
 
 
+def renewals(order: np.ndarray, shares: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Return which images were embedded again at each share β: the first round(β n) of the order.
+
+    Args:
+      order: int[n], the rows of the gallery in the order in which they are embedded again.
+      shares: in [0, 1].
+
+    Returns:
+      bool[s, n].
+    """
+    masks = np.zeros((len(shares), len(order)), bool)
+    for mask, share in zip(masks, shares, strict=True):
+        mask[order[: round(share * len(order))]] = True
+    return masks
+
+
 def measure(
     searcher: Searcher, metrics: Sequence[Metric], order: np.ndarray, shares: Sequence[float]
 ) -> dict[str, Measured]:
@@ -82,13 +98,10 @@ def measure(
     Returns:
       {name of the metric: what it gives}.
     """
-    labels, count = searcher.queries.labels, len(order)
-    masks = np.zeros((len(shares), count), bool)
-    for mask, share in zip(masks, shares, strict=True):
-        mask[order[: round(share * count)]] = True
+    labels, masks = searcher.queries.labels, renewals(order, shares)
     scores = {metric.name: np.full((len(shares), len(labels)), np.nan) for metric in metrics}
     answers = np.zeros(len(shares))
-    size = min(_BLOCK, max(1, _SCORES // count))
+    size = min(_BLOCK, max(1, _SCORES // len(order)))
     for start in range(0, len(labels), size):
         rows = np.arange(start, min(start + size, len(labels)))
         searcher.take(rows)

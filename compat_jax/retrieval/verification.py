@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from compat_jax.errors import UserError
-from compat_jax.retrieval.exact import check_finite, check_sizes
+from compat_jax.retrieval.blocks import check_finite, check_sizes
 from compat_jax.retrieval.labels import check_labels
 
 # Values of gallery features that `pair_scores` holds at a time.

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from compat_jax.gallery import Where, open_store
+from compat_jax.gallery.conventions import manifest_name
 from compat_jax.gallery.originals import Work
-from compat_jax.gallery.store import Rows, Store, manifest_name, recall
+from compat_jax.gallery.probe import recall
+from compat_jax.gallery.store import Rows, Store
 from compat_jax.retrieval import search
 from launch.benchmarks.sides import Context, program
 from launch.benchmarks.timing import Result, Timing, peak_bytes
