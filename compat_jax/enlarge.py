@@ -1,6 +1,7 @@
 """Move a chain to a simplex with room for more classes, without reading a picture again."""
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -81,7 +82,11 @@ def enlarge_features(features: np.ndarray, record: Record, num_prototypes: int) 
 
 def _map(record: Record, num_prototypes: int) -> np.ndarray:
     order: simplex.LabelOrder = record.label_order  # type: ignore[assignment]
-    return simplex.enlargement(record.num_prototypes, num_prototypes, order)
+    return _kept_map(record.num_prototypes, num_prototypes, order)
+
+
+# A gallery is moved a page at a time, by the same map.
+_kept_map = functools.lru_cache(maxsize=1)(simplex.enlargement)
 
 
 def _check_same(found: Record, wanted: Record, target: Chain) -> None:

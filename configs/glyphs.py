@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs.common import base_config, parse_arguments, source
 
 SIZE = 24
-PRETRAIN_CLASSES = (150, 300, 600)
+PRETRAIN_CLASSES = (150, 260, 600)
 TASK_CLASSES = (1600, 1810)
 RETRIEVAL_CLASSES = (2000, 2060)
 
@@ -45,8 +45,8 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     small_network(config)
     config.seed = args.seed
     config.epochs = 8
-    config.optim.lr = 0.01
-    config.optim.min_lr = 0.0001
+    config.optim.lr = 0.1
+    config.optim.min_lr = 0.001
     config.tasks = ConfigDict(
         {
             "initial": 30,
@@ -58,8 +58,8 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     config.pretrained = ""
     config.data = ConfigDict(
         {
-            "train": photographs(TASK_CLASSES, 20, 2),
-            "query": photographs(RETRIEVAL_CLASSES, 40, 3),
+            "train": photographs(TASK_CLASSES, 40, 2),
+            "query": photographs(RETRIEVAL_CLASSES, 170, 3),
             "gallery": photographs(RETRIEVAL_CLASSES, 20, 4),
             "pretraining_may_share": False,
             **input_fields(),

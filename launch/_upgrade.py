@@ -184,6 +184,20 @@ def delete() -> int:
     return 0
 
 
+def enlarge() -> int:
+    """Copy a gallery for a chain of a larger simplex."""
+    args = flags.FLAGS
+    larger = cli.require("larger", "runs/larger/chain")
+    target = cli.require("target", "runs/larger.lance")
+    gallery = open_gallery()
+    from compat_jax.chain import Chain
+    from compat_jax.gallery.enlarging import enlarge
+
+    done = enlarge(gallery, Chain(larger, args.backbone).require(), target)
+    say(done.sentence(), {"moved": done.moved, "present": done.present})
+    return 0
+
+
 RUN = {
     "check": check,
     "index": index,
@@ -193,6 +207,7 @@ RUN = {
     "status": status,
     "verify": verify,
     "delete": delete,
+    "enlarge": enlarge,
 }
 
 

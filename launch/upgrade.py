@@ -8,6 +8,8 @@
   python -m launch.upgrade status --chain=runs/shop/chain --store=runs/shop.lance
   python -m launch.upgrade verify --chain=runs/shop/chain --store=runs/shop.lance
   python -m launch.upgrade delete --chain=runs/shop/chain --store=runs/shop.lance --keys=photos/a.jpg
+  python -m launch.upgrade enlarge --chain=runs/shop/chain --store=runs/shop.lance \\
+      --larger=runs/larger/chain --target=runs/larger.lance
 
   check     measures whether a new version may answer in the gallery of an old one, and the way back
   index     embeds pictures and puts them into a store, which it makes; resumable, one host or many
@@ -17,6 +19,7 @@
   status    says which versions the rows and the answers are of, and what is left to do
   verify    holds every claim of the gallery against its rows and the chain
   delete    deletes rows
+  enlarge   copies a gallery for a chain that launch.enlarge has given more prototypes
 
 Each says more by itself: python -m launch.upgrade backfill --help. --store is a table of LanceDB
 (runs/shop.lance, gs://bucket/shop, s3://bucket/shop) or a collection of a Qdrant server
@@ -134,6 +137,17 @@ claim holds, 1 one does not, 2 the input was refused.
 more (with --root a relative one is a key); --pictures is a folder, pattern or file that is. A backfill
 never brings a deleted row back.
 """,
+    "enlarge": """Copy a gallery for a chain with room for more classes. No picture is read.
+
+  python -m launch.enlarge --chain=runs/shop/chain --num_prototypes=4096 --out=runs/larger/chain
+  python -m launch.upgrade enlarge --chain=runs/shop/chain --store=runs/shop.lance \\
+      --larger=runs/larger/chain --target=runs/larger.lance
+
+Every feature is multiplied by the matrix that its version was multiplied by, so scores stay what they
+are; keys, labels and versions are copied. The old gallery answers meanwhile and stays. Killed, or with
+rows that came meanwhile: run the same command again. What you delete or replace meanwhile, delete or
+replace in both. Afterwards give every command the new chain and the new store.
+""",
 }
 
 
@@ -240,6 +254,14 @@ def _define_delete() -> None:
     flags.DEFINE_string("list", None, "file with a key or path a line")
 
 
+def _define_enlarge() -> None:
+    _define_store()
+    flags.DEFINE_integer("part", 4096, "rows per write", lower_bound=1)
+    flags.DEFINE_bool("progress", True, "show progress bars")
+    flags.DEFINE_string("larger", None, "folder of the chain that launch.enlarge wrote")
+    flags.DEFINE_string("target", None, "place of the new gallery, as --store")
+
+
 DEFINE = {
     "check": _define_check,
     "index": _define_index,
@@ -249,6 +271,7 @@ DEFINE = {
     "status": _define_status,
     "verify": _define_verify,
     "delete": _define_delete,
+    "enlarge": _define_enlarge,
 }
 if COMMAND:
     DEFINE[COMMAND]()

@@ -180,6 +180,7 @@ def test_a_network_that_torch_lacks_is_one_line():
         ("memory:load", None),
         ("lance:{}/load", "lancedb"),
         ("qdrant:{}/server/load", "qdrant_client"),
+        ("edge:{}/load", "qdrant_edge"),
     ],
 )
 def test_a_gallery_under_load_is_measured(place, package, tmp_path):
@@ -196,7 +197,7 @@ def test_a_gallery_under_load_is_measured(place, package, tmp_path):
     asked = [line for what, line in by.items() if what.startswith("a query")]
     assert len(asked) == (4 if package is None else 6)
     assert all(line.ratio == 1 and line.repeats == 3 for line in asked)  # so few rows have no index
-    assert ("disk" in by) == (package == "lancedb")
+    assert ("disk" in by) == (package in ("lancedb", "qdrant_edge"))
     assert "after ingest" in by["peak memory of the program"].note
 
 
@@ -204,7 +205,8 @@ def test_a_gallery_under_load_is_measured(place, package, tmp_path):
 def test_a_gallery_is_measured_in_programs_of_their_own():
     pytest.importorskip("lancedb")
     results = list(benchmarks.measure(["gallery"], sizes_name="tiny", photo={"rows": 200}))
-    assert [*dict.fromkeys(r.what.split(",")[0] for r in results)] == ["memory", "lance"]
+    engines = [*dict.fromkeys(r.what.split(",")[0] for r in results)]
+    assert engines == ["memory", "lance", "edge"]
     assert "200 rows" in results[0].note and all(r.met is None for r in results)
 
 

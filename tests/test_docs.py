@@ -246,7 +246,7 @@ def flags_for(program: str, arguments: list[str]) -> list[str]:
 
 def flags_for_upgrade(arguments: list[str]) -> list[str]:
     """Return the flags that let a command of launch.upgrade run without servers and go well."""
-    quiet = ["--noprogress"] if arguments[0] in ("check", "index", "backfill") else []
+    quiet = ["--noprogress"] if arguments[0] in ("check", "index", "backfill", "enlarge") else []
     go = ["--margin=1", "--limit=1"] if arguments[0] == "check" else []
     places = {"qdrant:http": "qdrant:runs/qdrant/shop", "gs:": "lance:runs/bucket/shop"}
     elsewhere = [

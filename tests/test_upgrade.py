@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 
+from compat_jax import enlarge
 from compat_jax.chain import Chain
 from compat_jax.data import Dataset, Preparation
 from compat_jax.errors import UserError
@@ -424,6 +425,9 @@ def test_an_upgrade_from_end_to_end(shop, store, tmp_path):
     assert say("verify", "--sample=5")["problems"] == {}
     again = run("index", *store, photos, "--labels", "--noprogress")
     assert again.out == "1 rows inserted, 15 were there\n"
+    enlarge.enlarge(Chain(f"{shop}/chain"), Chain(tmp_path / "larger"), 21)
+    moved = [f"--larger={tmp_path}/larger", f"--target=memory:{tmp_path}/larger", "--noprogress"]
+    assert json.loads(run("enlarge", *store, *moved, "--json").out) == {"moved": 16, "present": 0}
 
 
 @pytest.mark.parametrize(

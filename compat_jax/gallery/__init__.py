@@ -6,6 +6,7 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
     from compat_jax.gallery.checking import check
     from compat_jax.gallery.comparing import differences
+    from compat_jax.gallery.enlarging import enlarge
     from compat_jax.gallery.gallery import Gallery
     from compat_jax.gallery.originals import Work
     from compat_jax.gallery.places import open_store
@@ -13,4 +14,14 @@ with epy.lazy_api_imports(globals()):
     from compat_jax.gallery.store import Where
     from compat_jax.gallery.verdict import Verdict
 
-__all__ = ["Gallery", "Terms", "Verdict", "Where", "Work", "check", "differences", "open_store"]
+__all__ = [
+    "Gallery",
+    "Terms",
+    "Verdict",
+    "Where",
+    "Work",
+    "check",
+    "differences",
+    "enlarge",
+    "open_store",
+]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from compat_jax.errors import UserError
 from compat_jax.gallery import Where, open_store
 from compat_jax.gallery.conventions import manifest_name
 from compat_jax.gallery.originals import Work
@@ -18,11 +20,11 @@ from compat_jax.gallery.probe import recall
 from compat_jax.gallery.store import Rows, Store
 from compat_jax.retrieval import search
 from launch.benchmarks.sides import Context, program
-from launch.benchmarks.timing import Result, Timing, peak_bytes
+from launch.benchmarks.timing import Result, Timing, peak_bytes, resident_bytes
 from launch.benchmarks.work import GallerySizes
 from launch.reference.clone_speed import Unavailable
 
-_NAME, _MEMORY = "compat_jax_benchmark", "memory"
+_NAME, _MEMORY, _EDGE = "compat_jax_benchmark", "memory", "edge"
 _LEAST_RECALL = 0.9
 _LEAST_QUERIES = 20
 # Rows of one planted cluster, how far rows lie from its centre, and how far those of the better model.
@@ -34,12 +36,15 @@ _BEFORE, _AFTER, _NEW_ROWS = "before", "after", "new rows"
 
 
 def load(context: Context) -> Iterator[Result]:
-    """Measure a gallery in memory, in LanceDB and in the store that was named, each in a program."""
+    """Measure a gallery in memory, in LanceDB, in Qdrant Edge and in the store that was named.
+
+    Each runs in a program of its own.
+    """
     sizes = context.sizes.gallery
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         draw(folder, sizes)
-        places = [f"{_MEMORY}:{_NAME}", f"lance:{folder}/{_NAME}"]
+        places = [f"{_MEMORY}:{_NAME}", f"lance:{folder}/{_NAME}", f"{_EDGE}:{folder}/{_NAME}"]
         if context.gallery_url:
             places.append(f"{context.gallery_url.rstrip('/')}/{_NAME}_{os.getpid()}")
         for place in places:
@@ -124,6 +129,19 @@ def _emptied(place):
                 client.delete_collection(collection)
 
 
+def _opened(place, size) -> Store:
+    """Open a store of the library's, or a shard of Qdrant Edge, for which it has none."""
+    if _engine(place) != _EDGE:
+        return open_store(place, size)
+    if importlib.util.find_spec("qdrant_edge") is None:
+        raise UserError(
+            "Qdrant Edge needs qdrant-edge-py, which is not installed: pip install qdrant-edge-py"
+        )
+    from launch.benchmarks.edge import EdgeStore
+
+    return EdgeStore(Path(place.partition(":")[2]), size)
+
+
 class _Load:
     """One store under load."""
 
@@ -136,7 +154,7 @@ class _Load:
         self.answers = np.load(folder / "answers.npz")
         self.part = Work().part  # rows per write, as a gallery writes them by default
         self.peaks, self.bytes = [f"{_mb(peak_bytes())} before"], []
-        self.store: Store = open_store(place, sizes.size)
+        self.store = _opened(place, sizes.size)
 
     def lines(self) -> Iterator[Result]:
         """Measure everything, in the order in which a gallery meets it."""
@@ -160,6 +178,7 @@ class _Load:
         yield self.ask(f"{name}, where version = 1", Where(version=1), _NEW_ROWS)
         self._note("at the end")
         yield self._line("peak memory of the program", peak_bytes() / 1e6, "MB", self.peaks)
+        yield from self._resident()
         if self.bytes:
             yield self._line("disk", self._disk() / 1e6, "MB", self.bytes)
 
@@ -194,7 +213,9 @@ class _Load:
         """Have the store index what is not indexed."""
         began = time.perf_counter()
         self.store.refresh()
-        return self._line(what, time.perf_counter() - began, "s", ["refresh, with its probe"])
+        seconds = time.perf_counter() - began
+        note = "optimize, flush" if self.engine == _EDGE else "refresh, with its probe"
+        return self._line(what, seconds, "s", [note])
 
     def ask(self, what: str, where: Where, known: str) -> Result:
         """Ask queries one at a time, and compare their answers with the exact ones."""
@@ -237,17 +258,25 @@ class _Load:
             what, count / seconds, "rows/s", [f"{count:,} rows, {self.part:,} a write"]
         )
 
+    def _resident(self):
+        if found := resident_bytes():
+            note = f"{_mb(found[1])} of it pages of files, which the system can take back"
+            yield self._line("memory at the end", found[0] / 1e6, "MB", [note])
+
     def _note(self, when):
         self.peaks.append(f"{_mb(peak_bytes())} {when}")
         if self._folder().exists():
             self.bytes.append(f"{_mb(self._disk())} {when}")
 
     def _folder(self):
-        where = self.place.partition(":")[2] if self.engine == "lance" else "none"
-        return self.folder / f"{where}.lance"  # of an absolute path: that path
+        where = self.place.partition(":")[2]
+        names = {"lance": f"{where}.lance", _EDGE: where}
+        return self.folder / names.get(self.engine, "none")  # of an absolute path: that path
 
     def _disk(self):
-        return sum(one.stat().st_size for one in self._folder().rglob("*") if one.is_file())
+        found = [one.stat() for one in self._folder().rglob("*") if one.is_file()]
+        # Some files are made larger than what is in them: a block that was never written takes none.
+        return sum(min(one.st_size, 512 * one.st_blocks) for one in found)
 
 
 def _engine(place):

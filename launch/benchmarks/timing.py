@@ -135,6 +135,18 @@ def peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def resident_bytes() -> tuple[int, int] | None:
+    """Return the resident memory of this process, and how much of it are pages of files, in bytes.
+
+    None where the system does not tell them apart (all but Linux).
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    found = dict(re.findall(r"(VmRSS|RssFile):\s*(\d+) kB", status.read_text()))
+    return 1024 * int(found["VmRSS"]), 1024 * int(found["RssFile"])
+
+
 def machine() -> dict[str, Any]:
     """Describe the hardware and the versions, for the head of the table."""
     packages = (
@@ -148,6 +160,8 @@ def machine() -> dict[str, Any]:
         "torch",
         "torchvision",
         "faiss-cpu",
+        "lancedb",
+        "qdrant-edge-py",
     )
     device = jax.devices()[0]
     return {

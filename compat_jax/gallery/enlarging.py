@@ -1,0 +1,133 @@
+"""Move a gallery to a chain of a larger simplex, without reading a picture again."""
+
+import dataclasses
+import os
+from typing import Any
+
+import numpy as np
+
+from compat_jax.chain import Chain
+from compat_jax.enlarge import enlarge_features
+from compat_jax.errors import Stopped, UserError
+from compat_jax.fields import check_types
+from compat_jax.gallery import canary
+from compat_jax.gallery.gallery import Gallery
+from compat_jax.gallery.lease import Holder
+from compat_jax.gallery.manifest import Manifest
+from compat_jax.gallery.opened import begin
+from compat_jax.gallery.places import open_store
+from compat_jax.gallery.store import Rows, Store
+from compat_jax.meter import Meter
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Enlarged:
+    """What `enlarge` did.
+
+    Attributes:
+      gallery: the new gallery.
+      moved: rows that were written into it.
+      present: rows that were there.
+    """
+
+    gallery: Gallery
+    moved: int
+    present: int
+
+    def sentence(self) -> str:
+        """Say it in a line."""
+        manifest = self.gallery.manifest()
+        return (
+            f"{self.moved:,} rows moved, {self.present:,} were there; features have "
+            f"{manifest.feature_size:,} numbers, version {manifest.query} embeds queries"
+        )
+
+
+def enlarge(gallery: Gallery, chain: Chain, store: Store | str | os.PathLike[str]) -> Enlarged:
+    """Copy a gallery into a store of longer rows, for the chain that `compat_jax.enlarge` has written.
+
+    Every feature is multiplied by the map that its version's projection was, so that scores stay what
+    they are; keys, contents and payloads are copied. The old gallery goes on answering and stays as it
+    is. Call again to resume, or for rows that came meanwhile; rows that were deleted or replaced
+    meanwhile must be so in both. Backfills of the old gallery are refused meanwhile.
+
+    Args:
+      gallery: to copy.
+      chain: of its versions, enlarged.
+      store: of the new rows, or its place, see `places.open_store`; empty, or begun by this call.
+
+    Returns:
+      What was done, and the new gallery.
+
+    Raises:
+      UserError: the chain is not the enlarged one of the gallery, the store is another gallery's, or a
+        backfill is running.
+      Stopped: it was asked to stop; the rows that were written stay.
+    """
+    check_types(chain=(chain, Chain))
+    manifest = gallery.manifest()
+    larger = chain.record(manifest.query).num_prototypes
+    if larger <= manifest.num_prototypes:
+        raise UserError(
+            f"{chain.path} has num_prototypes={larger}, the gallery {manifest.num_prototypes}: write "
+            "the chain for more prototypes first",
+            "chain",
+        )
+    for number in manifest.members:
+        _check_enlarged(gallery, manifest, chain, number)
+    if isinstance(store, str | os.PathLike):
+        store = open_store(store, larger - 1)
+    if store.manifest() is None:
+        begin(store, chain, manifest.query, manifest.preprocessing.preparation)
+    target = Gallery.open(store, chain, root=gallery.originals.root, work=gallery.work)
+    for number in manifest.members:
+        target.admit(number)
+    moved = present = 0
+    meter = Meter(gallery.work.label("move"), len(gallery), units="rows")
+    with Holder(gallery, manifest.query) as holder, meter:
+        for page in gallery.pages(vectors=True):
+            if gallery.work.should_stop():
+                raise Stopped("the rows that were written stay: call it again to resume")
+            holder.renew()
+            count = store.insert(_moved(page, gallery, target.manifest()))
+            moved, present = moved + count, present + len(page) - count
+            meter.update(len(page))
+    target.change(lambda now: _with_previous(now, manifest))
+    target.refresh()
+    return Enlarged(target, moved, present)
+
+
+def _check_enlarged(gallery: Gallery, manifest: Manifest, chain: Chain, number: int) -> None:
+    """Refuse a version whose features are not those of the gallery's version of that number, moved."""
+    old = gallery.version(number, manifest)
+    new = chain.open(number)
+    known = manifest.members[number].features(manifest.feature_size)
+    expected = enlarge_features(known, old.record, new.record.num_prototypes)
+    found = canary.features(new, manifest.preprocessing.preparation)
+    if not canary.compare(found, expected).passes:
+        raise UserError(
+            f"version {number} of {chain.path} is not version {number} of {gallery.chain.path} moved "
+            "to a larger simplex: give the chain that was made from it",
+            "chain",
+        )
+
+
+def _moved(page: Rows, gallery: Gallery, target: Manifest) -> Rows:
+    """Return a page of rows as the enlarged versions would have embedded them."""
+    assert page.vectors is not None
+    vectors = np.empty((len(page), target.feature_size), np.float32)
+    models: list[Any] = list(page.models)
+    for number in np.unique(page.versions).tolist():
+        of_it = np.flatnonzero(page.versions == number)
+        record = gallery.chain.record(number)
+        vectors[of_it] = enlarge_features(page.vectors[of_it], record, target.num_prototypes)
+        for i in of_it:
+            models[i] = target.members[number].model
+    return dataclasses.replace(page, vectors=vectors, models=models)
+
+
+def _with_previous(now: Manifest, old: Manifest) -> Manifest | None:
+    """Return the manifest with the old gallery's way back, where nothing was switched since."""
+    if now.query != old.query or now.previous is not None or old.previous is None:
+        return None
+    return now.replaced(previous=old.previous)

@@ -1,0 +1,177 @@
+"""Qdrant Edge, the engine of a Qdrant server in one process, as a side of the measure of galleries.
+
+The library has no store for it: this is as much of one as the measure asks for. Points, conditions and
+sizes of requests are those of `compat_jax.gallery.qdrant`, which writes them to a server.
+"""
+
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import qdrant_edge as engine
+
+from compat_jax.gallery import conventions
+from compat_jax.gallery.store import EVERY, Found, Rows, Where
+
+_QUERIES = 64  # of one request
+_FLUSH = 5.0  # seconds between two flushes, as a server has them
+_INDEXED = {
+    "version": engine.PayloadSchemaType.Integer,
+    "facts": engine.PayloadSchemaType.Keyword,
+    "write": engine.PayloadSchemaType.Uuid,
+}
+
+
+class EdgeStore:
+    """Rows of a gallery in a shard of Qdrant Edge, for one process and one thread.
+
+    Attributes:
+      shard: the engine's own object.
+
+    Args:
+      folder: of the shard; made where it is missing.
+      size: of the features.
+      index_above: kilobytes of features from which `refresh` builds an index; None for the engine's own
+        10,000.
+    """
+
+    def __init__(self, folder: Path, size: int, *, index_above: int | None = None):
+        self.size = size
+        self._flushed = time.monotonic()
+        if (folder / "edge_config.json").exists():
+            self.shard = engine.EdgeShard.load(str(folder))
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        vectors = engine.EdgeVectorParams(conventions.columns(size), engine.Distance.Dot)
+        optimizers = engine.EdgeOptimizersConfig(indexing_threshold=index_above)
+        config = engine.EdgeConfig(vectors=vectors, optimizers=optimizers)
+        self.shard = engine.EdgeShard.create(str(folder), config)
+        for name, kind in _INDEXED.items():
+            self.shard.update(engine.UpdateOperation.create_field_index(name, kind))
+
+    def insert(self, rows: Rows) -> int:
+        """See `compat_jax.gallery.store.Store`."""
+        count = 0
+        for points in requests(rows, self.size):
+            self._write(points, None, engine.UpdateMode.InsertOnly)
+            count += len(self._written(points))
+        return count
+
+    def update(self, rows: Rows, replaces: Where) -> int:
+        """See `compat_jax.gallery.store.Store`; of the conditions it knows the version only."""
+        return sum(self._update(points, replaces) for points in requests(rows, self.size))
+
+    def _update(self, points: Sequence[engine.Point], replaces: Where) -> int:
+        new = {point.id: point for point in points}
+        replaced: dict[str, list[engine.Point]] = {}
+        for one in self.shard.retrieve([*new], engine.PayloadSelector.Exclude(["facts"]), False):
+            if _replaces(replaces, one.payload, new[one.id].payload):
+                point = _renewed(one.payload, new[one.id])
+                replaced.setdefault(one.payload["write"], []).append(point)
+        if not replaced:
+            return 0
+        written = [point for some in replaced.values() for point in some]
+        unchanged = [_unchanged(token, some) for token, some in replaced.items()]
+        self._write(written, engine.Filter(should=unchanged), engine.UpdateMode.UpdateOnly)
+        return len(self._written(written))
+
+    def _write(self, points, condition, mode):
+        self.shard.update(engine.UpdateOperation.upsert_points(points, condition, mode))
+        # A flush also shortens the log of writes, which grows until then.
+        if time.monotonic() - self._flushed > _FLUSH:
+            self.shard.flush()
+            self._flushed = time.monotonic()
+
+    def _written(self, points):
+        """Return the ids of points that now carry the token of their write."""
+        token = points[0].payload["write"]
+        there = self.shard.retrieve([point.id for point in points], ["key", "write"], False)
+        return [one.id for one in there if one.payload["write"] == token]
+
+    def search(self, queries: np.ndarray, k: int, where: Where = EVERY) -> Found:
+        """See `compat_jax.gallery.store.Store`; of the conditions it knows the version only."""
+        queries = conventions.padded(conventions.check_queries(queries, k, self.size))
+        found = conventions.no_answers(len(queries), k)
+        condition = _filter(where)
+        for start in range(0, len(queries), _QUERIES):
+            asked = [
+                engine.QueryRequest(limit=k, query=engine.Query.Nearest(one), filter=condition)
+                for one in queries[start : start + _QUERIES].tolist()
+            ]
+            answers = self.shard.query_batch(engine.QueryBatchRequest(asked))
+            for row, points in enumerate(answers, start):
+                for place, point in enumerate(points):
+                    found.ids[row, place], found.scores[row, place] = point.id, point.score
+        return found
+
+    def counts(self) -> Mapping[int, int]:
+        """See `compat_jax.gallery.store.Store`."""
+        hits = self.shard.facet(engine.FacetRequest("version", limit=10_000, exact=True)).hits
+        return {int(hit.value): hit.count for hit in hits}
+
+    def refresh(self) -> None:
+        """Index what is not indexed, which this engine does on call only, and flush."""
+        self.shard.optimize()
+        self.shard.flush()
+
+
+def requests(rows: Rows, size: int) -> Iterator[list[engine.Point]]:
+    """Check rows and lay them out as points with one token, in lists of the size of one request.
+
+    Args:
+      rows: to write.
+      size: of the features.
+
+    Raises:
+      UserError: see `compat_jax.gallery.conventions.check_rows`.
+    """
+    ids, vectors = conventions.check_rows(rows, size)
+    vectors, token = conventions.padded(vectors), uuid.uuid4().hex
+    most = max(1, min(256, 2**20 // conventions.columns(size)))
+    for start in range(0, len(rows), most):
+        yield [
+            engine.Point(
+                int(ids[i]),
+                vectors[i].tolist(),
+                {
+                    "key": conventions.stored_key(rows.keys[i]),
+                    "version": int(rows.versions[i]),
+                    "model": rows.models[i],
+                    "content": rows.contents[i],
+                    "payload": dict(rows.payloads[i]),
+                    "facts": conventions.facts(rows.payloads[i]),
+                    "write": token,
+                },
+            )
+            for i in range(start, min(start + most, len(rows)))
+        ]
+
+
+def _replaces(replaces: Where, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Return whether a row that was read may be replaced: its version, and the same picture."""
+    of_version = replaces.version is None or old["version"] == replaces.version
+    return of_version and old["key"] == new["key"] and old["content"] == new["content"]
+
+
+def _renewed(old: Mapping[str, Any], new: engine.Point) -> engine.Point:
+    """Return a point with the feature and version of a new one and the payload of the old one."""
+    payload = {**new.payload, "payload": old["payload"]}
+    payload["facts"] = conventions.facts(old["payload"])
+    return engine.Point(new.id, new.vector, payload)
+
+
+def _unchanged(token: str, points: Sequence[engine.Point]) -> engine.Filter:
+    """Return the condition that points still carry the token that was read."""
+    ids = engine.HasIdCondition({point.id for point in points})
+    return engine.Filter(must=[ids, _equal("write", token)])
+
+
+def _equal(name: str, value: int | str) -> engine.FieldCondition:
+    return engine.FieldCondition(name, match=engine.MatchValue(value))
+
+
+def _filter(where: Where) -> engine.Filter | None:
+    return None if where.version is None else engine.Filter(must=[_equal("version", where.version)])
