@@ -365,7 +365,8 @@ def at_share(expected: Mapping[str, Any], share: float, query: int) -> float:
       UserError: the check was of other versions.
     """
     if query == expected["new"]:
-        names, shares = ("switched", "begun", "half", "finished"), (0, 0.1, 0.5, 1)
+        names = ("switched", "first", "begun", "half", "finished")
+        shares: tuple[float, ...] = (0, 0.02, 0.1, 0.5, 1)
     elif query == expected["old"]:
         names, shares = ("back", "half back", "today"), (0, 0.5, 1)
     else:

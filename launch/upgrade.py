@@ -43,10 +43,10 @@ HELP = {
 
 Pictures are those of the chain's configuration, or --query and --gallery: folders, patterns or tables;
 with --labels folders of one folder per class. Versions that share no space are refused. Others are tried
-by querying: today, after the switch, with a tenth, half and all rows embedded again, and with the old
-version asking again, which a rollback meets. Without labels answers are compared with those that the
-new version would give had it embedded everything. What launch.evaluate has embedded is not embedded
-again. A table of labels has a column label.
+by querying: today, after the switch, with a fiftieth, a tenth, half and all rows embedded again, and
+with the old version asking again, which a rollback meets. Without labels answers are compared with those
+that the new version would give had it embedded everything. What launch.evaluate has embedded is not
+embedded again. A table of labels has a column label.
 
 Exit code: 0 go: no stage loses more than --margin, by its 95 % interval;
            3 go with loss: something is lost, or too few queries asked to exclude it;

@@ -78,7 +78,7 @@ def test_every_stage_is_what_its_queries_find(strangers):
     drawn = np.random.default_rng(0).permutation(len(GALLERY))
     embedded_again = {
         name: drawn[: len(GALLERY) // part]
-        for name, part in (("tenth", 10), ("half", 2), ("new", 1))
+        for name, part in (("fiftieth", 50), ("tenth", 10), ("half", 2), ("new", 1))
     }
     rows = {"old": features["gallery"][0]}
     for name, some in embedded_again.items():
@@ -87,6 +87,7 @@ def test_every_stage_is_what_its_queries_find(strangers):
     asked = {
         "today": (0, "old"),
         "switched": (1, "old"),
+        "first": (1, "fiftieth"),
         "begun": (1, "tenth"),
         "half": (1, "half"),
         "finished": (1, "new"),
@@ -434,7 +435,8 @@ def test_an_upgrade_from_end_to_end(shop, store, tmp_path):
     ("query", "share", "quality"),
     [
         (3, 0, 0.5),
-        (3, 0.05, 0.4),
+        (3, 0.02, 0.45),
+        (3, 0.06, 0.375),
         (3, 0.1, 0.3),
         (3, 0.5, 0.4),
         (3, 1, 0.6),
@@ -443,8 +445,8 @@ def test_an_upgrade_from_end_to_end(shop, store, tmp_path):
     ],
 )
 def test_status_expects_what_the_check_measured_around_a_share(query, share, quality):
-    figures = {"today": 0.7, "switched": 0.5, "begun": 0.3, "half": 0.4, "finished": 0.6}
-    expected = {"old": 1, "new": 3, **figures, "half back": 0.2, "back": 0.1}
+    figures = {"today": 0.7, "switched": 0.5, "first": 0.45, "begun": 0.3, "half": 0.4}
+    expected = {"old": 1, "new": 3, **figures, "finished": 0.6, "half back": 0.2, "back": 0.1}
     assert at_share(expected, share, query) == pytest.approx(quality)
 
 

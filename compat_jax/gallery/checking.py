@@ -26,8 +26,8 @@ def check(
 
     Versions that share no space (see `differences`) are a "no-go" without being measured. Of others the
     quality of the answers is measured at every stage of an upgrade (`verdict.STAGES`): today, after the
-    switch, with a tenth and with half of the rows embedded again (drawn with seed 0), with all of them,
-    and with the old version asking again at the last two, which is what a rollback meets. The verdict:
+    switch, with a fiftieth, a tenth and half of the rows embedded again (drawn with seed 0), with all of
+    them, and with the old version asking again at the last two, which a rollback meets. The verdict:
 
     - "go": no stage loses more than `terms.margin` against today, whatever the queries drawn: the 95 %
       intervals of all changes end above it.

@@ -24,11 +24,14 @@ from compat_jax.statistics import flips, flips_by_class, interval, resampled_mea
 PAIRS = 100_000  # pairs of each kind for Definition 1
 SAMPLE = 2000  # queries whose pairs meet the threshold
 _BLOCK = 256
-_SHARES = {"old": 0, "tenth": 0.1, "half": 0.5, "new": 1}  # of rows that the new version embedded
+# Of the rows, what the new version embedded.
+_SHARES = {"old": 0, "fiftieth": 0.02, "tenth": 0.1, "half": 0.5, "new": 1}
+MIXED = ("fiftieth", "tenth", "half")
 # Number of the version that asks, and which rows it meets, by stage.
 _ASKING = {
     "today": (0, "old"),
     "switched": (1, "old"),
+    "first": (1, "fiftieth"),
     "begun": (1, "tenth"),
     "half": (1, "half"),
     "finished": (1, "new"),
@@ -40,7 +43,7 @@ _ASKING = {
 class Asked(NamedTuple):
     """Queries and rows of both versions.
 
-    `queries` and the rows "old" and "new" are float32 features; the rows "tenth" and "half" are the new
+    `queries` and the rows "old" and "new" are float32 features; the rows of `MIXED` are the new
     version's where `is_new` is true, bool[n], and the old one's elsewhere.
     """
 
@@ -69,7 +72,7 @@ class Asked(NamedTuple):
         place = np.empty(len(gallery), int)
         place[np.random.default_rng(0).permutation(len(gallery))] = np.arange(len(gallery))
         is_new = {name: place < int(share * len(gallery)) for name, share in _SHARES.items()}
-        mixed = {name: np.where(is_new[name][:, None], new, old) for name in ("tenth", "half")}
+        mixed = {name: np.where(is_new[name][:, None], new, old) for name in MIXED}
         rows = {"old": old, **mixed, "new": new}
         own = evaluation.same_pictures(query, gallery)
         if own is not None and len(gallery) < 2:

@@ -13,6 +13,7 @@ GO, LOSS, NO_GO = "go", "go with loss", "no-go"
 STAGES = {
     "today": "version {old} asks, its own rows",
     "switched": "version {new} asks, rows of version {old}",
+    "first": "version {new} asks, a fiftieth of the rows its own",
     "begun": "version {new} asks, a tenth of the rows its own",
     "half": "version {new} asks, half of the rows its own",
     "finished": "version {new} asks, its own rows",
