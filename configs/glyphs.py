@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs.common import base_config, parse_arguments, source
 
 SIZE = 24
-PRETRAIN_CLASSES = (150, 260, 600)
+PRETRAIN_CLASSES = (120, 220, 600)
 TASK_CLASSES = (1600, 1810)
 RETRIEVAL_CLASSES = (2000, 2060)
 
@@ -45,8 +45,8 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     small_network(config)
     config.seed = args.seed
     config.epochs = 8
-    config.optim.lr = 0.1
-    config.optim.min_lr = 0.001
+    config.optim.lr = 0.2
+    config.optim.min_lr = 0.002
     config.tasks = ConfigDict(
         {
             "initial": 30,

@@ -52,7 +52,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     config.optim.lr, config.optim.min_lr = 0.1, 0.001
     if args.data == "glyphs":
         glyphs.small_network(config)
-        config.epochs = 8
+        config.epochs = 9
         config.pretrain_classes = glyphs.PRETRAIN_CLASSES
         train = source(
             "glyphs",

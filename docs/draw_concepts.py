@@ -23,8 +23,8 @@ from matplotlib.patheffects import withStroke
 INK, MUTED, PALE, RED = "#222222", "#5f5f5f", "#d4d4d4", "#c0392b"
 BLUE, LIGHT_BLUE, ORANGE, GREEN = "#1f6fb2", "#a9cbe6", "#d9822b", "#3a9a5b"
 NOTE = {"color": MUTED, "fontsize": 9, "linespacing": 1.3}
-MATRIX = ((20,), (19, 20), (27, 28, 48), (26, 27, 46, 47))
-INCOMPATIBLE = ((1, 0), (3, 2))
+MATRIX = ((39,), (43, 48), (43, 48, 63), (45, 51, 64, 66))
+INCOMPATIBLE = ((2, 1),)
 REPLACED = 2
 
 
@@ -176,7 +176,7 @@ def matrix(axis: Axes) -> None:
             axis.text(column + 0.5, row + 0.5, str(value), **middle, path_effects=halo)
     for row in (0, REPLACED):
         axis.add_patch(Rectangle((0, row), 1, 1, fill=False, edgecolor=INK, linewidth=2, zorder=4))
-    axis.text(1.2, 0.5, "27 beats 20: version 2\nis compatible with 0", va="center", **NOTE)
+    axis.text(1.2, 0.5, "43 beats 39: version 2\nis compatible with 0", va="center", **NOTE)
     axis.text(2.2, 1.5, "bold: own gallery", va="center", **NOTE)
     axis.text(3.2, 2.5, "hatched:\nnot compatible", va="center", **{**NOTE, "color": RED})
     axis.text(2, 4.75, "gallery embedded by version", ha="center", va="center", color=INK)

@@ -29,6 +29,12 @@ memory; most of an hour on two cores, of which the index of Qdrant Edge takes th
 
 gallery: ingest, index, disk, memory, single queries and their recall, with a filter, before and after
 a backfill of a tenth of the rows.
+
+On a CPU, convolutions take in each pass the form that was fastest on an EPYC. On another processor (ten
+minutes, quiet):
+
+  python -m launch.benchmark --only=forms --rates=rates.json
+  COMPAT_JAX_RATES=rates.json python -m launch.benchmark --only=photos
 """
 
 import json
@@ -70,6 +76,7 @@ flags.DEFINE_string(
     "server of Qdrant to measure gallery in as well, e.g. qdrant:http://localhost:6333; a collection is "
     "made there, and deleted at the end",
 )
+flags.DEFINE_string("rates", None, "file to write the rates of convolutions to, measured by forms")
 flags.DEFINE_string("sizes", "full", "full, or tiny to try that everything runs")
 flags.DEFINE_string("part", None, "internal: the part of a measure that runs in a separate process")
 
@@ -101,6 +108,7 @@ def main(_) -> None:
         variants=args.variants,
         photo=photo,
         gallery_url=args.gallery_url,
+        rates=args.rates,
     )
     results = []
     matmul = {d: timing.matmul_flops(d) for d in sorted({"float32", *dtypes})}

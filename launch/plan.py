@@ -1,13 +1,19 @@
-"""Compile a configuration for a TPU slice before you pay for one; no TPU needed.
+"""Compile a configuration for chips before you pay for them; no TPU or GPU needed.
 
   python -m launch.plan --topology=v5e:2x4 --config=configs/glyphs.py:replace=false
+  python -m launch.plan --topology=h100:8 --config=configs/iamcl2r.py --images=30000 --classes=100 \\
+      --config.dtype=bfloat16
   python -m launch.plan --topology=v6e:2x4 --config=configs/iamcl2r.py --images=30000 --classes=100 \\
       --config.mesh=data:-1,model:4 --config.num_prototypes=1000000
 
-Compiles the training step, the feature extraction and the search step of that run with the TPU
-compiler (libtpu, `pip install 'jax[tpu]'`) for the chips of the topology, and prints the memory that
-each needs on every device, its collectives, whether it fits and what to change if not. Reads the data
-for its sizes; with --images and --classes it needs none.
+Compiles the training step, the feature extraction and the search step of that run for the chips of the
+topology: v2 to v6e and tpu7x with the TPU compiler (libtpu, `pip install 'jax[tpu]'`), h100:1 to
+h100:8 and a100:1 to a100:8 with JAX's CUDA plugin (`pip install jax-cuda13-plugin`, of the release of
+jaxlib; no CUDA libraries). Prints the memory that each needs on every device, its collectives, whether
+it fits and what to change if not; a lower bound of a step's time from FLOP, memory and links; and what
+the compiled program wastes: products in float32 where bfloat16 was asked for, kernels that only reorder,
+convert or copy, kernels that compute the same in every step, collectives that nothing runs beside,
+transfers to the host. Reads the data for its sizes; with --images and --classes it needs none.
 """
 
 import importlib.util
@@ -19,7 +25,7 @@ from absl import flags
 from launch import _cli as cli
 
 cli.define_config("configs/iamcl2r.py")
-flags.DEFINE_string("topology", None, "TPU and its chips, for example v5e:4x4")
+flags.DEFINE_string("topology", None, "chips, for example v5e:4x4 or h100:8")
 flags.DEFINE_integer(
     "images", None, "training images; counted in the data by default", lower_bound=1
 )
@@ -31,21 +37,29 @@ flags.DEFINE_integer("k", 10, "neighbours of the search", lower_bound=1)
 flags.DEFINE_integer("batch_size", 256, "images per batch of the feature extraction", lower_bound=1)
 
 
-def prepare_environment() -> None:
-    """Make JAX run on the CPU and libtpu only compile; call before JAX is used.
+def prepare_environment(topology: str) -> None:
+    """Make JAX run on the CPU and only compile for the topology; call before JAX is used.
+
+    Args:
+      topology: its name.
 
     Raises:
-      UserError: libtpu is not installed.
+      UserError: libtpu, which compiles for TPUs, is not installed.
     """
-    from compat_jax.errors import UserError
-
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            "launch.plan compiles with libtpu, which is not installed: pip install 'jax[tpu]'"
-        )
+    # Before JAX loads the plugin, which says on stderr that it finds no GPU.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import jax
 
+    from compat_jax import topology as topologies
+    from compat_jax.errors import UserError
+
     jax.config.update("jax_platforms", "cpu")
+    if topologies.is_gpu(topology):
+        return
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"{topology} needs the compiler libtpu, which is not installed: pip install 'jax[tpu]'"
+        )
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1",  # no metadata server here
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # another program may be planning, or training
@@ -61,7 +75,7 @@ def main(_) -> None:
     """Parse, compile, print; exit code 1 if something does not fit."""
     args = flags.FLAGS
     topology = cli.require("topology", "v5e:4x4")
-    prepare_environment()
+    prepare_environment(topology)
     from launch.tpu import planning
 
     fits = planning.plan(

@@ -6,15 +6,14 @@ Between two writes the engine flushes or builds its index now and then, as a ser
 import itertools
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from compat_jax.gallery.store import Rows, Where
-from launch.benchmarks.edge import EdgeStore, engine, requests
+from launch.benchmarks.edge import EdgeStore, engine
 
-SIZE, PART, PER_MILLE = 7, 48, {"flush": 100, "index": 40}
+SIZE, PART, PER_MILLE = 7, 48, {"flush": 200, "index": 40}
 INDEX_ABOVE = 8  # kilobytes: 256 rows
 
 
@@ -98,14 +97,9 @@ def update(shard, before, rng, count):
             upkeep(shard, rng)
 
 
-def main(action, folder, seed, count):
+def main(action, folder, seed, count, ready):
     """Open the shard, say so, act."""
     before = said(folder)
     shard = Acknowledging(folder)
-    print("ready", flush=True)
-    action(shard, before, np.random.default_rng(int(seed)), int(count))
-    print("done", flush=True)
-
-
-if __name__ == "__main__":
-    main(globals()[sys.argv[1]], *sys.argv[2:])
+    ready.set()
+    action(shard, before, np.random.default_rng(seed), count)

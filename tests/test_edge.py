@@ -1,7 +1,6 @@
 """The side of Qdrant Edge in the benchmark of galleries: it writes what our store writes to a server."""
 
 import dataclasses
-import json
 import sys
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 from compat_jax.errors import UserError
 from compat_jax.gallery.probe import recall
 from compat_jax.gallery.store import Rows, Where
-from launch.benchmarks import gallery, work
+from launch.benchmarks import gallery
 
 edge = pytest.importorskip("launch.benchmarks.edge")
 
@@ -44,17 +43,21 @@ def exact(queries, features, k):
 
 
 def test_points_and_requests_are_those_of_the_store(tmp_path, monkeypatch):
-    client = pytest.importorskip("qdrant_client").QdrantClient
+    package = pytest.importorskip("qdrant_client")
     from compat_jax.gallery.qdrant import QdrantStore
 
+    client = package.QdrantClient(
+        ":memory:"
+    )  # a folder would write each point to the disk by itself
+    monkeypatch.setattr(package, "QdrantClient", lambda path: client)
     given, new = rows(270), rows(40, version=1)
     store, shard = QdrantStore(tmp_path / "a", size=SIZE), edge.EdgeStore(tmp_path / "b", SIZE)
     sizes, written, upsert = [], {}, client.upsert
 
-    def seen(self, name, some, **options):
+    def seen(name, some, **options):
         sizes.append(len(some))
         written.update({one.id: (one.payload, one.vector) for one in some})
-        return upsert(self, name, some, **options)
+        return upsert(name, some, **options)
 
     monkeypatch.setattr(client, "upsert", seen)
     for call in (lambda to: to.insert(given), lambda to: to.update(new, Where(version=0))):
@@ -136,8 +139,5 @@ def test_an_index_is_built_on_call_and_after_a_backfill_again(tmp_path):
 
 def test_without_the_package_one_line_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "qdrant_edge", None)
-    gallery.draw(tmp_path, sizes := work.GallerySizes(rows=20, size=4, queries=1, k=1))
-    settings = {"place": f"edge:{tmp_path}/load", "sizes": dataclasses.asdict(sizes)}
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="pip install qdrant-edge-py"):
-        gallery.one_store(str(tmp_path))
+        gallery.opened(f"edge:{tmp_path}/load", SIZE)

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from compat_jax import Session, experiment, slice_cost
+from compat_jax import Session, experiment, hlo, slice_cost, topology
 from compat_jax import mesh as meshes
 from compat_jax.errors import UserError
 from configs import iamcl2r
@@ -74,36 +74,50 @@ def test_planned_programs_are_those_that_run(config, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v5:2x2", "unknown TPU 'v5'. Did you mean 'v5p'"),
+        ("v5:2x2", "unknown TPU or GPU 'v5'. Did you mean 'v5p'"),
         ("v5e", "needs its chips, for example v5e:2x2"),
         ("v5e:2", "needs its chips"),
+        ("h100", "needs the GPUs of one machine, for example h100:1 or h100:8"),
+        ("a100:16", "needs the GPUs of one machine, for example a100:1 or a100:8"),
+        ("a100:2x4", "needs the GPUs of one machine"),
     ],
 )
 def test_unknown_topologies_are_refused(name, message):
     with pytest.raises(UserError, match=message):
-        slice_cost.topology_devices(name)
+        topology.devices(name)
 
 
 TEXT = """
+ENTRY %main (a: f32[16,8], c: s32[3]) -> s32[3] {
+  %a = f32[16,8]{1,0} parameter(0)
+  %c = s32[3]{0} parameter(1)
   %all-reduce.1 = f32[16,8]{1,0} all-reduce(%a), channel_id=1, to_apply=%add
-  %ar = (bf16[4]{0}, f32[2,2]{1,0}) all-reduce(%a, %b), channel_id=2
-  ROOT %gather = s32[3]{0:T(128)} all-gather-start(%c), dimensions={0}
+  %ar = (bf16[4]{0}, f32[2,2]{1,0}) all-reduce(%a, %a), channel_id=2
+  %gather = (s32[3]{0:T(128)}, s32[3]{0:T(128)}) all-gather-start(%c), dimensions={0}
   %done = s32[3]{0} all-gather-done(%gather)
-  %piece = f32[16,8]{1,0} all-reduce(%x), channel_id=1, to_apply=%add
-  %not-one = f32[99]{0} add(%all-reduce.1, %x)
+  %piece = f32[16,8]{1,0} all-reduce(%a), channel_id=1, to_apply=%add
+  %not-one = f32[16,8]{0,1} add(%all-reduce.1, %a)
+  ROOT %all-to-all = s32[3]{0} copy(%done)
+}
 """
 
 
 def test_collectives_are_counted_with_the_bytes_of_their_results():
-    assert slice_cost.collectives(TEXT) == {"all-reduce": (2, 512 + 8 + 16), "all-gather": (1, 12)}
+    found = hlo.read(TEXT).collectives
+    assert found == {"all-reduce": (2, 512 + 8 + 16), "all-gather": (1, 12)}
 
 
 MIB = 2**20
 
 
 def test_table():
+    between = hlo.Collective("all-reduce", MIB // 2, 8)
+    kernels = (
+        hlo.Kernel("c", "collective", collective=between, times=2),
+        hlo.Kernel("p", "product", flops={"bf16": 2e9}),
+    )
     costs = [
-        slice_cost.Cost("step", 3 * MIB, MIB, 4 * MIB, 2e9, {"all-reduce": (2, MIB)}),
+        slice_cost.Cost("step", 3 * MIB, MIB, 4 * MIB, hlo.Program(kernels)),
         slice_cost.Cost("features", too_large="needs 24.54G, the device has 15.75G"),
     ]
     first, second, third = slice_cost.table(costs, 16 * MIB).splitlines()
@@ -113,6 +127,30 @@ def test_table():
     assert third.endswith("needs 24.54G, the device has 15.75G")
     assert [slice_cost.fits(cost, 16 * MIB) for cost in costs] == [True, False]
     assert not slice_cost.fits(costs[0], 7 * MIB)
+    head, line = slice_cost.bounds(costs, hlo.CHIPS["TPU v5 lite"]).splitlines()
+    assert head.split("  ")[-2:] == ["one by one", "of peak"]
+    # 2 GFLOP at 197 TFLOP/s; 7/8 of a MiB at 200 GB/s.
+    numbers = "0.010 ms 0.000 ms 0.005 ms 0.010 ms 0.015 ms 68.9 %"
+    assert " ".join(line.split()) == f"step 3 {numbers}"
+
+
+def test_the_report_names_programs_and_findings():
+    product = hlo.Kernel(
+        "p", "product", "jit(f)/conv1/conv", {"bf16": 2e9, "f32": 1e9}, sizes=(MIB,)
+    )
+    costs = [
+        slice_cost.Cost(name, program=hlo.Program((product,), loops=name != "search"))
+        for name in ("training step", "search")
+    ]
+    chip = hlo.CHIPS["NVIDIA H100 80GB HBM3"]
+    lines = planning.report(costs, chip, low_precision=True).splitlines()
+    step, search = lines.index("training step"), lines.index("search")
+    assert lines[step + 1] == "- one by one: 100 % products"
+    assert lines[step + 2].startswith("- products of float32 where bfloat16 was asked for: 1 of 1")
+    assert lines[step + 3].startswith("- the host reads one number after each step")
+    assert lines[search + 1 :] == ["- one by one: 100 % products"]
+    unknown = planning.report(costs, hlo.CHIPS["TPU v2"], low_precision=True)
+    assert unknown == "No rates of a TPU v2 are known here: no bounds of the time."
 
 
 def test_remedies_name_what_is_large(config):
@@ -163,6 +201,39 @@ def test_without_libtpu_one_line_says_what_to_install(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_without_the_cuda_plugin_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(topology, "cuda_plugin", lambda: None)
+    with pytest.raises(UserError) as refused:
+        topology.devices("h100:8")
+    assert f"pip install jax-cuda13-plugin=={jax.lib.__version__}" in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+SMALL = (
+    "--config=configs/iamcl2r.py:replace=false",
+    "--config.backbone.name=resnet_small",
+    "--images=3000",
+    "--classes=100",
+    "--gallery=5000",
+)
+
+
+def check_report(printed: str, devices: str) -> None:
+    """Check what is printed about three programs that fit and work on several devices."""
+    assert devices in printed
+    step, features, search = printed.splitlines()[4:7]
+    assert step.startswith("training step") and "all-reduce" in step
+    assert features.startswith("features") and search.startswith("search")
+    assert "all-gather" in search
+    step, features, search = printed.splitlines()[11:14]
+    for line in (step, features, search):
+        kernels, *times, _ = (float(n) for n in re.findall(r"\d+(?:\.\d+)?(?= ms| %|  )", line))
+        compute, memory, links, least, alone = times
+        assert kernels > 5 and 0 < compute <= max(compute, memory, links) == least <= alone
+    assert "smaller collectives: " in printed
+    assert printed.endswith("Everything fits.\n")
+
+
 @pytest.mark.tpu_aot
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[tpu]'"
@@ -178,18 +249,31 @@ def test_without_libtpu_one_line_says_what_to_install(tmp_path):
 def test_compiles_for_an_absent_slice(topology, devices):
     done = run_plan(
         f"--topology={topology}",
-        "--config=configs/iamcl2r.py:replace=false",
-        "--config.backbone.name=resnet_small",
+        *SMALL,
         "--config.mesh=data:4,model:2",
-        "--images=3000",
-        "--classes=100",
-        "--gallery=5000",
         JAX_OPTIMIZATION_LEVEL="O0",
     )
     assert done.returncode == 0, done.stderr
-    assert f"{devices}; mesh data:4,model:2" in done.stdout
-    step, features, search = done.stdout.splitlines()[4:7]
-    assert step.startswith("training step") and "all-reduce" in step
-    assert features.startswith("features") and search.startswith("search")
-    assert "all-gather" in search
-    assert done.stdout.endswith("Everything fits.\n")
+    check_report(done.stdout, f"{devices}; mesh data:4,model:2")
+
+
+@pytest.mark.slow
+@pytest.mark.cuda_aot
+@pytest.mark.skipif(
+    topology.cuda_plugin() is None, reason="needs JAX's CUDA plugin: pip install jax-cuda13-plugin"
+)
+@pytest.mark.parametrize(
+    ("chips", "devices"),
+    [
+        ("h100:8", "8 devices (NVIDIA H100 80GB HBM3, 59.33 GiB usable), 1 host"),
+        ("a100:2", "2 devices (NVIDIA A100-SXM4-80GB, 59.44 GiB usable), 1 host"),
+    ],
+)
+def test_compiles_for_absent_gpus(chips, devices):
+    done = run_plan(f"--topology={chips}", *SMALL, "--config.dtype=bfloat16", XLA_FLAGS="")
+    assert done.returncode == 0, done.stderr
+    check_report(done.stdout, f"{devices}; mesh data:{chips[-1]},model:1")
+    # No convolution falls back to float32; the two products are those of the contrast's float32 head.
+    wide = re.search(r"products of float32 where bfloat16 was asked for: (\d+) of", done.stdout)
+    assert int(wide[1]) == 2
+    assert "transfers between host and device" not in done.stdout

@@ -426,9 +426,15 @@ def _renewed(old: Any, new: Any) -> models.PointStruct:
 
 
 def _unchanged(token: str, points: Sequence[Any]) -> models.Filter:
-    """Return the condition that points still carry the token that was read."""
-    ids = [point.id for point in points]
-    return models.Filter(must=[models.HasIdCondition(has_id=ids), _equal("write", token)])
+    """Return the condition that points still carry the token that was read, or already the new one.
+
+    An engine that asks a condition again as it reads its log after a kill may by then have the new token
+    in an index and the old row beside it (Qdrant Edge 0.9 does): the write is then done again, where the
+    condition on the old token alone would leave the old payload beside the new feature.
+    """
+    ids = models.HasIdCondition(has_id=[point.id for point in points])
+    tokens = models.MatchAny(any=[token, points[0].payload["write"]])
+    return models.Filter(must=[ids, models.FieldCondition(key="write", match=tokens)])
 
 
 def _refuse_clashes(points: Sequence[Any], there: Sequence[Any]) -> None:

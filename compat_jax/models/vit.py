@@ -14,13 +14,14 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from compat_jax.errors import UserError
+from compat_jax.models.dense import TokenDense
 from compat_jax.models.layers import Conv, layer_norm, linear_init
 
 _truncated = nn.initializers.truncated_normal(0.02)
 
 
 def _dense(features, dtype, name):
-    return nn.Dense(features, dtype=dtype, kernel_init=_truncated, name=name)
+    return TokenDense(features, dtype, kernel_init=_truncated, name=name)
 
 
 class PatchEmbed(nn.Module):

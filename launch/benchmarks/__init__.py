@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from compat_jax.errors import UserError, unknown
-from launch.benchmarks import gallery, growth, photos, pictures, retrieval, training, work
+from launch.benchmarks import forms, gallery, growth, photos, pictures, retrieval, training, work
 from launch.benchmarks.sides import (
     PHOTO_VARIANTS,
     Context,
@@ -35,6 +35,7 @@ MEASURES: dict[str, Callable[[Context], Iterator[Result]]] = {
     "from_disk": pictures.from_disk,
     "photo_memory": pictures.memory,
     "gallery": gallery.load,
+    "forms": forms.measure,
 }
 # Names that stand for several measures.
 GROUPS = {
@@ -68,7 +69,7 @@ def chosen_dtypes(given: Sequence[str], names: Iterable[str]) -> tuple[str, ...]
       given: dtypes; none for the default.
       names: measures. On a CPU that multiplies bfloat16, those of real picture sizes take it as well.
     """
-    real_sizes = {*names} & {*GROUPS["photos"]}
+    real_sizes = {*names} & {*GROUPS["photos"], "forms"}
     both = on_accelerator() or (real_sizes and multiplies_bfloat16())
     return tuple(given) or (("float32", "bfloat16") if both else ("float32",))
 
@@ -76,8 +77,8 @@ def chosen_dtypes(given: Sequence[str], names: Iterable[str]) -> tuple[str, ...]
 def chosen(only: Sequence[str]) -> tuple[str, ...]:
     """Return the names of the measures to take.
 
-    By default all but the gallery, which takes minutes and gigabytes, and, unless there is an
-    accelerator, the protocol.
+    By default all but the gallery, which takes minutes and gigabytes, the forms, which are for a new
+    processor, and, unless there is an accelerator, the protocol.
 
     Args:
       only: names in MEASURES or GROUPS.
@@ -90,7 +91,7 @@ def chosen(only: Sequence[str]) -> tuple[str, ...]:
             raise unknown("measure", name, (*MEASURES, *GROUPS))
     if only:
         return tuple(dict.fromkeys(m for name in only for m in GROUPS.get(name, (name,))))
-    left_out = ("gallery",) if on_accelerator() else ("gallery", "protocol")
+    left_out = ("gallery", "forms", *(() if on_accelerator() else ("protocol",)))
     return tuple(m for m in MEASURES if m not in left_out)
 
 
@@ -103,6 +104,7 @@ def measure(
     variants: Sequence[str] | None = None,
     photo: Mapping[str, Any] = MappingProxyType({}),
     gallery_url: str | None = None,
+    rates: str | None = None,
 ) -> Iterator[Result]:
     """Take the measures and yield the lines of the table.
 
@@ -116,6 +118,7 @@ def measure(
         PHOTO_VARIANTS at real picture sizes.
       photo: sizes of pictures, and rows of the gallery, see `sizes`.
       gallery_url: address of Qdrant to measure a gallery in as well, e.g. qdrant:http://localhost:6333.
+      rates: file to write the measured rates of convolutions to; None for none.
 
     Raises:
       UserError: a name or a variant is unknown, the folder is no clone, or the place is not Qdrant's.
@@ -140,6 +143,7 @@ def measure(
             photo_dtypes=chosen_dtypes(dtypes, GROUPS["photos"]),
             photo_variants=PHOTO_VARIANTS if variants is None else tuple(variants),
             gallery_url=gallery_url,
+            rates=rates,
         )
         for name in names:
             for result in _lines(name, context):

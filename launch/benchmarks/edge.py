@@ -1,7 +1,7 @@
 """Qdrant Edge, the engine of a Qdrant server in one process, as a side of the measure of galleries.
 
-The library has no store for it: this is as much of one as the measure asks for. Points, conditions and
-sizes of requests are those of `compat_jax.gallery.qdrant`, which writes them to a server.
+The library has no store for it: this is as much of one as the measure asks for. It writes the points of
+`compat_jax.gallery.qdrant`, on the same conditions (but see `_unchanged`), in requests of the same size.
 """
 
 import time
@@ -164,14 +164,20 @@ def _renewed(old: Mapping[str, Any], new: engine.Point) -> engine.Point:
 
 
 def _unchanged(token: str, points: Sequence[engine.Point]) -> engine.Filter:
-    """Return the condition that points still carry the token that was read."""
+    """Return the condition that points still carry the token that was read, or the new one already.
+
+    This engine logs a write with its condition, and asks it again when it reads the log after a kill
+    (a server resolves it before it logs). A kill in a flush can leave the index of the tokens ahead of
+    the rows: the condition on the old token alone then fails, and a row keeps the old payload beside
+    the new feature. Here the write is done again.
+    """
     ids = engine.HasIdCondition({point.id for point in points})
-    return engine.Filter(must=[ids, _equal("write", token)])
-
-
-def _equal(name: str, value: int | str) -> engine.FieldCondition:
-    return engine.FieldCondition(name, match=engine.MatchValue(value))
+    tokens = engine.MatchAny([token, points[0].payload["write"]])
+    return engine.Filter(must=[ids, engine.FieldCondition("write", match=tokens)])
 
 
 def _filter(where: Where) -> engine.Filter | None:
-    return None if where.version is None else engine.Filter(must=[_equal("version", where.version)])
+    if where.version is None:
+        return None
+    version = engine.MatchValue(where.version)
+    return engine.Filter(must=[engine.FieldCondition("version", match=version)])

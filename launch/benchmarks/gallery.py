@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -129,8 +130,16 @@ def _emptied(place):
                 client.delete_collection(collection)
 
 
-def _opened(place, size) -> Store:
-    """Open a store of the library's, or a shard of Qdrant Edge, for which it has none."""
+def opened(place: str, size: int) -> Store | Any:
+    """Open a store of the library's, or as much of one as `_Load` asks for on a shard of Qdrant Edge.
+
+    Args:
+      place: see `compat_jax.gallery.open_store`; or "edge:FOLDER".
+      size: of the features.
+
+    Raises:
+      UserError: an engine that is not installed, or see `open_store`.
+    """
     if _engine(place) != _EDGE:
         return open_store(place, size)
     if importlib.util.find_spec("qdrant_edge") is None:
@@ -154,7 +163,7 @@ class _Load:
         self.answers = np.load(folder / "answers.npz")
         self.part = Work().part  # rows per write, as a gallery writes them by default
         self.peaks, self.bytes = [f"{_mb(peak_bytes())} before"], []
-        self.store = _opened(place, sizes.size)
+        self.store = opened(place, sizes.size)
 
     def lines(self) -> Iterator[Result]:
         """Measure everything, in the order in which a gallery meets it."""

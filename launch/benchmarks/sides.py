@@ -36,6 +36,7 @@ class Context:
       photo_dtypes: dtypes to compute in at real picture sizes.
       photo_variants: variants of PyTorch to measure there.
       gallery_url: address of Qdrant to measure a gallery in as well, or None.
+      rates: file to write the rates of convolutions to, or None.
     """
 
     sizes: Sizes
@@ -47,6 +48,7 @@ class Context:
     photo_dtypes: Sequence[str] = ("float32",)
     photo_variants: Sequence[str] = PHOTO_VARIANTS
     gallery_url: str | None = None
+    rates: str | None = None
 
 
 def reference_sides(context: Context, measure: str, **settings: Any) -> tuple[Sides, list[Result]]:

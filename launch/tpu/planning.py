@@ -1,4 +1,4 @@
-"""Compile the programs of a configuration for a TPU topology, and print their memory and cost."""
+"""Compile the programs of a configuration for chips that are not there; print what they cost."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from compat_jax import Session, experiment, slice_cost
+from compat_jax import Session, experiment, hlo, slice_cost, topology
 from compat_jax import config as configs
 from compat_jax import mesh as meshes
 from compat_jax.errors import UserError
@@ -123,9 +123,34 @@ def remedies(
     return advice
 
 
+def report(costs: Sequence[slice_cost.Cost], chip: hlo.Chip, *, low_precision: bool) -> str:
+    """Write the lower bounds of the programs' steps, and what they waste.
+
+    Args:
+      costs: costs of all programs.
+      chip: that they are compiled for.
+      low_precision: whether the network computes in bfloat16.
+    """
+    if not chip.peaks:
+        return f"No rates of a {chip.name} are known here: no bounds of the time."
+    lines = [
+        slice_cost.bounds(costs, chip),
+        "",
+        f"At least: the products at the peak of a {chip.name}, memory and links at their full rate, "
+        "all\nside by side. One by one: every kernel alone, all its data in main memory. Neither counts "
+        "launches and\nlatencies. Of peak: the FLOP in the time one by one.",
+    ]
+    for cost in costs:
+        if cost.too_large is None:
+            networks = low_precision and cost.name != "search"  # which is exact, in float32
+            found = hlo.findings(cost.program, chip, low_precision=networks)
+            lines += ["", cost.name, *(f"- {line}" for line in found)]
+    return "\n".join(lines)
+
+
 def plan(
     config: ConfigDict,
-    topology: str,
+    name: str,
     *,
     images: int | None = None,
     classes: int | None = None,
@@ -133,26 +158,25 @@ def plan(
     k: int = 10,
     batch_size: int = 256,
 ) -> bool:
-    """Compile for a topology, print the table and the advice; return whether everything fits.
+    """Compile for a topology, print tables, findings and advice; return whether everything fits.
 
     Args:
       config: the configuration.
-      topology: name of the slice, e.g. "v5e:4x4".
+      name: of the topology, e.g. "v5e:4x4" or "h100:8".
       images: see `sizes_of_data`.
       classes: see `sizes_of_data`.
       gallery: see `programs`.
       k: see `programs`.
       batch_size: see `programs`.
     """
-    devices = slice_cost.topology_devices(topology)
+    devices = topology.devices(name)
     mesh = meshes.make_mesh(config.mesh, devices)
     labels, shape = sizes_of_data(config, images, classes)
-    kind, hosts = devices[0].device_kind, len({d.process_index for d in devices})
-    hbm = slice_cost.HBM_GIB[kind] * 2**30
+    chip, hosts = hlo.CHIPS[devices[0].device_kind], len({d.process_index for d in devices})
     axes = ",".join(f"{axis}:{size}" for axis, size in mesh.shape.items())
     print(
-        f"{topology}: {len(devices)} devices ({kind}, {slice_cost.HBM_GIB[kind]} GiB usable), "
-        f"{hosts} host{'s' * (hosts > 1)}; mesh {axes}\n"
+        f"{name}: {len(devices)} device{'s' * (len(devices) > 1)} ({devices[0].device_kind}, "
+        f"{chip.memory / 2**30:.2f} GiB usable), {hosts} host{'s' * (hosts > 1)}; mesh {axes}\n"
         f"{config.method}, {config.backbone.name}, {len(labels)} images of "
         f"{'x'.join(map(str, shape))}, K={config.num_prototypes}, batch {config.batch_size}, "
         f"{config.dtype}\n",
@@ -161,14 +185,15 @@ def plan(
     sizes = {"gallery": gallery, "k": k, "batch_size": batch_size}
     lowered = programs(config, mesh, labels=labels, image_shape=shape, **sizes)
     costs = [slice_cost.measure(name, program) for name, program in lowered.items()]
-    print(slice_cost.table(costs, hbm))
-    print("\nFLOP and collectives are those of one step on one device; compiled, not run.")
-    too_large = [cost.name for cost in costs if not slice_cost.fits(cost, hbm)]
+    print(slice_cost.table(costs, chip.memory))
+    print("\nFLOP and collectives are those of one step on one device; compiled, not run.\n")
+    print(report(costs, chip, low_precision=config.dtype != "float32"), end="\n\n")
+    too_large = [cost.name for cost in costs if not slice_cost.fits(cost, chip.memory)]
     if not too_large:
         print("Everything fits.")
     else:
         print(f"Does not fit: {', '.join(too_large)}. Change one of these:")
     size = float(len(labels)) * math.prod(shape)
-    for line in remedies(config, costs, hbm=hbm, images=size):
+    for line in remedies(config, costs, hbm=chip.memory, images=size):
         print(f"- {line}")
     return not too_large

@@ -1,0 +1,68 @@
+"""A dense layer on tokens, whose kernel gradient stays on the fast path of XLA:CPU in bfloat16."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+
+class TokenDense(nn.Module):
+    """A dense layer with a bias, with the variables of `flax.linen.Dense`.
+
+    Attributes:
+      features: numbers of a token afterwards.
+      dtype: dtype of the computation; parameters are float32.
+      kernel_init: initializer of the kernel.
+    """
+
+    features: int
+    dtype: DTypeLike = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map float[batch, tokens, in] to float[batch, tokens, features]."""
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        return matmul(x, kernel) + bias
+
+
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Multiply tokens by a matrix.
+
+    Args:
+      x: float[batch, tokens, in].
+      kernel: float[in, out].
+
+    Returns:
+      float[batch, tokens, out].
+    """
+    if x.dtype != jnp.bfloat16:
+        return _product(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=_on_cpu, default=_product)
+
+
+def _product(x, kernel):
+    return lax.dot_general(x, kernel, (((2,), (0,)), ((), ())))
+
+
+# As autodiff writes it, XLA:CPU computes the gradient of the kernel at 3 to 5 GFLOP/s instead of 100.
+@jax.custom_vjp
+def _on_cpu(x, kernel):
+    return _product(x, kernel)
+
+
+def _forward(x, kernel):
+    return _product(x, kernel), (x, kernel)
+
+
+def _backward(saved, gradient):
+    x, kernel = saved
+    of_kernel = jnp.einsum("bti,bto->io", x, gradient, preferred_element_type=jnp.float32)
+    of_x = lax.dot_general(gradient, kernel, (((2,), (1,)), ((), ())))
+    return of_x, of_kernel.astype(kernel.dtype)
+
+
+_on_cpu.defvjp(_forward, _backward)
