@@ -13,7 +13,7 @@ from compat_jax import mesh as meshes
 from compat_jax import models
 from compat_jax.data.augment import Preprocess
 from compat_jax.features import Extractor
-from compat_jax.hlo import Chip, Program, bound, read
+from compat_jax.hlo import Chip, Program, bound, duration, read
 from compat_jax.models.fold import fold_batch_norm
 
 
@@ -142,7 +142,7 @@ def bounds(costs: Sequence[Cost], chip: Chip) -> str:
             (
                 cost.name,
                 str(launches),
-                *(f"{1e3 * seconds:.3f} ms" for seconds in times),
+                *map(duration, times),
                 f"{share:.1f} %",
                 "",
             )

@@ -2,7 +2,18 @@
 
 from compat_jax.hlo.chips import CHIPS, Chip
 from compat_jax.hlo.kernels import Collective, Kernel, Program, read
-from compat_jax.hlo.roofline import Bound, bound
+from compat_jax.hlo.roofline import Bound, bound, duration
 from compat_jax.hlo.waste import findings
 
-__all__ = ["CHIPS", "Bound", "Chip", "Collective", "Kernel", "Program", "bound", "findings", "read"]
+__all__ = [
+    "CHIPS",
+    "Bound",
+    "Chip",
+    "Collective",
+    "Kernel",
+    "Program",
+    "bound",
+    "duration",
+    "findings",
+    "read",
+]

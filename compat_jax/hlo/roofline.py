@@ -68,7 +68,7 @@ def links(collective: Collective, chip: Chip) -> float:
     return others * collective.size / chip.link
 
 
-def duration(kernel: Kernel, chip: Chip) -> float:
+def seconds_of(kernel: Kernel, chip: Chip) -> float:
     """Return the seconds of one launch: at the peak rate, all that it touches in main memory."""
     seconds = max(products(kernel, chip), kernel.size / chip.bandwidth)
     return max(seconds, links(kernel.collective, chip)) if kernel.collective else seconds
@@ -76,4 +76,9 @@ def duration(kernel: Kernel, chip: Chip) -> float:
 
 def alone(kernels: Iterable[Kernel], chip: Chip) -> float:
     """Return the seconds of kernels one after the other; what is prefetched runs beside them."""
-    return sum(k.times * duration(k, chip) for k in kernels if k.kind != "prefetch")
+    return sum(k.times * seconds_of(k, chip) for k in kernels if k.kind != "prefetch")
+
+
+def duration(seconds: float) -> str:
+    """Write a time of a step, or of a part of one: "6.77 ms" or "54.3 µs"."""
+    return f"{1e3 * seconds:.2f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.1f} µs"

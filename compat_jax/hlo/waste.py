@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from compat_jax.hlo.chips import Chip
 from compat_jax.hlo.kernels import Collective, Kernel, Kind, Program
-from compat_jax.hlo.roofline import alone, bound, duration, links
+from compat_jax.hlo.roofline import alone, bound, duration, links, seconds_of
 
 # Seconds: a kernel of less work takes as long to launch as to run.
 SMALL = 1e-6
@@ -54,7 +54,7 @@ def _shares(program, chip):
             name = names[3]
         elif kernel.kind == "prefetch":
             name = "prefetching beside them"
-        parts[name] += kernel.times * duration(kernel, chip)
+        parts[name] += kernel.times * seconds_of(kernel, chip)
     shares = [f"{_percent(seconds, total)} {name}" for name, seconds in parts.items() if seconds]
     return f"one by one: {', '.join(shares)}"
 
@@ -111,7 +111,7 @@ def _collectives(program, chip):
         size = sum(times * c.size for times, c in large)
         lines.append(
             f"collectives of 1 MiB and more: {sum(times for times, _ in large)}, "
-            f"{size / 2**20:.1f} MiB, {1e3 * time:.3f} ms on the links, {_percent(hidden, time)} of it "
+            f"{size / 2**20:.1f} MiB, {duration(time)} on the links, {_percent(hidden, time)} of it "
             "beside other kernels"
         )
     if small:
@@ -146,12 +146,12 @@ def _host(program, chip):
 
 def _small(program, chip):
     kernels = [k for k in program.kernels if k.kind not in ("prefetch", "collective")]
-    small = [k for k in kernels if duration(k, chip) < SMALL]
+    small = [k for k in kernels if seconds_of(k, chip) < SMALL]
     if not chip.is_gpu or not small:
         return []
     return [
         f"kernels with less than 1 µs of work: {_count(small)} of {_count(kernels)}, "
-        f"{1e3 * alone(small, chip):.3f} ms in all; their launches take longer"
+        f"{duration(alone(small, chip))} in all; their launches take longer"
     ]
 
 

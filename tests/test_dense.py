@@ -1,0 +1,57 @@
+"""The dense layer of tokens: Flax's variables and numbers, gradients that are summed in float32."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from compat_jax.models.dense import TokenDense, matmul
+
+
+def normal(shape, seed, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32), dtype)
+
+
+def test_its_variables_and_values_are_those_of_flax():
+    x = normal((2, 5, 3), 0)
+    ours, theirs = TokenDense(4), nn.Dense(4)
+    variables = ours.init(jax.random.key(1), x)
+    jax.tree.map(np.testing.assert_array_equal, variables, theirs.init(jax.random.key(1), x))
+    expected = theirs.apply(variables, x)
+    np.testing.assert_allclose(ours.apply(variables, x), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-8)])
+def test_gradients_are_those_of_the_product_in_float64(dtype, tolerance):
+    x, kernel, upstream = (
+        normal(shape, seed, dtype) for seed, shape in enumerate([(3, 50, 4), (4, 6), (3, 50, 6)])
+    )
+
+    @jax.jit
+    def all_of_them(x, kernel, upstream):
+        value, pull_back = jax.vjp(matmul, x, kernel)
+        return value, *pull_back(upstream)
+
+    wide = [np.asarray(a, np.float64) for a in (x, kernel, upstream)]
+    expected = (
+        wide[0] @ wide[1],
+        wide[2] @ wide[1].T,
+        np.einsum("bti,bto->io", wide[0], wide[2]),
+    )
+    for found, wanted in zip(all_of_them(x, kernel, upstream), expected, strict=True):
+        assert found.dtype == dtype
+        difference = np.abs(np.asarray(found, np.float64) - wanted).max()
+        assert difference <= tolerance * np.abs(wanted).max()
+
+
+def test_other_platforms_have_no_product_more():
+    x, kernel = normal((2, 5, 3), 0, jnp.bfloat16), normal((3, 4), 1, jnp.bfloat16)
+    plain = jax.jit(jax.grad(lambda k: (x @ k).sum()))
+    ours = jax.jit(jax.grad(lambda k: matmul(x, k).sum()))
+
+    def products(function):
+        text = function.trace(kernel).lower(lowering_platforms=("tpu",)).as_text()
+        return text.count("stablehlo.dot_general")
+
+    assert products(ours) == products(plain)
