@@ -11,10 +11,9 @@ import jax
 from jax.experimental import topologies
 
 from compat_jax.errors import UserError, unknown
+from compat_jax.hlo.chips import GPUS
 
 TPUS = ("v2", "v3", "v4", "v5e", "v5p", "v6e", "tpu7x")
-# The name of each GPU in the descriptions that JAX's CUDA plugin brings along.
-GPUS = {"h100": "NVIDIA H100 80GB HBM3", "a100": "NVIDIA A100-SXM4-80GB"}
 GPUS_PER_HOST = 8
 _PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
@@ -43,11 +42,6 @@ def devices(name: str) -> list[jax.Device]:
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"no topology {name!r}: {str(error).splitlines()[0]}") from error
     return list(slice_.devices)
-
-
-def is_gpu(name: str) -> bool:
-    """Return whether a topology is one of GPUs."""
-    return name.partition(":")[0] in GPUS
 
 
 def cuda_plugin() -> Path | None:

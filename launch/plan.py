@@ -46,20 +46,21 @@ def prepare_environment(topology: str) -> None:
     Raises:
       UserError: libtpu, which compiles for TPUs, is not installed.
     """
-    # Before JAX loads the plugin, which says on stderr that it finds no GPU.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import jax
-
-    from compat_jax import topology as topologies
     from compat_jax.errors import UserError
+    from compat_jax.hlo.chips import GPUS
 
-    jax.config.update("jax_platforms", "cpu")
-    if topologies.is_gpu(topology):
-        return
-    if importlib.util.find_spec("libtpu") is None:
+    is_tpu = topology.partition(":")[0] not in GPUS
+    if is_tpu and importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"{topology} needs the compiler libtpu, which is not installed: pip install 'jax[tpu]'"
         )
+    # Before JAX loads the CUDA plugin, which says on stderr that it finds no GPU.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    if not is_tpu:
+        return
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1",  # no metadata server here
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # another program may be planning, or training

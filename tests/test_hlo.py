@@ -154,6 +154,10 @@ def test_bytes_are_those_that_are_used(step):
 
 def test_an_update_in_place_writes_its_slice():
     text = """
+%unused (p: f32[]) -> f32[] {
+  ROOT %p = f32[] parameter(0)
+}, execution_thread="sparsecore"
+
 ENTRY %main (a: f32[1000], b: f32[10], i: s32[]) -> f32[1000] {
   %a = f32[1000]{0} parameter(0)
   %b = f32[10]{0} parameter(1)

@@ -150,7 +150,7 @@ def test_the_report_names_programs_and_findings():
     assert lines[step + 3].startswith("- the host reads one number after each step")
     assert lines[search + 1 :] == ["- one by one: 100 % products"]
     unknown = planning.report(costs, hlo.CHIPS["TPU v2"], low_precision=True)
-    assert unknown == "No rates of a TPU v2 are known here: no bounds of the time."
+    assert unknown == "The rates of the TPU v2 are not known here: no bounds of the time."
 
 
 def test_remedies_name_what_is_large(config):

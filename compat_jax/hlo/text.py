@@ -74,14 +74,14 @@ class Instruction(NamedTuple):
         if branches:
             return tuple(re.findall(r"[\w.\-]+", branches[1]))
         names = ["calls", "body", "true_computation", "false_computation"]
-        if self.opcode == "call":
+        if self.opcode in ("call", "call-start"):
             names.append("to_apply")
         return tuple(name for name in map(self.attribute, names) if name)
 
     @property
     def fuses(self) -> bool:
         """Return whether it runs its computation as one kernel, or beside the kernels after it."""
-        return self.opcode in ("fusion", "fusion-start", "async-start")
+        return self.opcode in ("fusion", "fusion-start", "call-start", "async-start")
 
     @property
     def target(self) -> str:
@@ -116,7 +116,7 @@ def parse(text: str) -> Module:
     name, entry, root = "", "", ""
     found: dict[str, Instruction] = {}
     for line in text.splitlines():
-        if line == "}" and name:
+        if name and line.startswith("}"):
             computations[name] = Computation(found, root)
             name, found, root = "", {}, ""
         elif not name and (head := _COMPUTATION.match(line)):

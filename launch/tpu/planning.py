@@ -132,11 +132,11 @@ def report(costs: Sequence[slice_cost.Cost], chip: hlo.Chip, *, low_precision: b
       low_precision: whether the network computes in bfloat16.
     """
     if not chip.peaks:
-        return f"No rates of a {chip.name} are known here: no bounds of the time."
+        return f"The rates of the {chip.name} are not known here: no bounds of the time."
     lines = [
         slice_cost.bounds(costs, chip),
         "",
-        f"At least: the products at the peak of a {chip.name}, memory and links at their full rate, "
+        f"At least: the products at the peak of the {chip.name}, memory and links at their full rate, "
         "all\nside by side. One by one: every kernel alone, all its data in main memory. Neither counts "
         "launches and\nlatencies. Of peak: the FLOP in the time one by one.",
     ]
