@@ -202,7 +202,7 @@ def test_without_libtpu_one_line_says_what_to_install(tmp_path):
 
 
 def test_without_the_cuda_plugin_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(topology, "cuda_plugin", lambda: None)
+    monkeypatch.setattr(topology, "has_cuda_plugin", lambda: False)
     with pytest.raises(UserError) as refused:
         topology.devices("h100:8")
     assert f"pip install jax-cuda13-plugin=={jax.lib.__version__}" in str(refused.value)
@@ -263,7 +263,7 @@ def test_compiles_for_an_absent_slice(topology, devices):
 @pytest.mark.slow
 @pytest.mark.cuda_aot
 @pytest.mark.skipif(
-    topology.cuda_plugin() is None, reason="needs JAX's CUDA plugin: pip install jax-cuda13-plugin"
+    not topology.has_cuda_plugin(), reason="needs JAX's CUDA plugin: pip install jax-cuda13-plugin"
 )
 @pytest.mark.parametrize(
     ("chips", "devices"),

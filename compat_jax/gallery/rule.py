@@ -11,7 +11,7 @@ from compat_jax.models import DTYPES
 
 _WHEN = {
     "switched": "the switch",
-    "first": "the first rows of a backfill",
+    "first": "the first fiftieth of a backfill",
     "begun": "the beginning of a backfill",
     "half": "the middle of a backfill",
     "finished": "a finished backfill",

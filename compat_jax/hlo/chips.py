@@ -69,5 +69,5 @@ CHIPS = {
         "A100 SXM", 85100068864, 312, 156, 19.5, bandwidth=2039, cache=40, link=300
     ),
 }
-# By family of topologies, the `device_kind`: XLA's CUDA compiler describes its GPUs under these names.
+# By family of topologies, JAX's `device_kind`.
 GPUS = {"h100": "NVIDIA H100 80GB HBM3", "a100": "NVIDIA A100-SXM4-80GB"}
