@@ -30,8 +30,8 @@ memory; most of an hour on two cores, of which the index of Qdrant Edge takes th
 gallery: ingest, index, disk, memory, single queries and their recall, with a filter, before and after
 a backfill of a tenth of the rows.
 
-On a CPU, convolutions take in each pass the form that was fastest on an EPYC. On another processor (ten
-minutes, quiet):
+On a CPU, convolutions in bfloat16 take in each pass the form that was fastest on an EPYC. On another
+processor (ten minutes, quiet):
 
   python -m launch.benchmark --only=forms --rates=rates.json
   COMPAT_JAX_RATES=rates.json python -m launch.benchmark --only=photos

@@ -10,10 +10,11 @@ stand beside it on the same pictures.
 
 from compat_jax.afterwards.comparing import METRICS, SAMPLE, compare, sampled
 from compat_jax.afterwards.measuring import Spaces, measure
-from compat_jax.afterwards.plan import NAIVE, REINDEX, RESCORING, WAYS, Plan
+from compat_jax.afterwards.plan import FORWARD, NAIVE, REINDEX, RESCORING, WAYS, Plan
 from compat_jax.afterwards.results import Comparison, Cost, Way
 
 __all__ = [
+    "FORWARD",
     "METRICS",
     "NAIVE",
     "REINDEX",

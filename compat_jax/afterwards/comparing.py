@@ -116,13 +116,19 @@ def _spaces(data: tuple[Dataset, Dataset], plan: Plan, features: Callable, *, me
     old, new = features(query)
     rows = None if own is None else own[asked]
     asking = Both(old[asked], new[asked], query.need_labels()[asked], rows)
-    return Spaces(asking, answering, _pairs(plan, answering, features), mesh)
+    fitted = None if plan.pictures is not None else _rows(plan, len(answering.labels))
+    pairs = _pairs(plan, answering, features)
+    return Spaces(asking, answering, pairs, mesh, fitted=fitted)
+
+
+def _rows(plan: Plan, count: int) -> np.ndarray:
+    return Maps(pairs=plan.pairs, seed=plan.seed).rows(count)
 
 
 def _pairs(plan: Plan, gallery: Both, features: Callable) -> align.Pairs:
     """The pairs to fit maps on: the first gallery images of the order, or the pictures of the plan."""
     if plan.pictures is None:
-        rows = Maps(pairs=plan.pairs, seed=plan.seed).rows(len(gallery.labels))
+        rows = _rows(plan, len(gallery.labels))
         return align.Pairs(gallery.old[rows], gallery.new[rows], gallery.labels[rows])
     order = np.random.default_rng(plan.seed).permutation(len(plan.pictures))
     chosen = plan.pictures.take(np.sort(order[: plan.pairs]))

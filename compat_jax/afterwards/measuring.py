@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from compat_jax import align
-from compat_jax.afterwards.plan import NAIVE, REINDEX, RESCORING, Plan
+from compat_jax.afterwards.plan import FORWARD, NAIVE, REINDEX, RESCORING, Plan
 from compat_jax.afterwards.results import Cost, Way
 from compat_jax.backfill import Curve, Gallery, backfill, ranking
 from compat_jax.retrieval import mixed
@@ -26,12 +26,14 @@ class Spaces(NamedTuple):
       gallery: by both versions.
       pairs: to fit maps on.
       mesh: devices.
+      fitted: int[p], rows of the gallery that the pairs are; None for other pictures.
     """
 
     queries: Both
     gallery: Both
     pairs: align.Pairs
     mesh: Any = None
+    fitted: np.ndarray | None = None
 
 
 def measure(
@@ -48,7 +50,7 @@ def measure(
     Yields:
       A `Way` each, in the order of `WAYS`.
     """
-    queries, gallery, pairs, _ = spaces
+    queries, gallery, pairs, *_ = spaces
     count, run = len(gallery.labels), functools.partial(_swapped, spaces, metrics, plan)
     if NAIVE in plan.ways and queries.old.shape[1] == queries.new.shape[1]:
         yield Way(NAIVE, run(None), Cost())
@@ -69,6 +71,8 @@ def measure(
             bytes=sum(array.nbytes for array in found.arrays.values()),
         )
         yield Way(kind, run(mapped), cost, dict(found.settings))
+    if FORWARD in plan.ways:
+        yield _forward(spaces, metrics, plan, images * seconds_an_image)
     if RESCORING in plan.ways:
         yield _rescoring(spaces, metrics, plan)
     if REINDEX in plan.ways:
@@ -101,7 +105,7 @@ def _searched(searcher: mixed.Searcher, metrics, plan: Plan) -> dict[str, Curve]
 def _concatenated(spaces: Spaces, metrics, plan: Plan, mapped) -> dict[str, Curve]:
     """Curves of any metric: queries [mapped, new] and rows [old, 0] or [0, new] have the inner products
     of `Swap.images`, but for a factor that all share."""
-    queries, gallery, _, mesh = spaces
+    queries, gallery, _, mesh, *_ = spaces
     rows, new = Gallery(*gallery[:3]), queries.new
     if mapped is not None:
         wide = gallery.old.shape[1], gallery.new.shape[1]
@@ -118,6 +122,28 @@ def _concatenated(spaces: Spaces, metrics, plan: Plan, mapped) -> dict[str, Curv
     }
 
 
+def _forward(spaces: Spaces, metrics, plan: Plan, embedding: float) -> Way:
+    """Take the old rows to the new space by a ridge map; the pairs' rows have their new features."""
+    queries, gallery, pairs, *_ = spaces
+    began = time.perf_counter()
+    found = align.fit(pairs.new, pairs.old, "ridge", labels=pairs.labels)
+    rows = found.map(gallery.old)
+    fitting = time.perf_counter() - began
+    if spaces.fitted is not None:
+        rows[spaces.fitted] = gallery.new[spaces.fitted]
+    moved = spaces._replace(
+        queries=queries._replace(old=queries.new), gallery=gallery._replace(old=rows)
+    )
+    cost = Cost(
+        pairs=len(pairs.new),
+        images=len(pairs.new) * (1 if plan.pictures is None else 2),
+        fit_seconds=fitting,
+        seconds=fitting + embedding,
+        bytes=rows.size * _FLOAT,
+    )
+    return Way(FORWARD, _swapped(moved, metrics, plan, None), cost, dict(found.settings))
+
+
 def _rescoring(spaces: Spaces, metrics, plan: Plan) -> Way:
     queries, gallery, *_ = spaces
     searcher = mixed.Rescoring(queries, gallery, plan.candidates)
@@ -132,7 +158,7 @@ def _rescoring(spaces: Spaces, metrics, plan: Plan) -> Way:
 
 def _reindexed(spaces: Spaces, metrics, plan: Plan) -> dict[str, Curve]:
     """The old version answers until all is embedded again."""
-    queries, gallery, _, mesh = spaces
+    queries, gallery, _, mesh, *_ = spaces
     shares = [*plan.shares, 1.0]
     curves = {}
     for metric in metrics:

@@ -10,8 +10,8 @@ from compat_jax.data.dataset import Dataset
 from compat_jax.errors import unknown
 from compat_jax.fields import Rule, check_fields
 
-NAIVE, RESCORING, REINDEX = "naive", "rescoring", "reindex"
-WAYS = (NAIVE, *align.KINDS, RESCORING, REINDEX)
+NAIVE, FORWARD, RESCORING, REINDEX = "naive", "forward", "rescoring", "reindex"
+WAYS = (NAIVE, *align.KINDS, FORWARD, RESCORING, REINDEX)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,8 @@ class Cost(NamedTuple):
       networks: versions that embed each query until all of the gallery is embedded again.
       fit_seconds: measured, to fit the map; the first of its kind also compiles.
       seconds: fit_seconds and the images at the measured rate.
-      bytes: kept beside one vector an image: the map, the vectors made on demand, the second index.
+      bytes: kept beside one vector an image, or written in its place: the map, the vectors made on
+        demand, the second index, the rows that were mapped.
     """
 
     pairs: int = 0

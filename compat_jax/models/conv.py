@@ -3,8 +3,8 @@
 On GPU and TPU that is the platform's own convolution. XLA:CPU's is good on some shapes, but on small
 maps it is 5 to 15 times slower than a matmul that does the same work, its gradients run at a third of
 the matmul's rate on many large ones, and the gradient of a grouped convolution takes 20 to 100 times as
-long as that of its groups one by one. `cpu_form` chooses by shape and type: on maps of 7 and from 13
-pixels on, for each pass by measured rates (`rates`), else by rule; the measurements are in
+long as that of its groups one by one. `cpu_form` chooses by shape and type: in bfloat16 on maps of 7
+and from 13 pixels on for each pass by measured rates (`rates`), else by rule; the measurements are in
 BUILD_NOTES.md. All forms compute the same sums and are differentiable.
 """
 

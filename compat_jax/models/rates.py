@@ -1,7 +1,8 @@
 """Which form of a convolution is fastest in which pass on CPU, by measured times.
 
 `rates.json` beside this module has the milliseconds of every form and pass for the convolutions of a
-ResNet-50 at 224 pixels. `python -m launch.benchmark --only=forms --rates=FILE` measures them anew on
+ResNet-50 at 224 pixels in bfloat16; in float32 the forms that are faster one by one made a whole step no
+faster. `python -m launch.benchmark --only=forms --rates=FILE` measures them anew on
 another processor; with $COMPAT_JAX_RATES=FILE they are read from there.
 """
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compat_jax import align
-from compat_jax.afterwards import NAIVE, REINDEX, RESCORING, Comparison, Way
+from compat_jax.afterwards import FORWARD, NAIVE, REINDEX, RESCORING, Comparison, Way
 from compat_jax.report import style
 from compat_jax.report.findings import Findings
 from compat_jax.report.tables import Column, Table, count, percent, seconds, share
@@ -22,6 +22,7 @@ TITLES = {
     "low_rank": "low rank",
     "slerp": "SLERP",
     "adapter": "adapter",
+    FORWARD: "rows mapped",
     RESCORING: "rescoring",
     REINDEX: "re-index",
 }
@@ -206,6 +207,7 @@ def _look(way: str) -> dict[str, Any]:
     """Colour and mark of a way: what needs no map stands out from the maps."""
     plain: dict[str, dict[str, Any]] = {
         NAIVE: {"color": style.INK, "marker": "X", "lw": 2.2},
+        FORWARD: {"color": style.INK, "marker": "D", "ls": "--"},
         RESCORING: {"color": style.MUTED, "marker": "s", "ls": "-."},
         REINDEX: {"color": style.MUTED, "marker": "", "ls": ":"},
     }
