@@ -1,6 +1,7 @@
 """Progress of long work: a bar on a terminal, a plain line every few seconds elsewhere."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -8,6 +9,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 SECONDS = 10.0  # between plain lines
+SILENCE = 10.0  # before the first one, if no unit is done
 
 T = TypeVar("T")
 
@@ -30,11 +32,17 @@ class Meter:
         self._bar: Any = None
         if label is not None and sys.stderr.isatty():
             self._bar = tqdm(total=total, desc=label, unit=f" {units}", leave=keep)
+        # Before the first unit is done a program may compile for minutes.
+        self._alarm = threading.Timer(SILENCE, self._speak)
+        self._alarm.daemon = True
+        if label is not None and self._bar is None:
+            self._alarm.start()
 
     def __enter__(self) -> "Meter":
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._alarm.cancel()
         if self._bar is not None:
             self._bar.close()
         elif time.monotonic() - self._began >= SECONDS:
@@ -49,6 +57,7 @@ class Meter:
 
     def update(self, count: int = 1) -> None:
         """Count units done."""
+        self._alarm.cancel()
         self.done += count
         if self._bar is not None:
             self._bar.update(count)

@@ -76,3 +76,13 @@ def test_a_line_is_not_said_twice_and_an_unknown_total_is_none(capsys, monkeypat
         shown.update(3)
         shown.update(2)
     assert capsys.readouterr().err == "embedding: 3 pictures\nembedding: 5 pictures\n"
+
+
+def test_a_line_comes_also_where_nothing_is_done_yet(monkeypatch, capsys):
+    monkeypatch.setattr(meter, "SILENCE", 0.01)
+    with Meter("hoc", 7) as shown:
+        shown.say("compiling")
+        said = ""
+        while not said:
+            said = capsys.readouterr().err
+    assert said in ("hoc: 0 of 7 steps\n", "hoc: 0 of 7 steps, compiling\n")

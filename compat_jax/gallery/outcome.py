@@ -133,7 +133,8 @@ class Status:
             lines.append(f"{part}, {count / self.total:.1%}{answered}")
         seconds = "" if self.seconds_left is None else f", about {duration(self.seconds_left)}"
         size = self.left * self.row_bytes / 2**20
-        lines.append(f"left to embed again: {self.left:,} pictures{seconds}, {size:,.1f} MiB")
+        left = f"left to embed again: {self.left:,} pictures{seconds}, {size:,.1f} MiB"
+        lines.append(left if self.left else "nothing is left to embed again")
         return "\n".join(lines)
 
 

@@ -101,7 +101,7 @@ class Fit:
         _check_epochs(task, step)
         self.workdir.log.rewind(task.index, step)
         meter.skip(step)
-        meter.say("")
+        meter.say("compiling" if self.warm is not trainer else "")
         course = _Course(self, task, trainer, frozen, watch=self._watch(task, trainer, meter, step))
         with contextlib.closing(self.board):
             self.board.begin(task.label, step)
