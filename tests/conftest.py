@@ -3,11 +3,13 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile more than they compute: LLVM's passes on the CPU cost a quarter of the suite's time.
+# Tests compile more than they compute: LLVM's passes on the CPU cost a quarter of the suite's time, and
+# cutting small programs into parts to compile at once a tenth.
 # To test the code that users run: XLA_FLAGS= pytest
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_parallel_codegen_split_count=1",
 )
 
 import hypothesis

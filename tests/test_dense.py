@@ -22,11 +22,11 @@ def test_its_variables_and_values_are_those_of_flax():
     np.testing.assert_allclose(ours.apply(variables, x), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("places", [(50,), (7, 8)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-8)])
-def test_gradients_are_those_of_the_product_in_float64(dtype, tolerance):
-    x, kernel, upstream = (
-        normal(shape, seed, dtype) for seed, shape in enumerate([(3, 50, 4), (4, 6), (3, 50, 6)])
-    )
+def test_gradients_are_those_of_the_product_in_float64(dtype, tolerance, places):
+    shapes = (3, *places, 4), (4, 6), (3, *places, 6)
+    x, kernel, upstream = (normal(shape, seed, dtype) for seed, shape in enumerate(shapes))
 
     @jax.jit
     def all_of_them(x, kernel, upstream):
@@ -37,7 +37,7 @@ def test_gradients_are_those_of_the_product_in_float64(dtype, tolerance):
     expected = (
         wide[0] @ wide[1],
         wide[2] @ wide[1].T,
-        np.einsum("bti,bto->io", wide[0], wide[2]),
+        wide[0].reshape(-1, 4).T @ wide[2].reshape(-1, 6),
     )
     for found, wanted in zip(all_of_them(x, kernel, upstream), expected, strict=True):
         assert found.dtype == dtype

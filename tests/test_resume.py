@@ -385,7 +385,7 @@ def test_a_folder_of_another_run_is_refused_with_the_differing_fields(tmp_path):
     assert message.startswith(f"{workdir} belongs to a run with other settings: ")
     for difference in (
         "epochs was 2, now 3",
-        "optimizer.lr was 0.01, now 0.5",
+        "optimizer.lr was 0.2, now 0.5",
         f"data.sha256 was {data['sha256']}, now ",
     ):
         assert difference in message

@@ -22,7 +22,7 @@ class TokenDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map float[batch, tokens, in] to float[batch, tokens, features]."""
+        """Map float[batch, ..., in] to float[batch, ..., features]."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
@@ -33,11 +33,11 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Multiply tokens by a matrix.
 
     Args:
-      x: float[batch, tokens, in].
+      x: float[batch, ..., in], tokens or the places of a map.
       kernel: float[in, out].
 
     Returns:
-      float[batch, tokens, out].
+      float[batch, ..., out].
     """
     if x.dtype != jnp.bfloat16:
         return _product(x, kernel)
@@ -45,7 +45,7 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _product(x, kernel):
-    return lax.dot_general(x, kernel, (((2,), (0,)), ((), ())))
+    return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
 # As autodiff writes it, XLA:CPU computes the gradient of the kernel at 3 to 5 GFLOP/s instead of 100.
@@ -60,8 +60,9 @@ def _forward(x, kernel):
 
 def _backward(saved, gradient):
     x, kernel = saved
-    of_kernel = jnp.einsum("bti,bto->io", x, gradient, preferred_element_type=jnp.float32)
-    of_x = lax.dot_general(gradient, kernel, (((2,), (1,)), ((), ())))
+    left, right = (a.reshape(len(a), -1, a.shape[-1]) for a in (x, gradient))
+    of_kernel = jnp.einsum("bti,bto->io", left, right, preferred_element_type=jnp.float32)
+    of_x = lax.dot_general(gradient, kernel, (((x.ndim - 1,), (1,)), ((), ())))
     return of_x, of_kernel.astype(kernel.dtype)
 
 
