@@ -164,6 +164,7 @@ def test_the_program_for_other_platforms_is_their_own_convolution(tmp_path, monk
     assert count("cpu") == 1  # the gradient of the inputs
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_a_table_that_is_read(tmp_path):
     path = tmp_path / "rates.json"
     flags = ("--sizes=tiny", "--only=forms", "--dtype=float32", f"--rates={path}")
