@@ -37,7 +37,7 @@ PROGRAMS = (
     Program("launch.enlarge", "move a chain to a larger K without reading a picture again"),
     Program("launch.import_torch", "make a chain of PyTorch weights"),
     Program("launch.export_torch", "write a version as a PyTorch state dict"),
-    Program("launch.plan", "compile a configuration for a TPU slice without renting one"),
+    Program("launch.plan", "compile a configuration for TPUs or GPUs without renting them"),
     Program("launch.tpu_vm", "rent a TPU slice, run a program on it, give it back"),
     Program("launch.benchmark", "measure speed and memory"),
     Program("launch.compare_reference", "run the PyTorch reference beside this package"),
