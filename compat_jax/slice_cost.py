@@ -84,10 +84,10 @@ def measure(name: str, lowered: jax.stages.Lowered) -> Cost:
     memory: Any = compiled.memory_analysis()
     return Cost(
         name,
-        memory.argument_size_in_bytes,
-        memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        memory.temp_size_in_bytes,
-        read(compiled.as_text() or ""),
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+        program=read(compiled.as_text() or ""),
     )
 
 

@@ -33,18 +33,25 @@ class Chip:
     is_gpu: bool = False
 
 
-def _tpu(name, gib, teraflops=0.0, bandwidth=0.0, link=0.0):
+def _tpu(name, gib, teraflops=0.0, *, bandwidth=0.0, link=0.0):
     # A product of float32 takes one pass of the bfloat16 unit by default, six at full precision.
     rates = {"bf16": teraflops, "f16": teraflops, "f32": teraflops, "f32!": teraflops / 6}
     peaks = {kind: rate * 1e12 for kind, rate in rates.items()} if teraflops else {}
-    return Chip(name, gib * GIB, peaks, bandwidth * 1e9, link=link * 1e9)
+    return Chip(name, gib * GIB, peaks, bandwidth=bandwidth * 1e9, link=link * 1e9)
 
 
-def _gpu(name, memory, half, tensor_float, single, *, bandwidth, cache, link):
+def _gpu(name, memory, teraflops, *, bandwidth, cache, link):
+    half, tensor_float, single = teraflops
     rates = {"bf16": half, "f16": half, "f32": tensor_float, "f32!": single}
-    peaks = {kind: rate * 1e12 for kind, rate in rates.items()}
-    share = GPU_SHARE * memory
-    return Chip(name, share, peaks, bandwidth * 1e9, cache << 20, link * 1e9, is_gpu=True)
+    return Chip(
+        name,
+        memory=GPU_SHARE * memory,
+        peaks={kind: rate * 1e12 for kind, rate in rates.items()},
+        bandwidth=bandwidth * 1e9,
+        cache=cache << 20,
+        link=link * 1e9,
+        is_gpu=True,
+    )
 
 
 # By JAX's `device_kind`. The memory of a TPU is what the compiler lets a program use, a little less
@@ -57,16 +64,16 @@ def _gpu(name, memory, half, tensor_float, single, *, bandwidth, cache, link):
 CHIPS = {
     "TPU v2": _tpu("TPU v2", 7.48),
     "TPU v3": _tpu("TPU v3", 15.48),
-    "TPU v4": _tpu("TPU v4", 30.75, 275, 1200, 300),
-    "TPU v5": _tpu("TPU v5p", 95.73, 459, 2765, 600),
-    "TPU v5 lite": _tpu("TPU v5e", 15.75, 197, 819, 200),
-    "TPU v6 lite": _tpu("TPU v6e", 31.24, 918, 1638, 400),
+    "TPU v4": _tpu("TPU v4", 30.75, 275, bandwidth=1200, link=300),
+    "TPU v5": _tpu("TPU v5p", 95.73, 459, bandwidth=2765, link=600),
+    "TPU v5 lite": _tpu("TPU v5e", 15.75, 197, bandwidth=819, link=200),
+    "TPU v6 lite": _tpu("TPU v6e", 31.24, 918, bandwidth=1638, link=400),
     "TPU7x": _tpu("TPU7x", 94.74),
     "NVIDIA H100 80GB HBM3": _gpu(
-        "H100 SXM", 84942979072, 989.4, 494.7, 66.9, bandwidth=3352, cache=50, link=450
+        "H100 SXM", 84942979072, (989.4, 494.7, 66.9), bandwidth=3352, cache=50, link=450
     ),
     "NVIDIA A100-SXM4-80GB": _gpu(
-        "A100 SXM", 85100068864, 312, 156, 19.5, bandwidth=2039, cache=40, link=300
+        "A100 SXM", 85100068864, (312, 156, 19.5), bandwidth=2039, cache=40, link=300
     ),
 }
 # By family of topologies, JAX's `device_kind`.

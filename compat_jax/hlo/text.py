@@ -147,7 +147,8 @@ def _instruction(name, rest):
     inner = rest[start : stop - 1]
     literal = opcode[1] in ("parameter", "constant")
     operands = (inner,) if literal else tuple(re.findall(r"%([\w.\-]+)", inner))
-    return Instruction(name, arrays(rest[:end]), opcode[1], operands, rest[stop:])
+    made = arrays(rest[:end])
+    return Instruction(name, made, opcode[1], operands=operands, attributes=rest[stop:])
 
 
 def _closing(text, start):
@@ -167,5 +168,5 @@ def _array(element, dimensions, layout):
         element,
         tuple(int(n.lstrip("<=")) for n in dimensions.split(",") if n),
         tuple(int(n) for n in order.split(",") if n),
-        int(space[1]) if space else 0,
+        space=int(space[1]) if space else 0,
     )
