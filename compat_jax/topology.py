@@ -72,7 +72,7 @@ def _gpus(family, chips):
 
 
 class _Processor(NamedTuple):
-    """What XLA wants to know of a GPU's multiprocessors.
+    """Facts that XLA wants of a GPU's multiprocessors.
 
     Attributes:
       capability: major and minor compute capability.

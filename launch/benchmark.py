@@ -102,13 +102,11 @@ def main(_) -> None:
     dtypes = benchmarks.chosen_dtypes(args.dtype, benchmarks.chosen(args.only))
     lines = benchmarks.measure(
         args.only,
-        clone=args.reference,
         dtypes=args.dtype,
         sizes_name=args.sizes,
         variants=args.variants,
         photo=photo,
-        gallery_url=args.gallery_url,
-        rates=args.rates,
+        places=benchmarks.Places(args.reference, args.gallery_url, args.rates),
     )
     results = []
     matmul = {d: timing.matmul_flops(d) for d in sorted({"float32", *dtypes})}

@@ -1,14 +1,13 @@
-"""What tests of faults kill: writes to a shard of Qdrant Edge, each acknowledged in a file.
+"""A process that tests of faults kill: writes to a shard of Qdrant Edge, each acknowledged in a file.
 
 Between two writes the engine flushes or builds its index now and then, as a server does by itself.
 """
 
 import itertools
-import json
-import os
 from pathlib import Path
 
 import numpy as np
+from journal import Journal
 
 from compat_jax.gallery.store import Rows, Where
 from launch.benchmarks.edge import EdgeStore, engine
@@ -30,18 +29,12 @@ def rows(at, version) -> Rows:
     )
 
 
-class Acknowledging:
+class Acknowledging(Journal):
     """A shard whose writes are noted on disk: deletions before and after, the others after."""
 
     def __init__(self, folder):
+        super().__init__(folder)
         self.store = EdgeStore(Path(folder) / "shard", SIZE, index_above=INDEX_ABOVE)
-        self.path = Path(folder) / "acknowledged"
-
-    def say(self, **what):
-        with open(self.path, "a") as file:
-            file.write(json.dumps(what) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
     def insert(self, at):
         assert self.store.insert(rows(at, 0)) <= len(at)
@@ -56,13 +49,6 @@ class Acknowledging:
         ids = rows(at, 0).ids.tolist()
         self.store.shard.update(engine.UpdateOperation.delete_points(ids))
         self.say(call="delete", at=at)
-
-
-def said(folder) -> list[dict]:
-    """What children noted; the last line may be cut off, and later children wrote on after it."""
-    path = Path(folder) / "acknowledged"
-    lines = path.read_text().split("\n") if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def upkeep(shard, rng):
@@ -99,7 +85,7 @@ def update(shard, before, rng, count):
 
 def main(action, folder, seed, count, ready):
     """Open the shard, say so, act."""
-    before = said(folder)
     shard = Acknowledging(folder)
+    before = shard.read()
     ready.set()
     action(shard, before, np.random.default_rng(seed), count)

@@ -1,14 +1,13 @@
-"""What tests of faults kill: an action on a gallery in LanceDB, each write acknowledged in a file."""
+"""A process that tests of faults kill: it acts on a gallery in LanceDB and acknowledges each write."""
 
 import itertools
-import json
-import os
 import resource
 import sys
 import time
 from pathlib import Path
 
 import small_gallery
+from journal import Journal
 
 from compat_jax.chain import Chain
 from compat_jax.errors import UserError
@@ -19,20 +18,15 @@ PART = 2
 FILE_LIMIT = 60_000  # bytes
 
 
-class Acknowledging:
+class Acknowledging(Journal):
     """A store that says on disk what it has done, as its caller would believe it."""
 
-    def __init__(self, store, path):
-        self.store, self.path = store, path
+    def __init__(self, store, folder):
+        super().__init__(folder)
+        self.store = store
 
     def __getattr__(self, name):
         return getattr(self.store, name)
-
-    def say(self, **what):
-        with open(self.path, "a") as file:
-            file.write(json.dumps(what) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
     def insert(self, rows):
         count = self.store.insert(rows)
@@ -112,7 +106,7 @@ def full(gallery, store, folder):
 
 def main(action, folder, chain, photos, *more):
     """Open, embed once so that nothing is left to compile, say so, act."""
-    store = Acknowledging(LanceStore(folder), Path(folder) / "acknowledged")
+    store = Acknowledging(LanceStore(folder), folder)
     gallery = Gallery.open(store, Chain(chain), root=photos, work=small_gallery.work(part=PART))
     for version in (0, 1, 2):
         gallery.version(version)

@@ -76,7 +76,7 @@ _MADE: dict = {}
 
 
 def _shared(make, factory):
-    """What no test changes is made once for all modules."""
+    """Make what no test changes once for all modules."""
     if make not in _MADE:
         _MADE[make] = make(factory.mktemp(make.__name__))
     return _MADE[make]

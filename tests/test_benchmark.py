@@ -212,7 +212,11 @@ def test_a_gallery_is_measured_in_programs_of_their_own():
 
 def test_a_gallery_is_measured_in_qdrant_only_as_well():
     with pytest.raises(UserError, match="a store of Qdrant is named"):
-        next(benchmarks.measure(["gallery"], gallery_url="http://localhost:6333"))
+        next(
+            benchmarks.measure(
+                ["gallery"], places=benchmarks.Places(gallery_url="http://localhost:6333")
+            )
+        )
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("qdrant_edge")
 
 import edge_child  # noqa: E402
+from journal import Journal  # noqa: E402
 
 from launch.benchmarks import edge  # noqa: E402
 
@@ -77,7 +78,7 @@ def check(folder) -> int:
     check_whole(found)
     check_search(store, len(found))
     store.shard.close()
-    said = edge_child.said(folder)
+    said = Journal(folder).read()
     gone, dying = (
         {i for one in said if one["call"] == call for i in one["at"]}
         for call in ("delete", "will delete")

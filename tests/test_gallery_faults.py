@@ -1,6 +1,5 @@
 """A gallery in LanceDB: processes killed, in a race, on a full disk; nothing is lost or torn."""
 
-import json
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import small_gallery
 import tiny
+from journal import Journal
 
 from compat_jax.errors import UserError
 from compat_jax.gallery.gallery import Gallery
@@ -87,13 +87,6 @@ def made(chain, photos, folder, rows=True) -> Gallery:
     return gallery
 
 
-def acknowledged(folder) -> list[dict]:
-    """What children said that they had done; the last line may be cut off."""
-    path = folder / "acknowledged"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
 def opened(chain, photos, folder) -> Gallery:
     """The gallery, by a process that did not see what happened."""
     return Gallery.open(lance.LanceStore(folder), chain, root=photos, work=small_gallery.work())
@@ -109,7 +102,7 @@ def check(gallery, folder, features) -> None:
         assert rows.models[i] == members[version].model, key
         np.testing.assert_allclose(rows.vectors[i], features[key][version], atol=1e-5, err_msg=key)
     versions = dict(zip(rows.keys, rows.versions.tolist(), strict=True))
-    said = acknowledged(folder)
+    said = Journal(folder).read()
     gone = {one["key"] for one in said if one["call"] == "delete"}
     assert not gone & set(versions)
     for one in said:
@@ -124,7 +117,7 @@ def check(gallery, folder, features) -> None:
 
 def check_manifest(gallery, folder) -> None:
     """The manifest is the last acknowledged one, or the next: put there, and not yet acknowledged."""
-    swaps = [one for one in acknowledged(folder) if one["call"] == "swap"]
+    swaps = [one for one in Journal(folder).read() if one["call"] == "swap"]
     if swaps:
         manifest, last = gallery.manifest(), swaps[-1]
         assert last["generation"] <= manifest.generation <= last["generation"] + 1

@@ -123,7 +123,7 @@ def spoilt(content, rng) -> dict:
 
 
 def same(a, b) -> bool:
-    """Whether two contents are one but for NaN."""
+    """Return whether two contents are one but for NaN."""
     return repr(a) == repr(b)
 
 

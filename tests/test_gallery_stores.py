@@ -77,7 +77,7 @@ def contents_of(a_store, **options):
 
 
 class Model:
-    """What a store should hold: key -> [version, content, payload, feature]."""
+    """Return what a store should hold: key -> [version, content, payload, feature]."""
 
     def __init__(self):
         self.rows = {}

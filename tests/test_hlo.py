@@ -1,4 +1,4 @@
-"""What is read from the text of a compiled program: work, traffic, what repeats, what waits."""
+"""Reading the text of a compiled program: work, traffic, what repeats, what waits."""
 
 import jax
 import jax.numpy as jnp

@@ -13,13 +13,9 @@ import pytest
 from compat_jax.errors import UserError
 from compat_jax.mesh import make_mesh
 from compat_jax.retrieval import SearchOptions, blocks, exact, search
+from compat_jax.retrieval.block_search import no_neighbours, round_rows, search_block
 from compat_jax.retrieval.blocks import Block
-from compat_jax.retrieval.exact import (
-    lower,
-    no_neighbours,
-    round_rows,
-    search_block,
-)
+from compat_jax.retrieval.exact import lower
 
 
 def random_features(rows, size, seed):

@@ -19,7 +19,7 @@ _FLOAT = 4  # bytes
 
 
 class Spaces(NamedTuple):
-    """What the ways are measured on.
+    """Features that the ways are measured on.
 
     Attributes:
       queries: by both versions.

@@ -16,7 +16,7 @@ WAYS = (NAIVE, *align.KINDS, FORWARD, RESCORING, REINDEX)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to compare.
+    """The plan of a comparison.
 
     Attributes:
       old: position of the gallery's version in the chain.

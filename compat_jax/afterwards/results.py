@@ -1,4 +1,4 @@
-"""What each way to upgrade comes to and costs."""
+"""Results of the ways to upgrade: curves and costs."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from compat_jax.statistics import Interval, interval, resampled_means
 
 
 class Cost(NamedTuple):
-    """What a way takes.
+    """The costs of a way.
 
     Attributes:
       pairs: images that a map was fitted on, embedded by both versions.
@@ -39,7 +39,7 @@ class Cost(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """What one way comes to.
+    """The results of one way.
 
     Attributes:
       name: of `WAYS`.

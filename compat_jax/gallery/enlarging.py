@@ -22,7 +22,7 @@ from compat_jax.meter import Meter
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Enlarged:
-    """What `enlarge` did.
+    """The report of `enlarge`.
 
     Attributes:
       gallery: the new gallery.

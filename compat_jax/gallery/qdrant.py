@@ -20,6 +20,7 @@ from qdrant_client.http.exceptions import ApiException
 from compat_jax import files
 from compat_jax.errors import UserError
 from compat_jax.gallery import conventions, probe
+from compat_jax.gallery.points import batch, requests
 from compat_jax.gallery.store import EVERY, Found, Rows, Where
 
 # Its folders hold a Python imitation of the engine: everything in memory, compared one by one.
@@ -255,7 +256,7 @@ class QdrantStore:
         found: list[Any] = []
         condition, begin = _filter(where), max(0, after + 1)
         while len(found) < limit:
-            most = min(limit - len(found), self._batch() if vectors else 4096)
+            most = min(limit - len(found), batch(self.size) if vectors else 4096)
             with self._engine() as client:
                 page, following = client.scroll(
                     self._rows,
@@ -317,33 +318,10 @@ class QdrantStore:
         exact = functools.partial(self._nearest, exact=True)
         return probe.probe(queries, count, exact=exact, search=self._nearest)
 
-    def _batch(self) -> int:
-        """Return the rows of one request: a server takes 32 MB of JSON, 20 bytes a number."""
-        return max(1, min(256, 2**20 // conventions.columns(self.size)))
-
     def _points(self, rows: Rows) -> Iterator[tuple[list[Any], list[int]]]:
         """Check rows and lay them out as points with one token, in batches, with their ids."""
-        ids, vectors = conventions.check_rows(rows, self.size)
-        vectors, token = conventions.padded(vectors), uuid.uuid4().hex
-        for start in range(0, len(rows), self._batch()):
-            some = range(start, min(start + self._batch(), len(rows)))
-            points = [
-                models.PointStruct(
-                    id=int(ids[i]),
-                    vector=vectors[i].tolist(),
-                    payload={
-                        "key": conventions.stored_key(rows.keys[i]),
-                        "version": int(rows.versions[i]),
-                        "model": rows.models[i],
-                        "content": rows.contents[i],
-                        "payload": dict(rows.payloads[i]),
-                        "facts": conventions.facts(rows.payloads[i]),
-                        "write": token,
-                    },
-                )
-                for i in some
-            ]
-            yield points, [int(ids[i]) for i in some]
+        for some in requests(rows, self.size):
+            yield [models.PointStruct(**one._asdict()) for one in some], [one.id for one in some]
 
     def _check_room(self, more: int) -> None:
         if self._connection.is_server:

@@ -1,4 +1,4 @@
-"""What the chips can do at best, from their makers' documents."""
+"""Peak rates of chips, from their makers' documents."""
 
 import dataclasses
 from collections.abc import Mapping

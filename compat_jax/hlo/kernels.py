@@ -92,7 +92,7 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a program launches.
+    """The kernels that a program launches.
 
     Attributes:
       kernels: of one step, in order: of one pass through the loop whose number of passes the

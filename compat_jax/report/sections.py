@@ -164,7 +164,7 @@ def _ways(chains, files):
 
 
 def _about_ways(found):
-    """What the ways are, and what their figures rest on."""
+    """Explain the ways, and what their figures rest on."""
     one = found[0][1]
     fitted = max(way.cost.pairs for way in one.ways)
     where = "of the gallery" if one.from_gallery else "of the training side"

@@ -34,7 +34,7 @@ class Both(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What a metric gives at each share.
+    """Scores by a metric at each share.
 
     Attributes:
       scores: float64[s, q], score of each query; NaN where one was left out.

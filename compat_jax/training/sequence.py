@@ -244,7 +244,7 @@ def _close(a, b):
 
 
 class _Beginning(NamedTuple):
-    """What a task starts from.
+    """The beginning of a task.
 
     Attributes:
       start: version; None for fresh weights.
@@ -258,7 +258,7 @@ class _Beginning(NamedTuple):
 
 
 def _begin(run: Run, chain: Chain, replacements, index: int) -> tuple[Run, _Beginning]:
-    """What a task starts from, and the run with the backbone and the method that it needs."""
+    """Return what a task starts from, and the run with the backbone and the method that it needs."""
     before = None
     if run.given_method.fresh_start:  # from the model of its generation, never from a version
         due = max((task for task in replacements if task <= index), default=None)

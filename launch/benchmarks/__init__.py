@@ -9,8 +9,10 @@ from typing import Any
 from compat_jax.errors import UserError, unknown
 from launch.benchmarks import forms, gallery, growth, photos, pictures, retrieval, training, work
 from launch.benchmarks.sides import (
+    NOWHERE,
     PHOTO_VARIANTS,
     Context,
+    Places,
     multiplies_bfloat16,
     on_accelerator,
 )
@@ -98,52 +100,46 @@ def chosen(only: Sequence[str]) -> tuple[str, ...]:
 def measure(
     only: Sequence[str] = (),
     *,
-    clone: str | None = None,
     dtypes: Sequence[str] = (),
     sizes_name: str = "full",
     variants: Sequence[str] | None = None,
     photo: Mapping[str, Any] = MappingProxyType({}),
-    gallery_url: str | None = None,
-    rates: str | None = None,
+    places: Places = NOWHERE,
 ) -> Iterator[Result]:
     """Take the measures and yield the lines of the table.
 
     Args:
       only: names in MEASURES or GROUPS; see `chosen` for the default.
-      clone: folder of a clone of the reference; None to measure our side only, and at real picture
-        sizes beside torchvision.
       dtypes: dtypes to compute in; those that are fast here by default.
       sizes_name: see `sizes`.
       variants: variants of PyTorch to measure, from ALL_VARIANTS; by default VARIANTS, and
         PHOTO_VARIANTS at real picture sizes.
       photo: sizes of pictures, and rows of the gallery, see `sizes`.
-      gallery_url: address of Qdrant to measure a gallery in as well, e.g. qdrant:http://localhost:6333.
-      rates: file to write the measured rates of convolutions to; None for none.
+      places: folders and addresses.
 
     Raises:
       UserError: a name or a variant is unknown, the folder is no clone, or the place is not Qdrant's.
     """
     names = chosen(only)
-    if gallery_url is not None and not gallery_url.startswith("qdrant:"):
+    url = places.gallery_url
+    if url is not None and not url.startswith("qdrant:"):
         raise UserError(
-            f"a store of Qdrant is named, e.g. qdrant:http://localhost:6333, got {gallery_url!r:.200}",
+            f"a store of Qdrant is named, e.g. qdrant:http://localhost:6333, got {url!r:.200}",
             "gallery_url",
         )
     for variant in variants or ():
         if variant not in ALL_VARIANTS:
             raise unknown("variant", variant, ALL_VARIANTS)
-    with contextlib.closing(Worker(clone)) as worker:
+    with contextlib.closing(Worker(places.clone)) as worker:
         context = Context(
             sizes=sizes(sizes_name, **photo),
             sizes_name=sizes_name,
             dtypes=chosen_dtypes(dtypes, ()),
-            clone=clone,
             variants=VARIANTS if variants is None else tuple(variants),
             worker=worker,
             photo_dtypes=chosen_dtypes(dtypes, GROUPS["photos"]),
             photo_variants=PHOTO_VARIANTS if variants is None else tuple(variants),
-            gallery_url=gallery_url,
-            rates=rates,
+            places=places,
         )
         for name in names:
             for result in _lines(name, context):

@@ -1,11 +1,10 @@
 """Qdrant Edge, the engine of a Qdrant server in one process, as a side of the measure of galleries.
 
 The library has no store for it: this is as much of one as the measure asks for. It writes the points of
-`compat_jax.gallery.qdrant`, on the same conditions (but see `_unchanged`), in requests of the same size.
+`compat_jax.gallery.qdrant`, on the same conditions, in requests of the same size.
 """
 
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import qdrant_edge as engine
 
 from compat_jax.gallery import conventions
+from compat_jax.gallery import points as laid_out
 from compat_jax.gallery.store import EVERY, Found, Rows, Where
 
 _QUERIES = 64  # of one request
@@ -119,35 +119,9 @@ class EdgeStore:
 
 
 def requests(rows: Rows, size: int) -> Iterator[list[engine.Point]]:
-    """Check rows and lay them out as points with one token, in lists of the size of one request.
-
-    Args:
-      rows: to write.
-      size: of the features.
-
-    Raises:
-      UserError: see `compat_jax.gallery.conventions.check_rows`.
-    """
-    ids, vectors = conventions.check_rows(rows, size)
-    vectors, token = conventions.padded(vectors), uuid.uuid4().hex
-    most = max(1, min(256, 2**20 // conventions.columns(size)))
-    for start in range(0, len(rows), most):
-        yield [
-            engine.Point(
-                int(ids[i]),
-                vectors[i].tolist(),
-                {
-                    "key": conventions.stored_key(rows.keys[i]),
-                    "version": int(rows.versions[i]),
-                    "model": rows.models[i],
-                    "content": rows.contents[i],
-                    "payload": dict(rows.payloads[i]),
-                    "facts": conventions.facts(rows.payloads[i]),
-                    "write": token,
-                },
-            )
-            for i in range(start, min(start + most, len(rows)))
-        ]
+    """Lay out rows as points of this engine, in lists of the size of one request; see `points`."""
+    for some in laid_out.requests(rows, size):
+        yield [engine.Point(*one) for one in some]
 
 
 def _replaces(replaces: Where, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

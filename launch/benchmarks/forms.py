@@ -20,7 +20,7 @@ _TINY = 8
 
 
 def measure(context: Context) -> Iterator[Result]:
-    """Measure the convolutions of the package's table again; `context.rates` gets the new table."""
+    """Measure the convolutions of the package's table again, and write the new one if it has a place."""
     tiny, found = context.sizes_name == "tiny", []
     photos = context.sizes.photos
     shapes = {row[1:6]: row for row in rates.measured()}.values()
@@ -32,11 +32,11 @@ def measure(context: Context) -> Iterator[Result]:
             again = _measured(row, batch=photos.batch, repeats=photos.repeats)
             found.append(again)
             yield _line(again)
-    if context.rates is not None:
+    if context.places.rates is not None:
         facts = machine()
         kept = {name: facts[name] for name in ("processor", "cores", "versions")}
         text = rates.dumped(found, **kept, batch=photos.batch, unit="ms")
-        write_bytes(absolute(context.rates), text.encode())
+        write_bytes(absolute(context.places.rates), text.encode())
 
 
 def applicable(row: Measured) -> Passes:

@@ -46,8 +46,8 @@ def load(context: Context) -> Iterator[Result]:
         folder = Path(name)
         draw(folder, sizes)
         places = [f"{_MEMORY}:{_NAME}", f"lance:{folder}/{_NAME}", f"{_EDGE}:{folder}/{_NAME}"]
-        if context.gallery_url:
-            places.append(f"{context.gallery_url.rstrip('/')}/{_NAME}_{os.getpid()}")
+        if context.places.gallery_url:
+            places.append(f"{context.places.gallery_url.rstrip('/')}/{_NAME}_{os.getpid()}")
         for place in places:
             settings = {"place": place, "sizes": dataclasses.asdict(sizes)}
             (folder / "settings.json").write_text(json.dumps(settings))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -22,6 +22,25 @@ PHOTO_VARIANTS = ("eager", "channels_last", "bf16", "channels_last_bf16", "best"
 Sides = dict[str, Callable[[], float]]
 
 
+class Places(NamedTuple):
+    """Folders and addresses that measures use.
+
+    Attributes:
+      clone: folder of a clone of the reference; None to measure our side only, and at real picture
+        sizes beside torchvision.
+      gallery_url: address of Qdrant to measure a gallery in as well, e.g. qdrant:http://localhost:6333;
+        None for none.
+      rates: file to write the measured rates of convolutions to; None for none.
+    """
+
+    clone: str | None = None
+    gallery_url: str | None = None
+    rates: str | None = None
+
+
+NOWHERE = Places()
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """The settings of all measures.
@@ -30,25 +49,21 @@ class Context:
       sizes: sizes of the workloads.
       sizes_name: their name, for programs that a measure starts.
       dtypes: dtypes to compute in.
-      clone: folder of a clone of the reference, or None.
       variants: variants of PyTorch to measure.
       worker: the process that runs the reference and FAISS.
       photo_dtypes: dtypes to compute in at real picture sizes.
       photo_variants: variants of PyTorch to measure there.
-      gallery_url: address of Qdrant to measure a gallery in as well, or None.
-      rates: file to write the rates of convolutions to, or None.
+      places: folders and addresses.
     """
 
     sizes: Sizes
     sizes_name: str
     dtypes: Sequence[str]
-    clone: str | None
     variants: Sequence[str]
     worker: Worker
     photo_dtypes: Sequence[str] = ("float32",)
     photo_variants: Sequence[str] = PHOTO_VARIANTS
-    gallery_url: str | None = None
-    rates: str | None = None
+    places: Places = NOWHERE
 
 
 def reference_sides(context: Context, measure: str, **settings: Any) -> tuple[Sides, list[Result]]:
@@ -64,7 +79,7 @@ def reference_sides(context: Context, measure: str, **settings: Any) -> tuple[Si
       line for each variant that cannot run here.
     """
     sides, refused = {}, []
-    if context.clone is None:
+    if context.places.clone is None:
         return sides, refused
     for variant in context.variants:
         name = f"torch {variant}"

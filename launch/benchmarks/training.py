@@ -224,7 +224,7 @@ def protocol(context: Context) -> Iterator[Result]:
     sizes = dataclasses.replace(context.sizes, num_prototypes=num_prototypes)
     tasks = Tasks(initial=10, increment=15)
     data = work.dataset(100, per_class, sizes.image)
-    if context.clone is not None:
+    if context.places.clone is not None:
         each = _reference_step(context)
     for method in ("hoc", "er"):
         run = work.run(sizes, tasks, epochs, method=method, dtype=context.dtypes[-1])
@@ -234,7 +234,7 @@ def protocol(context: Context) -> Iterator[Result]:
             train(run, data, folder, session=Session(mesh=work.mesh()))
             seconds = time.perf_counter() - began
         note = "including compilation and the chain"
-        if context.clone is not None:
+        if context.places.clone is not None:
             note += f"; the steps of the reference alone would take {each * steps:.0f} s"
         yield Result(
             measure="protocol",
