@@ -45,7 +45,8 @@ SMALLER = (
 CLASSES = {"train": range(4), "query": range(4, 7), "gallery": range(4, 7), "other": range(7, 10)}
 
 
-AFTER = {"docs/upgrading.md": "README.md"}  # its first Python block makes what the page begins with
+# The first Python block of the README makes what these pages begin with.
+AFTER = dict.fromkeys(("docs/other-programs.md", "docs/upgrading.md"), "README.md")
 
 
 def blocks(page: str) -> list[tuple[str, str, str, int]]:
@@ -72,7 +73,10 @@ def test_a_block_that_does_not_run_says_why(page):
 
 
 # Pages whose blocks train again what other tests train; test_upgrade.py runs the runbook's commands.
-SLOW_PAGES = ("docs/extending.md", "docs/own-data.md", "docs/sequences.md", "docs/upgrading.md")
+SLOW_PAGES = tuple(
+    f"docs/{name}.md"
+    for name in ("extending", "other-programs", "own-data", "sequences", "upgrading")
+)
 RUNNING = [
     pytest.param(p, marks=pytest.mark.slow if p in SLOW_PAGES else ())
     for p in PAGES
