@@ -125,3 +125,9 @@ def duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def counted(number: int, unit: str) -> str:
+    """Say a number of things: "1 row", "1,200 rows", "3 classes"."""
+    plural = "" if number == 1 else "es" if unit.endswith("s") else "s"
+    return f"{number:,} {unit}{plural}"

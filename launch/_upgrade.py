@@ -10,6 +10,7 @@ from absl import flags
 
 from compat_jax.errors import UserError
 from compat_jax.files import absolute
+from compat_jax.meter import counted
 from launch import _cli as cli
 from launch import _evaluation as evaluation
 
@@ -180,7 +181,9 @@ def delete() -> int:
         raise UserError("nothing to delete: give --keys, --list or --pictures")
     gallery = open_gallery()
     count = gallery.delete(keys)
-    say(f"{count:,} rows deleted, {len(set(keys)) - count:,} were not there", {"deleted": count})
+    say(
+        f"{counted(count, 'row')} deleted, {len(set(keys)) - count:,} not there", {"deleted": count}
+    )
     return 0
 
 

@@ -102,7 +102,7 @@ def test_a_backfill_goes_on_where_it_stopped(gallery):
     small_gallery.assert_consistent(gallery)
     last = gallery.backfill()
     assert (last.updated, last.share) == (3, 1.0)
-    assert last.sentence() == "3 rows embedded again by version 1 in 0 s: 100.0% are of it"
+    assert last.sentence() == "3 rows embedded again by version 1 in 0 s: 100.0% of all are of it"
     small_gallery.assert_consistent(gallery)
     assert gallery.manifest().lease is None
 

@@ -44,7 +44,7 @@ def test_answers_and_rows_stay_and_every_claim_holds(gallery, larger, store, pho
     done = enlarge(gallery, larger, store)
     assert (done.moved, done.present) == (COUNT, 0)
     assert done.sentence() == (
-        f"{COUNT} rows moved, 0 were there; features have 28 numbers, version 1 embeds queries"
+        f"{COUNT} rows moved, 0 there before; features have 28 numbers, version 1 embeds queries"
     )
     new = done.gallery
     assert new.verify(None).passes

@@ -33,7 +33,7 @@ def test_indexing_again_inserts_nothing_and_leaves_rows_alone(gallery, photos):
     gallery.switch(1)
     done = gallery.index(photos)
     assert (done.inserted, done.present) == (0, COUNT)
-    assert done.sentence() == f"0 rows inserted, {COUNT} were there"
+    assert done.sentence() == f"0 rows inserted, {COUNT} there before"
     assert repr(small_gallery.content(gallery.store)) == repr(before)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from compat_jax import meter
-from compat_jax.meter import Meter, track
+from compat_jax.meter import Meter, counted, track
 
 
 @pytest.fixture
@@ -86,3 +86,8 @@ def test_a_line_comes_also_where_nothing_is_done_yet(monkeypatch, capsys):
         while not said:
             said = capsys.readouterr().err
     assert said in ("hoc: 0 of 7 steps\n", "hoc: 0 of 7 steps, compiling\n")
+
+
+def test_one_thing_is_no_plural():
+    said = [counted(1, "row"), counted(1200, "row"), counted(1, "class"), counted(0, "class")]
+    assert said == ["1 row", "1,200 rows", "1 class", "0 classes"]

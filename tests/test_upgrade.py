@@ -309,7 +309,7 @@ def store(shop, tmp_path):
     made = run(
         "index", *where, f"--pictures={shop}/photos", "--labels", "--version=0", "--noprogress"
     )
-    assert made == (0, "16 rows inserted, 0 were there\n", ""), made
+    assert made == (0, "16 rows inserted, 0 there before\n", ""), made
     return where
 
 
@@ -425,7 +425,7 @@ def test_an_upgrade_from_end_to_end(shop, store, tmp_path):
     assert say("backfill")["rows"] == {"0": 15}
     assert say("verify", "--sample=5")["problems"] == {}
     again = run("index", *store, photos, "--labels", "--noprogress")
-    assert again.out == "1 rows inserted, 15 were there\n"
+    assert again.out == "1 row inserted, 15 there before\n"
     enlarge.enlarge(Chain(f"{shop}/chain"), Chain(tmp_path / "larger"), 21)
     moved = [f"--larger={tmp_path}/larger", f"--target=memory:{tmp_path}/larger", "--noprogress"]
     assert json.loads(run("enlarge", *store, *moved, "--json").out) == {"moved": 16, "present": 0}
@@ -480,11 +480,14 @@ def test_a_row_of_each_version_has_its_colour(shop):
 
 def test_shards_share_out_the_pictures(shop, tmp_path):
     where = [f"--chain={shop}/chain", f"--store=memory:{tmp_path}", "--noprogress"]
-    for shard, text in (("0/2", "8 rows inserted, 0 were there\n"), ("1/2", "8 rows inserted, 0 ")):
+    for shard, text in (
+        ("0/2", "8 rows inserted, 0 there before\n"),
+        ("1/2", "8 rows inserted, 0 "),
+    ):
         done = run("index", *where, f"--pictures={shop}/photos", f"--shard={shard}")
         assert done.code == 0 and done.out.startswith(text), done
     done = run("index", *where, f"--pictures={shop}/photos")
-    assert done.out == "0 rows inserted, 16 were there\n", done
+    assert done.out == "0 rows inserted, 16 there before\n", done
 
 
 def test_verify_says_by_its_exit_code_that_a_claim_does_not_hold(shop, store, tmp_path):
@@ -504,6 +507,6 @@ def test_a_table_gives_its_labels_and_a_list_its_keys(shop, tmp_path):
     gone = tmp_path / "gone.txt"
     gone.write_text(rows[0].partition(",")[0] + "\r\n/with a\u2028break.jpg\n\n")
     done = run("delete", *where, f"--list={gone}")
-    assert done.out == "1 rows deleted, 1 were not there\n", done
+    assert done.out == "1 row deleted, 1 not there\n", done
     done = run("delete", *where, f"--list={shop}/photos/pear/000.jpg")
     assert (done.code, done.out) == (2, "") and "no text in UTF-8" in done.err, done

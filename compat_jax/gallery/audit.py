@@ -14,7 +14,7 @@ from compat_jax.gallery.canary import LEAST_COSINE
 from compat_jax.gallery.opened import Opened, select
 from compat_jax.gallery.originals import embed
 from compat_jax.gallery.store import Rows
-from compat_jax.meter import Meter
+from compat_jax.meter import Meter, counted
 
 _NORM = 1e-3  # how far the norm of a feature may be from 1
 _NAMED = 5
@@ -46,7 +46,9 @@ class Audit:
 
     def sentence(self) -> str:
         """Say it in lines."""
-        read = f"{self.rows:,} rows read, {self.embedded:,} pictures embedded again"
+        read = (
+            f"{counted(self.rows, 'row')} read, {counted(self.embedded, 'picture')} embedded again"
+        )
         if self.passes:
             return f"{read}: every claim of the manifest holds"
         lines = [f"{read}: {len(self.problems)} claims do not hold:"]

@@ -17,7 +17,7 @@ from compat_jax.gallery.manifest import Manifest
 from compat_jax.gallery.opened import begin
 from compat_jax.gallery.places import open_store
 from compat_jax.gallery.store import Rows, Store
-from compat_jax.meter import Meter
+from compat_jax.meter import Meter, counted
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class Enlarged:
         """Say it in a line."""
         manifest = self.gallery.manifest()
         return (
-            f"{self.moved:,} rows moved, {self.present:,} were there; features have "
+            f"{counted(self.moved, 'row')} moved, {self.present:,} there before; features have "
             f"{manifest.feature_size:,} numbers, version {manifest.query} embeds queries"
         )
 

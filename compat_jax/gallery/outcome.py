@@ -8,7 +8,7 @@ import numpy as np
 
 from compat_jax.gallery.manifest import Lease
 from compat_jax.gallery.store import Found, Rows
-from compat_jax.meter import duration
+from compat_jax.meter import counted, duration
 
 _NAMED = 10
 
@@ -31,7 +31,7 @@ class Indexed:
 
     def sentence(self) -> str:
         """Say it in a line; the first of the problems in lines below."""
-        parts = [f"{self.inserted:,} rows inserted", f"{self.present:,} were there"]
+        parts = [f"{counted(self.inserted, 'row')} inserted", f"{self.present:,} there before"]
         if self.replaced:
             parts.insert(1, f"{self.replaced:,} replaced")
         if not self.problems:
@@ -124,16 +124,16 @@ class Status:
 
     def sentence(self) -> str:
         """Say it in lines."""
-        lines = [f"version {self.query} embeds queries; {self.total:,} rows:"]
+        lines = [f"version {self.query} embeds queries; {counted(self.total, 'row')}:"]
         for number, count in sorted(self.rows.items()):
-            part = f"  version {number} ({self.models.get(number, 'unknown')}): {count:,} rows"
+            part = f"  version {number} ({self.models.get(number, 'unknown')}): {counted(count, 'row')}"
             answered = (
                 "" if self.answers is None else f", {self.answers.get(number, 0.0):.1%} of answers"
             )
             lines.append(f"{part}, {count / self.total:.1%}{answered}")
         seconds = "" if self.seconds_left is None else f", about {duration(self.seconds_left)}"
         size = self.left * self.row_bytes / 2**20
-        left = f"left to embed again: {self.left:,} pictures{seconds}, {size:,.1f} MiB"
+        left = f"left to embed again: {counted(self.left, 'picture')}{seconds}, {size:,.1f} MiB"
         lines.append(left if self.left else "nothing is left to embed again")
         return "\n".join(lines)
 

@@ -25,7 +25,7 @@ from compat_jax.gallery.member import LEARNT, Member
 from compat_jax.gallery.opened import Opened, rows_of, select
 from compat_jax.gallery.originals import embed
 from compat_jax.gallery.store import Rows, Where
-from compat_jax.meter import Meter, duration
+from compat_jax.meter import Meter, counted, duration
 
 LABEL = "label"  # field of the payload that names a row's class
 RANDOM, WORST, BEST = "random", "worst", "best"
@@ -66,8 +66,8 @@ class Backfilled:
     def sentence(self) -> str:
         """Say it in lines: what was done, and the first of the pictures that could not be."""
         parts = [
-            f"{self.updated:,} rows embedded again by version {self.version} in "
-            f"{duration(self.seconds)}: {self.share:.1%} are of it"
+            f"{counted(self.updated, 'row')} embedded again by version {self.version} in "
+            f"{duration(self.seconds)}: {self.share:.1%} of all are of it"
         ]
         if self.left_alone:
             parts.append(f"{self.left_alone:,} were deleted or replaced meanwhile")

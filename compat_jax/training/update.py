@@ -21,7 +21,7 @@ from compat_jax.errors import Stopped, UserError
 from compat_jax.fields import check_types
 from compat_jax.interrupts import saved_on_interrupt
 from compat_jax.mesh import check_batch
-from compat_jax.meter import Meter
+from compat_jax.meter import Meter, counted
 from compat_jax.session import Session
 from compat_jax.training.fit import Fit
 from compat_jax.training.run import Run
@@ -383,7 +383,7 @@ def _validation(photos: Photos, month: _Month, session: Session) -> Dataset | No
 
 def _in_words(learnt: Mapping[str, Any]) -> str:
     pictures, classes = sum(learnt["pictures"].values()), learnt["classes"]
-    parts = [f"{pictures} pictures of {len(learnt['pictures'])} classes"]
+    parts = [f"{counted(pictures, 'picture')} of {counted(len(learnt['pictures']), 'class')}"]
     if classes:
         some = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
         parts.append(f"{len(classes)} of them new ({some})")
