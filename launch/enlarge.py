@@ -48,8 +48,8 @@ def main(_) -> None:
     if ledger.exists() and not (target.path.parent / LEDGER).exists():
         write_bytes(target.path.parent / LEDGER, ledger.read_bytes())
     print(
-        f"{len(chain)} versions with num_prototypes={size} in {out}; galleries move by --features, those "
-        "in stores by launch.upgrade enlarge"
+        f"{len(chain)} versions with num_prototypes={size} in {out}; galleries move by --features, "
+        "those in stores by launch.upgrade enlarge"
     )
 
 
