@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from compat_jax import methods
+from compat_jax import methods, models
 from compat_jax.config_schema import OWN, ROLES, schema
 from compat_jax.data import Preprocess, Tasks
 from compat_jax.data.ledger import Splits
@@ -258,9 +258,12 @@ def source_of(config: ConfigDict, role: str) -> dict[str, Any]:
 def plain(config: ConfigDict) -> dict[str, Any]:
     """Return a configuration as JSON values, for the record of a version.
 
-    Fields that do not change the result are left out, and folders of data become absolute.
+    Fields that do not change the result are left out, folders of data become absolute, and a dtype that
+    this machine was to choose is the one it chose.
     """
     found = _without_free(json.loads(config.to_json_best_effort()))
+    if "dtype" in found:
+        found["dtype"] = models.computed_in(found["dtype"])
     for section in found.get("data", {}).values():
         if isinstance(section, dict):
             for name in ("path", "data_dir"):

@@ -23,6 +23,7 @@ from compat_jax.features_file import (
 from compat_jax.files import read_sealed, write_sealed
 from compat_jax.mesh import make_mesh
 from compat_jax.meter import Meter
+from compat_jax.models import computed_in
 from compat_jax.session import never
 
 
@@ -80,7 +81,7 @@ class EmbeddingJob:
         Args:
           should_stop: asked between parts.
           batch_size: pictures per batch.
-          dtype: of the network's computation.
+          dtype: of the network's computation: "float32", "bfloat16" or "auto"; see `Run`.
           progress: label of a progress bar; None for none.
 
         Returns:
@@ -93,6 +94,7 @@ class EmbeddingJob:
         done = self._done()
         if done is not None:
             return done
+        dtype = computed_in(dtype)
         own = range(self.shard[0], len(self), self.shard[1])
         with Meter(progress, sum(map(self._count, own)), units="pictures") as meter:
             for number in own:

@@ -19,6 +19,7 @@ from compat_jax.fields import Rule, check_fields
 from compat_jax.files import absolute, read_sealed, write_sealed
 from compat_jax.matrix import Evaluation, Evaluations
 from compat_jax.meter import track
+from compat_jax.models import computed_in
 from compat_jax.retrieval import embed
 from compat_jax.retrieval import metric as metrics_by_name
 from compat_jax.retrieval.metric import Metric, Queries, everything
@@ -68,7 +69,7 @@ def evaluate(
       gallery: images that answer; embedded by the older one.
       metrics: names (see `metrics.names()`) or `Metric` objects, at least one.
       versions: numbers of the versions to take; all by default.
-      dtype: of the networks' computation.
+      dtype: of the networks' computation: "float32", "bfloat16" or "auto"; see `Run`.
       session: devices, batch size, progress bars, and the cache from which an interrupted evaluation
         resumes.
 
@@ -166,7 +167,7 @@ def evaluate_mapped(
 
 def _evaluate(chain, data, mapper, *, metrics, versions, dtype, session) -> Evaluations:
     query, gallery = data
-    session = session or Session()
+    session, dtype = session or Session(), computed_in(dtype)
     found = [metrics_by_name.get(m) for m in ([metrics] if isinstance(metrics, str) else metrics)]
     if not found:
         raise UserError("no metric: name at least one", "metrics")
@@ -205,7 +206,7 @@ def features(
     Args:
       version: an opened entry of a chain.
       data: images.
-      dtype: of the network's computation.
+      dtype: see `evaluate`.
       session: devices, batch size, progress bars, and the cache.
 
     Returns:
@@ -214,7 +215,7 @@ def features(
     Raises:
       UserError: see `Version.embed`.
     """
-    session = session or Session()
+    session, dtype = session or Session(), computed_in(dtype)
 
     def compute():
         found = embed(

@@ -118,6 +118,7 @@ def base_config(method: str, optimizer: str = "sgd") -> ConfigDict:
                 "arguments": {k: placeholder(int) for k in backbone_arguments()},
             },
             "dtype": "float32",
+            "remat": "none",
             "epochs": 70,
             "batch_size": 128,
             "save_every": 0,

@@ -30,7 +30,9 @@ def define() -> None:
 def define_places() -> None:
     """Define the flags that say where and how pictures are embedded."""
     flags.DEFINE_integer("batch_size", 256, "images per batch", lower_bound=1)
-    flags.DEFINE_string("dtype", "float32", "of the networks' computation: float32 or bfloat16")
+    flags.DEFINE_string(
+        "dtype", "float32", "of the networks' computation: float32, bfloat16 or auto"
+    )
     flags.DEFINE_string("mesh", "data:-1", "devices")
     flags.DEFINE_string("backbone", None, "import path of your own backbone, package.module:Name")
     cli.define_hosts()
@@ -60,7 +62,7 @@ def check() -> None:
     from compat_jax import models
 
     check_metrics()
-    cli.check_choice("dtype", flags.FLAGS.dtype, sorted(models.DTYPES))
+    cli.check_choice("dtype", flags.FLAGS.dtype, models.DTYPE_CHOICES)
 
 
 def session(cache: epath.Path, stop: Callable[[], bool]) -> "Session":

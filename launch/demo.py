@@ -44,7 +44,7 @@ flags.DEFINE_list("asking", None, "versions that ask; the last eight, and the ol
 flags.DEFINE_integer("sample", 2000, "rows to show, drawn at random; 0 for all", 0)
 flags.DEFINE_string("backbone", None, "import path of your own backbone, package.module:Name")
 flags.DEFINE_integer("batch_size", 64, "pictures per batch", lower_bound=1)
-flags.DEFINE_string("dtype", "float32", "of the network's computation: float32 or bfloat16")
+flags.DEFINE_string("dtype", "float32", "of the network's computation: float32, bfloat16 or auto")
 flags.DEFINE_bool("progress", True, "show progress bars")
 flags.DEFINE_string("host", "127.0.0.1", "address to serve on")
 flags.DEFINE_list("names", [], "other names by which the page may be called")

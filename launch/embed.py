@@ -25,7 +25,7 @@ flags.DEFINE_string("shard", "0/1", "share of this host, I/N")
 flags.DEFINE_string("on_bad", "stop", "files that are no pictures: stop or skip")
 flags.DEFINE_integer("batch_size", 64, "pictures per batch", lower_bound=1)
 flags.DEFINE_integer("part", 4096, "pictures per part, saved as it is done", lower_bound=1)
-flags.DEFINE_string("dtype", "float32", "of the network's computation: float32 or bfloat16")
+flags.DEFINE_string("dtype", "float32", "of the network's computation: float32, bfloat16 or auto")
 flags.DEFINE_string("backbone", None, "import path of your own backbone, package.module:Name")
 flags.DEFINE_bool("progress", True, "show progress bars")
 
@@ -42,7 +42,7 @@ def main(_) -> None:
     from compat_jax.embedding_job import EmbeddingJob
     from compat_jax.features_file import read_features
 
-    cli.check_choice("dtype", args.dtype, sorted(models.DTYPES))
+    cli.check_choice("dtype", args.dtype, models.DTYPE_CHOICES)
     if pictures.lower().endswith(TABLES):
         files = [picture.path for picture in list_table(pictures)]
     else:

@@ -195,7 +195,9 @@ def _define_store(pictures: str = "") -> None:
 def _define_work() -> None:
     flags.DEFINE_integer("batch_size", 64, "pictures per batch", lower_bound=1)
     flags.DEFINE_integer("part", 4096, "rows per write", lower_bound=1)
-    flags.DEFINE_string("dtype", "float32", "of the network's computation: float32 or bfloat16")
+    flags.DEFINE_string(
+        "dtype", "float32", "of the network's computation: float32, bfloat16 or auto"
+    )
     flags.DEFINE_bool("progress", True, "show progress bars")
 
 

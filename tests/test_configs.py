@@ -159,6 +159,12 @@ def test_settings_that_change_no_result_are_not_recorded():
     assert configs.plain(config) != before
 
 
+def test_the_record_names_the_type_that_auto_took():
+    config = load("iamcl2r")
+    config.dtype = "auto"
+    assert configs.plain(config)["dtype"] == configs.run_of(config).dtype in models.DTYPES
+
+
 # Fields: the schema, and who is at fault
 
 

@@ -340,6 +340,7 @@ def test_the_cache_knows_what_its_numbers_were_made_of(chain, extractions, tmp_p
     for other, made in (
         ({"metrics": "map"}, 0),
         ({"dtype": "bfloat16"}, 2),
+        ({"dtype": "auto"}, 0),  # one of the two above
         ({"query": tiny.dataset(classes=4, per_class=9, seed=3, name="retrieval")}, 1),
         ({"gallery": tiny.dataset(classes=4, per_class=5, seed=3, name="retrieval")}, 1),
     ):

@@ -17,7 +17,7 @@ import pytest
 import tiny
 from jax import lax
 
-from compat_jax import losses, methods
+from compat_jax import losses, methods, models
 from compat_jax.chain import Chain
 from compat_jax.data.tasks import Tasks, batch_plan
 from compat_jax.errors import Diverged, Stopped, UserError
@@ -344,6 +344,11 @@ def test_a_step_may_compute_in_bfloat16_with_float32_weights(tmp_path, sequences
     assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
     exact = sequences["sce"][1][0]["loss"]
     assert log[0]["loss"] == pytest.approx(exact, rel=0.05) and log[0]["loss"] != exact
+
+
+def test_the_type_that_auto_takes_is_in_the_record(tmp_path):
+    run = tiny.run("sce", dtype="auto")
+    assert run.dtype == run.describe()["dtype"] == models.computed_in("auto")
 
 
 # Devices

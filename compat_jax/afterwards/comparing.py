@@ -14,6 +14,7 @@ from compat_jax.data.dataset import Dataset
 from compat_jax.data.roles import check_same_classes
 from compat_jax.errors import Stopped, UserError
 from compat_jax.evaluation import Cache, Maps
+from compat_jax.models import computed_in
 from compat_jax.retrieval import embed
 from compat_jax.retrieval import metric as metrics_by_name
 from compat_jax.retrieval.metric import Metric
@@ -52,7 +53,7 @@ def compare(
       UserError: a chain of one version, versions out of order, unknown metrics, classes of query and
         gallery that differ, too few images to fit on.
     """
-    session, plan = session or Session(), plan or Plan()
+    session, plan, dtype = session or Session(), plan or Plan(), computed_in(dtype)
     found = [metrics_by_name.get(m) for m in metrics]
     check_same_classes(query, gallery)
     old, new = _versions(chain, plan)

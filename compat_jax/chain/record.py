@@ -24,7 +24,7 @@ from compat_jax.extraction import (
 )
 from compat_jax.mesh import make_mesh
 from compat_jax.methods import Head, head_of
-from compat_jax.models import DTYPES, Backbone
+from compat_jax.models import DTYPES, Backbone, computed_in
 
 FORMAT = 2
 # Format 1 had other names for two layers and did not record a method's own numbers.
@@ -151,8 +151,9 @@ class Version:
         """Build the network that these variables fill.
 
         Args:
-          dtype: "float32" or "bfloat16", of the computation.
+          dtype: "float32", "bfloat16" or "auto", of the computation; see `Run`.
         """
+        dtype = computed_in(dtype)
         return self.record.head.embedder(self.backbone.build(dtype), DTYPES[dtype])
 
     def embed(
@@ -175,7 +176,7 @@ class Version:
           mesh: devices to spread each batch over; one device by default.
           batch_size: pictures per batch; fewer are padded to 1, 8 or 64, so that few programs are
             compiled, once each.
-          dtype: of the network's computation.
+          dtype: of the network's computation: "float32", "bfloat16" or "auto"; see `Run`.
           progress: label of a progress bar; None for none.
 
         Returns:
@@ -185,7 +186,7 @@ class Version:
           UserError: what is no picture, or pictures of another size where neither the record nor
             `preparation` says how they become the version's.
         """
-        mesh = mesh or make_mesh("data:1", jax.devices()[:1])
+        mesh, dtype = mesh or make_mesh("data:1", jax.devices()[:1]), computed_in(dtype)
         if (mesh, dtype) not in self._ready:
             self._ready[mesh, dtype] = Embedding(self, mesh, dtype)
         prepare = preparation_of(self.record, preparation)

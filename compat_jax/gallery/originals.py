@@ -19,7 +19,7 @@ from compat_jax.fields import Rule, check_fields
 from compat_jax.files import absolute
 from compat_jax.gallery.member import Preprocessing
 from compat_jax.mesh import make_mesh
-from compat_jax.models import DTYPES
+from compat_jax.models import DTYPE_CHOICES, computed_in
 from compat_jax.session import never
 
 
@@ -30,7 +30,7 @@ class Work:
     Attributes:
       mesh: devices to spread each batch over; all of this host by default.
       batch_size: pictures per batch of the network.
-      dtype: of the network's computation.
+      dtype: of the network's computation; see `Run`.
       part: rows per write. A store keeps each write apart until it is told to refresh: thousands.
       on_bad: "stop" refuses new files that are no pictures; "skip" leaves them out and names them.
       should_stop: asked between writes; when it returns True, `Stopped` is raised.
@@ -39,7 +39,7 @@ class Work:
 
     mesh: Mesh | None = None
     batch_size: Annotated[int, Rule("pictures per batch", low=1, high=10**6)] = 64
-    dtype: Annotated[str, Rule("of the computation", choices=tuple(DTYPES))] = "float32"
+    dtype: Annotated[str, Rule("of the computation", choices=DTYPE_CHOICES)] = "float32"
     part: Annotated[int, Rule("rows per write", low=1, high=10**7)] = 4096
     on_bad: Annotated[str, Rule("files that are no pictures", choices=ON_BAD)] = "stop"
     should_stop: Callable[[], bool] = never
@@ -47,6 +47,7 @@ class Work:
 
     def __post_init__(self):
         check_fields(self)
+        object.__setattr__(self, "dtype", computed_in(self.dtype))
 
     def label(self, text: str) -> str | None:
         """Return the label of a progress line; None where none is shown."""

@@ -7,7 +7,7 @@ from typing import Annotated
 from compat_jax.errors import UserError
 from compat_jax.fields import Rule, check_fields
 from compat_jax.gallery.verdict import GO, LOSS, NO_GO, Figure, Stage
-from compat_jax.models import DTYPES
+from compat_jax.models import DTYPE_CHOICES, computed_in
 
 _WHEN = {
     "switched": "the switch",
@@ -31,7 +31,7 @@ class Terms:
       far: share of pairs of different classes that today's threshold lets pass.
       threshold: score, a cosine, that your product compares with; by default the one of `far`, or
         without labels the one that nine tenths of today's best answers reach.
-      dtype: of the networks' computation.
+      dtype: of the networks' computation; see `Run`.
     """
 
     margin: Annotated[float, Rule("loss of quality that counts as none", low=0, high=1)] = 0.01
@@ -39,10 +39,11 @@ class Terms:
     k: Annotated[int, Rule("answers of a query that are compared", low=1, high=1000)] = 10
     far: Annotated[float, Rule("false pairs that the threshold lets pass", above=0, below=1)] = 0.01
     threshold: Annotated[float | None, Rule("fixed score, a cosine", low=-1, high=1)] = None
-    dtype: Annotated[str, Rule("of the computation", choices=tuple(sorted(DTYPES)))] = "float32"
+    dtype: Annotated[str, Rule("of the computation", choices=DTYPE_CHOICES)] = "float32"
 
     def __post_init__(self):
         check_fields(self)
+        object.__setattr__(self, "dtype", computed_in(self.dtype))
         if self.limit < self.margin:
             raise UserError(
                 f"limit must be at least the margin, {self.margin:g}, got {self.limit:g}", "limit"

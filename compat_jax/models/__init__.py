@@ -5,7 +5,6 @@ build)`, or any Linen module handed to `Run(backbone=...)`.
 """
 
 from compat_jax.models.backbone import (
-    DTYPES,
     Backbone,
     GivenBackbone,
     as_backbone,
@@ -22,7 +21,15 @@ from compat_jax.models.embedder import (
     init_variables,
     renamed_layers,
 )
+from compat_jax.models.precision import (
+    AUTO,
+    DTYPE_CHOICES,
+    DTYPES,
+    computed_in,
+    multiplies_bfloat16,
+)
 from compat_jax.models.regnet import regnet_y_400mf
+from compat_jax.models.rematerialize import REMAT, block, product, rematerializing
 from compat_jax.models.resnet import (
     resnet18,
     resnet18d,
@@ -53,17 +60,25 @@ for _name, _vit in VITS.items():
     register(_name, _vit)
 
 __all__ = [
+    "AUTO",
     "DTYPES",
+    "DTYPE_CHOICES",
+    "REMAT",
     "Backbone",
     "Embedder",
     "GivenBackbone",
     "Outputs",
     "as_backbone",
+    "block",
+    "computed_in",
     "feature_size",
     "init_variables",
+    "multiplies_bfloat16",
     "parameters",
+    "product",
     "recorded_backbone",
     "register",
     "registered",
+    "rematerializing",
     "renamed_layers",
 ]

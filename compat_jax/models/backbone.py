@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from compat_jax.errors import UserError, unknown
+from compat_jax.models.precision import DTYPES
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _LINEN = ("dtype", "parent", "name")  # fields that are no arguments
 _BACKBONES: dict[str, Callable[..., nn.Module]] = {}
 

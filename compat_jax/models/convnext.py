@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from compat_jax.models.layers import Conv, global_average_pool, layer_norm
+from compat_jax.models.rematerialize import block
 from compat_jax.models.vit import Mlp
 
 _truncated = nn.initializers.truncated_normal(0.02)
@@ -74,7 +75,7 @@ class ConvNeXt(nn.Module):
                 down = _conv(width, 2, stride=2, dtype=self.dtype, name=f"{name}_downsample_1")
                 x = down(x)
             for index in range(depth):
-                x = Block(self.dtype, name=f"{name}_blocks_{index}")(x)
+                x = block(Block)(self.dtype, name=f"{name}_blocks_{index}")(x)
         return layer_norm(global_average_pool(x), self.dtype, "head_norm")
 
 

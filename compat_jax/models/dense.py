@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from compat_jax.models.rematerialize import product
+
 
 class TokenDense(nn.Module):
     """A dense layer with a bias, with the variables of `flax.linen.Dense`.
@@ -26,7 +28,7 @@ class TokenDense(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        return matmul(x, kernel) + bias
+        return product(matmul(x, kernel)) + bias
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:

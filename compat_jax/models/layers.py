@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from compat_jax.models.conv import conv
+from compat_jax.models.rematerialize import product
 
 # PyTorch's kaiming_normal_(mode="fan_out", nonlinearity="relu").
 kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -52,6 +53,7 @@ class Conv(nn.Module):
             padding=self.padding,
             groups=self.groups,
         )
+        out = product(out)
         if self.use_bias:
             out += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return out

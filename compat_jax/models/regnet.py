@@ -18,6 +18,7 @@ from compat_jax.models.layers import (
     linear_init,
     squeeze_excite,
 )
+from compat_jax.models.rematerialize import block
 
 
 class SqueezeExcite(nn.Module):
@@ -121,8 +122,8 @@ class RegNet(nn.Module):
             for index in range(depth):
                 stride = 1 if index else first_stride
                 name = f"layer{stage + 1}_blocks_{index}"
-                block = Block(width, stride, self.group_width, dtype=self.dtype, name=name)
-                x = block(x, train)
+                kind = block(Block, 2)
+                x = kind(width, stride, self.group_width, dtype=self.dtype, name=name)(x, train)
         return global_average_pool(x)
 
 

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from compat_jax.errors import UserError
 from compat_jax.models.layers import BatchNorm, Conv, global_average_pool, max_pool
+from compat_jax.models.rematerialize import block
 
 
 class BasicBlock(nn.Module):
@@ -150,8 +151,8 @@ class ResNet(nn.Module):
             for index in range(depth):
                 stride = 2 if stage and not index else 1
                 name = f"layer{stage + 1}_{index}"
-                block = self.block(width, stride, self.dtype, self.average_down, name=name)
-                x = block(x, train)
+                kind = block(self.block, 2)
+                x = kind(width, stride, self.dtype, self.average_down, name=name)(x, train)
         return global_average_pool(x)
 
     def _stem(self, x, train):

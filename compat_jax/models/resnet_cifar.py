@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from compat_jax.models.layers import BatchNorm, Conv, global_average_pool
+from compat_jax.models.rematerialize import block
 
 
 class BasicBlock(nn.Module):
@@ -69,7 +70,7 @@ class CifarResNet(nn.Module):
             for index in range(self.depth):
                 stride = 2 if stage and not index else 1
                 name = f"stage_{stage + 1}_{index}"
-                x = BasicBlock(width, stride, self.dtype, name=name)(x, train)
+                x = block(BasicBlock, 2)(width, stride, self.dtype, name=name)(x, train)
         return global_average_pool(x)
 
 

@@ -18,6 +18,7 @@ from compat_jax.models.layers import (
     linear_init,
     squeeze_excite,
 )
+from compat_jax.models.rematerialize import block
 
 
 class PreActBlock(nn.Module):
@@ -91,7 +92,7 @@ class SENet(nn.Module):
             for index in range(depth):
                 stride = 2 if stage and not index else 1
                 name = f"layer{stage + 1}_blocks_{index}"
-                x = PreActBlock(width, stride, self.dtype, name=name)(x, train)
+                x = block(PreActBlock, 2)(width, stride, self.dtype, name=name)(x, train)
         return global_average_pool(x)
 
 

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from compat_jax.errors import UserError
 from compat_jax.models.dense import TokenDense
 from compat_jax.models.layers import Conv, layer_norm, linear_init
+from compat_jax.models.rematerialize import block
 
 _truncated = nn.initializers.truncated_normal(0.02)
 
@@ -189,7 +190,8 @@ class VisionTransformer(nn.Module):
         x = PatchEmbed(self.width, self.patch, self.dtype, name="patch_embed")(images)
         x = self._with_tokens(x)
         for index in range(self.depth):
-            x = Block(self.heads, self.dtype, self.layer_scale, name=f"blocks_{index}")(x)
+            kind = block(Block)
+            x = kind(self.heads, self.dtype, self.layer_scale, name=f"blocks_{index}")(x)
         return layer_norm(x[:, 0], self.dtype, "norm")
 
     def _with_tokens(self, patches):

@@ -1,10 +1,8 @@
 """Exact nearest neighbours by inner product, in blocks and over any number of devices."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import jax
@@ -15,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from compat_jax import hosts
 from compat_jax.errors import UserError
 from compat_jax.fields import Rule, check_fields
+from compat_jax.models.precision import multiplies_bfloat16
 from compat_jax.retrieval.block_search import (
     can_screen,
     no_neighbours,
@@ -155,7 +154,9 @@ def _search(
     query_size, size = _block_sizes(query.shape, len(gallery), k, mesh=mesh, options=options)
     approx_recall, screen = options.approx_recall, options.screen
     if screen is None:
-        screen = len(query) >= QUERY_BLOCK and _multiplies_in_bfloat16(platform(mesh))
+        # An accelerator takes its own program.
+        on_cpu = platform(mesh) == "cpu"
+        screen = on_cpu and len(query) >= QUERY_BLOCK and multiplies_bfloat16("cpu")
         if mesh is not None and mesh.is_multi_process:  # the hosts may have different processors
             screen = hosts.broadcast(screen)
     screen = screen and approx_recall is None and can_screen(size, k, mesh)
@@ -211,15 +212,6 @@ def _block_sizes(
         gallery_block = min(most, power_of_two(GALLERY_BYTES // (4 * feature_size) + 1) // 2)
     rows = power_of_two(max(k, min(gallery_block, -(-num_rows // shards))))
     return power_of_two(min(options.query_block, num_queries)), shards * rows
-
-
-@functools.cache
-def _multiplies_in_bfloat16(platform: str) -> bool:
-    """Return True if bfloat16 products are faster: XLA:CPU since jax 0.12, given the instructions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if platform != "cpu" or jax.__version_info__ < (0, 12) or not cpuinfo.exists():
-        return False
-    return any(flag in cpuinfo.read_text() for flag in ("avx512_bf16", "amx_bf16"))
 
 
 def _check(query, gallery, k: int, *, mesh: Mesh | None) -> None:

@@ -17,7 +17,15 @@ from compat_jax.data.tasks import Tasks, TaskSequence
 from compat_jax.errors import UserError
 from compat_jax.fields import Rule, check_fields
 from compat_jax.methods import Method
-from compat_jax.models import DTYPES, Backbone, GivenBackbone, as_backbone
+from compat_jax.models import (
+    DTYPE_CHOICES,
+    DTYPES,
+    Backbone,
+    GivenBackbone,
+    as_backbone,
+    computed_in,
+)
+from compat_jax.models.rematerialize import REMAT
 from compat_jax.training.optimizer import Optimizer, Settings, Sgd
 from compat_jax.training.step import Trainer
 
@@ -43,7 +51,10 @@ class Run:
       first_prototypes: a smaller K for the first version of a sequence, which is then moved to
         `num_prototypes` (see `enlarge`): the feature size grows; 0 for one K throughout.
       seed: of everything random.
-      dtype: of the computation, "float32" or "bfloat16"; parameters are float32.
+      dtype: of the computation, "float32", "bfloat16", or "auto": bfloat16 where this machine multiplies
+        it faster; records name the one that was taken. Parameters are float32.
+      remat: what the backward pass computes again to save memory: "none"; "elementwise", norms and
+        activations; "blocks", all but the results of residual blocks. It changes rounding only.
       keep: which weights of a task become the version: those of the last step, or those of the best
         validation by accuracy, by recall@1, or by recall@1 in the gallery of the version before (the
         last of equally good ones).
@@ -66,10 +77,15 @@ class Run:
         str, Rule("prototype that a class is written to", choices=simplex.LABEL_ORDERS)
     ] = "descending"
     seed: Annotated[int, Rule("of everything random", low=0, high=2**32 - 1)] = 0
-    dtype: Annotated[str, Rule("of the computation", choices=tuple(DTYPES))] = "float32"
+    dtype: Annotated[
+        str, Rule("of the computation; auto for the faster one here", choices=DTYPE_CHOICES)
+    ] = "float32"
     first_prototypes: Annotated[
         int, Rule("K of a sequence's first version; 0 for num_prototypes", low=0, high=10**8)
     ] = 0
+    remat: Annotated[
+        str, Rule("what the backward pass computes again to save memory", choices=tuple(REMAT))
+    ] = "none"
     keep: Annotated[
         str, Rule("weights that become the version: the last, or the best by", choices=KEEP)
     ] = "last"
@@ -82,6 +98,7 @@ class Run:
         if isinstance(self.method, str):
             object.__setattr__(self, "method", methods.get(self.method))
         object.__setattr__(self, "backbone", as_backbone(self.backbone))
+        object.__setattr__(self, "dtype", computed_in(self.dtype))
         self.given_backbone.build(self.dtype)
         self._check_first()
 
@@ -133,6 +150,8 @@ class Run:
         kept: dict[str, Any] = {} if self.keep == "last" else {"keep": self.keep}
         if self.first_prototypes:
             kept["first_prototypes"] = self.first_prototypes
+        if self.remat != "none":
+            kept["remat"] = self.remat
         return {
             "method": {"name": method.name, **method.arguments},
             "backbone": {"name": backbone.name, **backbone.arguments},
@@ -247,6 +266,7 @@ def _trainer(run, num_classes, mesh, teacher):
         optimizer=run.optimizer,
         preprocess=run.preprocess,
         mesh=mesh,
+        remat=run.remat,
     )
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from compat_jax import mesh as meshes
 from compat_jax.data.augment import Preprocess
 from compat_jax.methods import Head, LossInputs, Method, TaskStart
-from compat_jax.models import Embedder, init_variables
+from compat_jax.models import Embedder, init_variables, rematerializing
 from compat_jax.training.optimizer import Optimizer, make_optimizer
 from compat_jax.training.state import TaskInfo, TrainState, create_state
 
@@ -84,6 +84,7 @@ class Trainer:
       preprocess: normalisation and augmentation.
       mesh: devices.
       teacher: the network of the old model, where it is of another architecture.
+      remat: what the backward pass computes again, see `models.rematerializing`.
     """
 
     embedder: Embedder
@@ -93,6 +94,7 @@ class Trainer:
     preprocess: Preprocess
     mesh: Mesh
     teacher: Embedder | None = None
+    remat: str = "none"
 
     def init(self, key: jax.Array, image_shape: tuple[int, int, int]) -> Any:
         """Draw fresh variables and shard them; they are the same on every mesh."""
@@ -165,12 +167,11 @@ class Trainer:
         taught = lax.stop_gradient(self.method.teach(forward, frozen, state.carried))
 
         def loss_fn(params):
-            outputs, updated = self.network.apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                images,
-                train=True,
-                mutable=["batch_stats"],
-            )
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            with rematerializing(self.remat):
+                outputs, updated = self.network.apply(
+                    variables, images, train=True, mutable=["batch_stats"]
+                )
             outputs = self._split(outputs)
             inputs = LossInputs(
                 outputs,

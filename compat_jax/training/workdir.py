@@ -20,7 +20,7 @@ from compat_jax.training.run import Run
 
 # Settings that a run may change when it is told so, by the beginning of their names.
 _ANY_TIME = ("optimizer", "epochs", "keep", "validate_every", "preprocess.")
-_BETWEEN_VERSIONS = ("batch_size", "tasks.rehearsal", "dtype", "method")
+_BETWEEN_VERSIONS = ("batch_size", "tasks.rehearsal", "dtype", "remat", "method")
 
 
 class Workdir:

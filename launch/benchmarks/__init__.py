@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import jax
+
+from compat_jax import models
 from compat_jax.errors import UserError, unknown
 from launch.benchmarks import forms, gallery, growth, photos, pictures, retrieval, training, work
 from launch.benchmarks.sides import (
@@ -13,7 +16,6 @@ from launch.benchmarks.sides import (
     PHOTO_VARIANTS,
     Context,
     Places,
-    multiplies_bfloat16,
     on_accelerator,
 )
 from launch.benchmarks.timing import Result
@@ -72,7 +74,7 @@ def chosen_dtypes(given: Sequence[str], names: Iterable[str]) -> tuple[str, ...]
       names: measures. On a CPU that multiplies bfloat16, those of real picture sizes take it as well.
     """
     real_sizes = {*names} & {*GROUPS["photos"], "forms"}
-    both = on_accelerator() or (real_sizes and multiplies_bfloat16())
+    both = on_accelerator() or (real_sizes and models.multiplies_bfloat16(jax.default_backend()))
     return tuple(given) or (("float32", "bfloat16") if both else ("float32",))
 
 

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -166,14 +165,3 @@ def best_reference(timings: Mapping[str, Timing]) -> Timing | None:
 def on_accelerator() -> bool:
     """Return whether JAX computes on a GPU or TPU."""
     return jax.default_backend() != "cpu"
-
-
-def multiplies_bfloat16() -> bool:
-    """Return whether the device multiplies bfloat16 faster than float32."""
-    if on_accelerator():
-        return True
-    try:
-        described = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in described or "amx_bf16" in described
