@@ -30,6 +30,23 @@ memory; most of an hour on two cores, of which the index of Qdrant Edge takes th
 gallery: ingest, index, disk, memory, single queries and their recall, with a filter, before and after
 a backfill of a tenth of the rows.
 
+How time and memory grow, over two decades of images, classes, versions, prototypes and gallery rows
+(under ten minutes on two quiet cores), with charts; the second command draws them from the file, without
+measuring:
+
+  python -m launch.benchmark --only=scaling --json=growth.json --charts=charts
+  python -m launch.benchmark --numbers=growth.json --charts=charts
+
+What it costs: hours of the paper's seven tasks and of a month's upgrade of 1,000,000 pictures, for every
+machine that the files are of; those of launch.plan hold lower bounds for chips that you do not have:
+
+  python -m launch.benchmark --only=step,features,photos --json=cpu.json
+  python -m launch.plan --topology=h100:1 --config=configs/iamcl2r.py:replace=false --images=30000 \\
+      --classes=100 --config.dtype=bfloat16 --batch_size=1024 --json=h100-paper.json
+  python -m launch.plan --topology=h100:1 --config=configs/folders.py:size=224,backbone=resnet50 \\
+      --images=12800 --classes=100 --config.dtype=bfloat16 --batch_size=1024 --json=h100-month.json
+  python -m launch.benchmark --numbers=cpu.json,h100-paper.json,h100-month.json --costs
+
 On a CPU, convolutions in bfloat16 take in each pass the form that was fastest on an EPYC. On another
 processor (ten minutes, quiet):
 
@@ -42,6 +59,7 @@ import sys
 
 from absl import flags
 
+from compat_jax.errors import UserError
 from launch import _cli as cli
 
 flags.DEFINE_string("reference", None, "folder of a clone of miccunifi/iamcl2r")
@@ -77,6 +95,14 @@ flags.DEFINE_string(
     "made there, and deleted at the end",
 )
 flags.DEFINE_string("rates", None, "file to write the rates of convolutions to, measured by forms")
+flags.DEFINE_string("charts", None, "folder to draw the growth of time and memory to: of scaling")
+flags.DEFINE_list(
+    "numbers",
+    [],
+    "files that --json wrote, here or in launch.plan: draw --charts or print --costs of them, and "
+    "measure nothing",
+)
+flags.DEFINE_bool("costs", False, "print the hours of two works, from the rates of --numbers")
 flags.DEFINE_string("sizes", "full", "full, or tiny to try that everything runs")
 flags.DEFINE_string("part", None, "internal: the part of a measure that runs in a separate process")
 
@@ -84,10 +110,14 @@ flags.DEFINE_string("part", None, "internal: the part of a measure that runs in 
 def main(_) -> None:
     """Measure and print."""
     args = flags.FLAGS
+    if args.numbers:
+        _show(args)
+        return
+    if args.costs:
+        raise UserError("costs are of rates in files: give them, --numbers=FILE,...", "costs")
     cli.start_jax()
     from compat_jax import models
     from launch import benchmarks
-    from launch.benchmarks import table, timing
 
     cli.check_choice("sizes", args.sizes, sorted(benchmarks.SIZES))
     for dtype in args.dtype:
@@ -98,8 +128,19 @@ def main(_) -> None:
     photo["rows"] = args.gallery_rows
     if args.part:
         _part(args.part, benchmarks.sizes(args.sizes, **photo))
-        return
-    dtypes = benchmarks.chosen_dtypes(args.dtype, benchmarks.chosen(args.only))
+    else:
+        _measure(args, photo)
+
+
+def _measure(args, photo):
+    from launch import benchmarks
+    from launch.benchmarks import charts, table, timing
+
+    names, folder = benchmarks.chosen(args.only), None
+    if args.charts:
+        if "scaling" not in names:
+            raise UserError("charts are of scaling, which --only leaves out", "charts")
+        folder = charts.folder(args.charts)
     lines = benchmarks.measure(
         args.only,
         dtypes=args.dtype,
@@ -108,15 +149,39 @@ def main(_) -> None:
         photo=photo,
         places=benchmarks.Places(args.reference, args.gallery_url, args.rates),
     )
-    results = []
+    results, dtypes = [], benchmarks.chosen_dtypes(args.dtype, names)
     matmul = {d: timing.matmul_flops(d) for d in sorted({"float32", *dtypes})}
     machine, command = timing.machine(), " ".join(["python -m launch.benchmark", *sys.argv[1:]])
     print(table.head(machine, command, matmul), flush=True)
     for result in lines:
         results.append(result)
         print(table.line(result, matmul), flush=True)
+    sizes = benchmarks.sizes(args.sizes, **photo)
+    content = table.content(results, machine=machine, command=command, matmul=matmul, sizes=sizes)
     if args.json:
-        table.write(args.json, results, machine=machine, command=command, matmul=matmul)
+        table.write(args.json, content)
+    if folder is not None:
+        _draw(folder, [content])
+
+
+def _show(args):
+    """Draw or print what follows from files of numbers, without JAX's devices."""
+    from launch.benchmarks import charts, costs, table
+
+    if not args.costs and not args.charts:
+        raise UserError("of these numbers, draw --charts=FOLDER or print --costs", "numbers")
+    contents = {path: table.read(path) for path in args.numbers}
+    if args.costs:
+        print(costs.table(costs.machines(contents)))
+    if args.charts:
+        _draw(charts.folder(args.charts), contents.values())
+
+
+def _draw(folder, contents):
+    from launch.benchmarks import charts
+
+    for name in charts.write(folder, charts.growths(contents)):
+        print(f"wrote {folder / name}")
 
 
 def _part(part, sizes):

@@ -14,6 +14,12 @@ it fits and what to change if not; a lower bound of a step's time from FLOP, mem
 the compiled program wastes: products in float32 where bfloat16 was asked for, kernels that only reorder,
 convert or copy, kernels that compute the same in every step, collectives that nothing runs beside,
 transfers to the host. Reads the data for its sizes; with --images and --classes it needs none.
+
+With --json=FILE the bounds are written as well, for the table of costs (hours of a training, of a
+re-index) that `python -m launch.benchmark --numbers=FILE,... --costs` prints:
+
+  python -m launch.plan --topology=h100:1 --config=configs/folders.py:size=224,backbone=resnet50 \\
+      --images=12800 --classes=100 --config.dtype=bfloat16 --batch_size=1024 --json=h100-month.json
 """
 
 import importlib.util
@@ -35,6 +41,7 @@ flags.DEFINE_integer(
 flags.DEFINE_integer("gallery", 1_000_000, "gallery rows of the search", lower_bound=1)
 flags.DEFINE_integer("k", 10, "neighbours of the search", lower_bound=1)
 flags.DEFINE_integer("batch_size", 256, "images per batch of the feature extraction", lower_bound=1)
+flags.DEFINE_string("json", None, "file to write the bounds of a step's time to")
 
 
 def prepare_environment(topology: str) -> None:
@@ -79,7 +86,7 @@ def main(_) -> None:
     prepare_environment(topology)
     from launch.tpu import planning
 
-    fits = planning.plan(
+    found = planning.plan(
         args.config,
         topology,
         images=args.images,
@@ -88,7 +95,9 @@ def main(_) -> None:
         k=args.k,
         batch_size=args.batch_size,
     )
-    sys.exit(0 if fits else 1)
+    if args.json:
+        found.write(args.json)
+    sys.exit(1 if found.too_large else 0)
 
 
 if __name__ == "__main__":

@@ -147,15 +147,26 @@ def test_max_pool(shape, size, stride, padding):
     padded = np.pad(x, border, constant_values=-np.inf)
     windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))
     expected = windows[:, ::stride, ::stride].max(axis=(-2, -1))
-    np.testing.assert_array_equal(
-        layers.max_pool(x, size, stride=stride, padding=padding), expected
-    )
+    for form in (None, "native", "slices"):
+        found = layers.max_pool(x, size, stride, padding, form=form)
+        np.testing.assert_array_equal(found, expected)
 
 
-def test_gradient_of_max_pool_goes_to_the_maximum():
+@pytest.mark.parametrize("form", [None, "native", "slices"])
+def test_gradient_of_max_pool_goes_to_the_maximum(form):
     x = np.array([[1, 2], [4, 3]], np.float32).reshape(1, 2, 2, 1)
-    gradient = jax.grad(lambda a: layers.max_pool(a, 2, stride=2, padding=0).sum())(x)
+    gradient = jax.grad(lambda a: layers.max_pool(a, 2, 2, 0, form=form).sum())(x)
     np.testing.assert_array_equal(gradient.reshape(2, 2), [[0, 0], [1, 0]])
+
+
+def test_gradients_of_max_pool_are_the_same_where_no_maxima_tie():
+    rng = np.random.default_rng(1)
+    x, weights = (rng.standard_normal(s, np.float32) for s in ((2, 9, 9, 3), (2, 5, 5, 3)))
+
+    def gradient(form):
+        return jax.grad(lambda a: (weights * layers.max_pool(a, 3, 2, 1, form=form)).sum())(x)
+
+    np.testing.assert_allclose(gradient("native"), gradient("slices"), rtol=1e-6)
 
 
 def test_global_average_pool():

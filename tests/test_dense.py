@@ -1,12 +1,14 @@
 """The dense layer of tokens: Flax's variables and numbers, gradients that are summed in float32."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compat_jax.models.dense import TokenDense, matmul
+from compat_jax.models.dense import TokenDense, attention_scores, matmul
 
 
 def normal(shape, seed, dtype=jnp.float32):
@@ -43,6 +45,37 @@ def test_gradients_are_those_of_the_product_in_float64(dtype, tolerance, places)
         assert found.dtype == dtype
         difference = np.abs(np.asarray(found, np.float64) - wanted).max()
         assert difference <= tolerance * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-8)])
+def test_scores_of_an_attention_and_their_gradients_are_those_in_float64(dtype, tolerance):
+    query, key = (normal((2, 5, 3, 8), seed, dtype) for seed in range(2))
+    upstream = normal((2, 3, 5, 5), 2)
+
+    @jax.jit
+    def all_of_them(query, key, upstream):
+        value, pull_back = jax.vjp(attention_scores, query, key)
+        return value, *pull_back(upstream)
+
+    query64, key64, upstream64 = (np.asarray(a, np.float64) for a in (query, key, upstream))
+    expected = (
+        np.einsum("bqhd,bkhd->bhqk", query64, key64),
+        np.einsum("bhqk,bkhd->bqhd", upstream64, key64),
+        np.einsum("bhqk,bqhd->bkhd", upstream64, query64),
+    )
+    found = all_of_them(query, key, upstream)
+    assert [a.dtype for a in found] == [jnp.float32, dtype, dtype]
+    for ours, wanted in zip(found, expected, strict=True):
+        difference = np.abs(np.asarray(ours, np.float64) - wanted).max()
+        assert difference <= tolerance * np.abs(wanted).max()
+
+
+def test_no_product_of_an_attention_is_wide_where_its_input_is_not():
+    query = normal((2, 5, 3, 8), 0, jnp.bfloat16)
+    gradient = jax.jit(jax.grad(lambda q, k: attention_scores(q, k).sum(), (0, 1)))
+    text = gradient.trace(query, query).lower(lowering_platforms=("tpu",)).as_text()
+    products = re.findall(r"stablehlo.dot_general.* : \((.*)\) ->", text)
+    assert len(products) >= 2 and not any("f32" in operands for operands in products)
 
 
 def test_other_platforms_have_no_product_more():

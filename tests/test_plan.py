@@ -1,6 +1,7 @@
 """Plans: the planned programs are those that run, and they compile for chips that are absent."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -237,6 +238,20 @@ def check_report(printed: str, devices: str) -> None:
     assert printed.endswith("Everything fits.\n")
 
 
+def check_written(path: Path, topology: str, printed: str) -> None:
+    """Check that the file has the bounds that were printed."""
+    content = json.loads(path.read_text())
+    assert content["plan"]["topology"] == topology
+    run = {"method": "hoc", "backbone": "resnet_small", "image": 32, "batch_size": 128}
+    assert run.items() <= content["run"].items()
+    step, features, search = content["programs"]
+    assert (step["batch"], features["batch"]) == (128, 256) and "batch" not in search
+    for program, line in zip(content["programs"], printed.splitlines()[11:14], strict=True):
+        least, alone = (hlo.duration(program[key]) for key in ("at_least", "one_by_one"))
+        assert program["fits"] and line.startswith(program["name"])
+        assert f"{least} {alone} " in " ".join(line.split())
+
+
 @pytest.mark.tpu_aot
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[tpu]'"
@@ -249,15 +264,17 @@ def check_report(printed: str, devices: str) -> None:
         ("v4:2x2x2", "8 devices (TPU v4, 30.75 GiB usable), 2 hosts"),
     ],
 )
-def test_compiles_for_an_absent_slice(topology, devices):
+def test_compiles_for_an_absent_slice(topology, devices, tmp_path):
     done = run_plan(
         f"--topology={topology}",
         *SMALL,
+        f"--json={tmp_path}/plan.json",
         "--config.mesh=data:4,model:2",
         JAX_OPTIMIZATION_LEVEL="O0",
     )
     assert done.returncode == 0, done.stderr
     check_report(done.stdout, f"{devices}; mesh data:4,model:2")
+    check_written(tmp_path / "plan.json", topology, done.stdout)
 
 
 @pytest.mark.slow
@@ -272,10 +289,12 @@ def test_compiles_for_an_absent_slice(topology, devices):
         ("a100:2", "2 devices (NVIDIA A100-SXM4-80GB, 59.44 GiB usable), 1 host"),
     ],
 )
-def test_compiles_for_absent_gpus(chips, devices):
-    done = run_plan(f"--topology={chips}", *SMALL, "--config.dtype=bfloat16", XLA_FLAGS="")
+def test_compiles_for_absent_gpus(chips, devices, tmp_path):
+    flags = ("--config.dtype=bfloat16", f"--json={tmp_path}/plan.json")
+    done = run_plan(f"--topology={chips}", *SMALL, *flags, XLA_FLAGS="")
     assert done.returncode == 0, done.stderr
     check_report(done.stdout, f"{devices}; mesh data:{chips[-1]},model:1")
+    check_written(tmp_path / "plan.json", chips, done.stdout)
     # No convolution falls back to float32; the two products are those of the contrast's float32 head.
     wide = re.search(r"products of float32 where bfloat16 was asked for: (\d+) of", done.stdout)
     assert int(wide[1]) == 2

@@ -1,8 +1,9 @@
-"""A dense layer on tokens, whose kernel gradient stays on the fast path of XLA:CPU in bfloat16."""
+"""Products of tokens whose gradients stay in bfloat16, and on the fast path of XLA:CPU."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
@@ -44,6 +45,44 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     if x.dtype != jnp.bfloat16:
         return _product(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=_on_cpu, default=_product)
+
+
+def attention_scores(query: jax.Array, key: jax.Array) -> jax.Array:
+    """Multiply the queries of an attention with its keys.
+
+    The scores of bfloat16 are float32, as the softmax after them needs. Their gradients are rounded to
+    bfloat16 before they are multiplied, since autodiff would multiply them in float32 at half the rate.
+
+    Args:
+      query: float[batch, tokens, heads, channels].
+      key: float[batch, tokens, heads, channels].
+
+    Returns:
+      float[batch, heads, tokens, tokens], float32 or wider.
+    """
+    return _rounded_scores(query, key) if query.dtype == jnp.bfloat16 else _scores(query, key)
+
+
+def _scores(query, key):
+    wide = np.promote_types(query.dtype, np.float32)
+    return jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=wide)
+
+
+_rounded_scores = jax.custom_vjp(_scores)
+
+
+def _scores_forward(query, key):
+    return _scores(query, key), (query, key)
+
+
+def _scores_backward(saved, gradient):
+    query, key = saved
+    rounded = gradient.astype(query.dtype)
+    of_query = jnp.einsum("bhqk,bkhd->bqhd", rounded, key)
+    return of_query, jnp.einsum("bhqk,bqhd->bkhd", rounded, query)
+
+
+_rounded_scores.defvjp(_scores_forward, _scores_backward)
 
 
 def _product(x, kernel):

@@ -125,20 +125,39 @@ def layer_norm(x: jax.Array, dtype: jax.typing.DTypeLike, name: str) -> jax.Arra
     return norm(wide).astype(dtype)
 
 
-def max_pool(x: jax.Array, size: int, stride: int, padding: int) -> jax.Array:
-    """Compute the maximum over windows as a maximum of shifted slices.
+def max_pool(
+    x: jax.Array, size: int, stride: int, padding: int, form: str | None = None
+) -> jax.Array:
+    """Compute the maximum over windows.
 
-    On CPU this is faster than reduce_window.
+    On TPU by the platform's own operation, elsewhere as a maximum of shifted slices: reduce_window and
+    its gradient are slow on CPU, while on a v6e the slices would take a sixth of a ResNet-50's step.
+    Where maxima tie, the first receives the whole gradient on TPU, as in PyTorch; elsewhere they share
+    it.
 
     Args:
       x: float[batch, h, w, c].
       size: side of the window.
       stride: step in both directions.
       padding: pixels of -infinity on each side.
+      form: "native" or "slices"; None chooses by platform.
 
     Returns:
       float[batch, h', w', c].
     """
+
+    def native(x):
+        return nn.max_pool(x, (size, size), (stride, stride), [(padding, padding)] * 2)
+
+    def slices(x):
+        return _max_of_slices(x, size, stride, padding)
+
+    if form is not None:
+        return {"native": native, "slices": slices}[form](x)
+    return lax.platform_dependent(x, tpu=native, default=slices)
+
+
+def _max_of_slices(x, size, stride, padding):
     pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     # In float32 also if x is bfloat16: XLA:CPU's gradient would take ten times as long.
     wide = x.astype(np.promote_types(x.dtype, np.float32))

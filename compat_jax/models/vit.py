@@ -10,11 +10,10 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from compat_jax.errors import UserError
-from compat_jax.models.dense import TokenDense
+from compat_jax.models.dense import TokenDense, attention_scores
 from compat_jax.models.layers import Conv, layer_norm, linear_init
 from compat_jax.models.rematerialize import block
 
@@ -77,8 +76,7 @@ class Attention(nn.Module):
         query, key, value = jnp.moveaxis(
             qkv.reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0
         )
-        wide = np.promote_types(query.dtype, np.float32)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=wide)
+        scores = attention_scores(query, key)
         weights = nn.softmax(scores / math.sqrt(width // self.heads)).astype(self.dtype)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
         return _dense(width, self.dtype, "proj")(mixed.reshape(batch, tokens, width))

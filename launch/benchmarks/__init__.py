@@ -10,7 +10,17 @@ import jax
 
 from compat_jax import models
 from compat_jax.errors import UserError, unknown
-from launch.benchmarks import forms, gallery, growth, photos, pictures, retrieval, training, work
+from launch.benchmarks import (
+    cores,
+    forms,
+    gallery,
+    growth,
+    photos,
+    pictures,
+    retrieval,
+    training,
+    work,
+)
 from launch.benchmarks.sides import (
     NOWHERE,
     PHOTO_VARIANTS,
@@ -38,6 +48,8 @@ MEASURES: dict[str, Callable[[Context], Iterator[Result]]] = {
     "decoding": pictures.decoding,
     "from_disk": pictures.from_disk,
     "photo_memory": pictures.memory,
+    "processes": cores.processes,
+    "step_memory": cores.step_memory,
     "gallery": gallery.load,
     "forms": forms.measure,
 }
@@ -45,6 +57,7 @@ MEASURES: dict[str, Callable[[Context], Iterator[Result]]] = {
 GROUPS = {
     "photos": ("photo_step", "photo_features"),
     "pictures": ("latency", "decoding", "from_disk", "photo_memory"),
+    "cores": ("processes", "step_memory"),
 }
 ALL_VARIANTS = tuple(dict.fromkeys((*VARIANTS, *PHOTO_VARIANTS)))
 SIZES = {"full": None, "tiny": work.TINY}

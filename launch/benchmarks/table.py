@@ -9,6 +9,7 @@ from typing import Any
 
 from compat_jax.errors import UserError
 from launch.benchmarks.timing import Result
+from launch.benchmarks.work import Sizes
 
 _HEAD = "| measure | what | median | ± | n | GFLOP/s | of matmul | ratio | goal | |"
 
@@ -57,29 +58,63 @@ def line(result: Result, matmul: Mapping[str, float]) -> str:
     return "| " + " | ".join(parts) + " |"
 
 
-def write(
-    path: str,
+def content(
     results: Sequence[Result],
     *,
     machine: Mapping[str, Any],
     command: str,
     matmul: Mapping[str, float],
-) -> None:
-    """Write the results and everything in the head of the table as JSON; arguments as in `head`.
+    sizes: Sizes,
+) -> dict[str, Any]:
+    """Return the results and everything in the head of the table as JSON values.
+
+    Args:
+      results: lines of the table.
+      machine: as in `head`.
+      command: as in `head`.
+      matmul: as in `head`.
+      sizes: of the workloads.
+    """
+    return {
+        **machine,
+        "command": command,
+        "matmul_flops": dict(matmul),
+        "sizes": dataclasses.asdict(sizes),
+        "results": [_finite(dataclasses.asdict(r)) for r in results],
+    }
+
+
+def write(path: str, found: Mapping[str, Any]) -> None:
+    """Write what `content` returned as JSON.
 
     Raises:
       UserError: the file cannot be written.
     """
-    content = {
-        **machine,
-        "command": command,
-        "matmul_flops": dict(matmul),
-        "results": [_finite(dataclasses.asdict(r)) for r in results],
-    }
     try:
-        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+        Path(path).write_text(json.dumps(found, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def read(path: str) -> dict[str, Any]:
+    """Read a file that `write`, or `launch.plan --json`, wrote.
+
+    Raises:
+      UserError: it cannot be read, or is none of these.
+    """
+    try:
+        found = json.loads(Path(path).read_text())
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot read {path}: {reason}", "numbers") from error
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not {"results", "programs"} & {*found}:
+        raise UserError(
+            f"{path} holds no numbers that launch.benchmark --json or launch.plan --json wrote",
+            "numbers",
+        )
+    return found
 
 
 def _finite(content):

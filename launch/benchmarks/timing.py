@@ -19,6 +19,32 @@ import jax.numpy as jnp
 _MATMUL_SIZE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 
 
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """How a time or a memory grows with something.
+
+    Attributes:
+      of: what grows, e.g. "images".
+      what: "time", in seconds, or "memory", in bytes.
+      points: (how many, how much) of each measured point, from few to many; at least two.
+    """
+
+    of: str
+    what: str
+    points: tuple[tuple[float, float], ...]
+
+    @property
+    def fitted(self) -> float:
+        """Exponent of the power law through all points, by least squares of the logarithms."""
+        counts, values = ([math.log(n) for n in part] for part in zip(*self.points, strict=True))
+        return statistics.linear_regression(counts, values).slope
+
+    @property
+    def last(self) -> float:
+        """Exponent between the last two points, where fixed costs weigh least."""
+        return dataclasses.replace(self, points=self.points[-2:]).fitted
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
     """One line of the table.
@@ -35,6 +61,7 @@ class Result:
       goal: the goal in words; None if the line is only reported.
       met: True if the goal is met; None if there is none.
       note: remark on how to read the line.
+      growth: the points behind an exponent; None for all other lines.
     """
 
     measure: str
@@ -48,6 +75,7 @@ class Result:
     goal: str | None = None
     met: bool | None = None
     note: str = ""
+    growth: Growth | None = None
 
     @classmethod
     def of(cls, measure: str, what: str, timing: "Timing", **fields: Any) -> "Result":
@@ -124,12 +152,27 @@ def matmul_flops(dtype: str, repeats: int = 7) -> float:
     return 2 * size**3 / timing["matmul"].median
 
 
-def peak_bytes() -> int:
-    """Return the peak resident memory of this process in bytes.
+def reset_peak(process: int) -> None:
+    """Let the peak memory of a process begin anew, from what it holds now.
+
+    Args:
+      process: its number.
+
+    Raises:
+      OSError: not on Linux, or the process is another user's.
+    """
+    Path(f"/proc/{process}/clear_refs").write_text("5")
+
+
+def peak_bytes(process: int | None = None) -> int:
+    """Return the peak resident memory of a process in bytes.
 
     On Linux not from getrusage, which starts from the peak of the parent process.
+
+    Args:
+      process: its number; None for this one, the only one elsewhere.
     """
-    status = Path("/proc/self/status")
+    status = Path(f"/proc/{process or 'self'}/status")
     if status.exists():
         return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

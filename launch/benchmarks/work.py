@@ -63,6 +63,27 @@ class GallerySizes:
 
 
 @dataclasses.dataclass(frozen=True)
+class GrowthSizes:
+    """Sizes of the first point of each growth of `scaling`; two more have 10 and 100 times as many.
+
+    Those of the loss are the last three of `Sizes.large_k`.
+
+    Attributes:
+      trained: (backbone, pixels, epochs) of the trainings.
+      images: (images, classes) of the training whose images grow.
+      classes: (classes, images) of the training whose classes grow, and with them its prototypes.
+      versions: of the evaluation, of `Sizes.evaluated` pictures.
+      gallery: (rows, size, queries, k) of the search.
+    """
+
+    trained: tuple[str, int, int] = ("resnet_small", 8, 5)
+    images: tuple[int, int] = (4000, 20)
+    classes: tuple[int, int] = (100, 40_000)
+    versions: int = 1
+    gallery: tuple[int, int, int, int] = (10_000, 128, 1000, 10)
+
+
+@dataclasses.dataclass(frozen=True)
 class Sizes:
     """Sizes of the workloads; the defaults are for two CPU cores.
 
@@ -80,7 +101,7 @@ class Sizes:
       evaluated: (query images, gallery images) of `evaluation`.
       search: (queries, queries for FAISS, gallery rows, size, k) of `search`.
       large_k: numbers of prototypes of `large_k`.
-      scaling: (classes, images, versions) of the small side of `scaling`.
+      scaling: sizes of `scaling`.
       streaming: (images, bytes for images on the device, steps) of `streaming`.
       protocol: (epochs of a task, images a class, least K) of `protocol`.
       photos: sizes of the measures of real pictures.
@@ -100,7 +121,7 @@ class Sizes:
     evaluated: tuple[int, int] = (1000, 200)
     search: tuple[int, int, int, int, int] = (10_000, 1000, 1_000_000, 128, 10)
     large_k: tuple[int, ...] = (1000, 10_000, 100_000, 1_000_000)
-    scaling: tuple[int, int, int] = (20, 4000, 3)
+    scaling: GrowthSizes = GrowthSizes()
     streaming: tuple[int, int, int] = (8000, 1 << 23, 24)
     protocol: tuple[int, int, int] = (70, 300, 1024)
     photos: PhotoSizes = PhotoSizes()
@@ -139,8 +160,10 @@ TINY = Sizes(
     versions=3,
     evaluated=(8, 4),
     search=(4, 4, 300, 8, 3),
-    large_k=(100, 1000),
-    scaling=(2, 40, 2),
+    large_k=(10, 100, 1000),
+    scaling=GrowthSizes(
+        trained=("resnet_small", 8, 3), images=(8, 2), classes=(2, 200), gallery=(50, 8, 4, 3)
+    ),
     streaming=(64, 1 << 12, 4),
     protocol=(1, 4, 100),
     photos=PhotoSizes(

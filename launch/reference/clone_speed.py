@@ -10,8 +10,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,21 @@ class Worker:
     Args:
       clone: folder of the reference's repository; None if only FAISS is needed.
       program: module to run, which calls `serve`.
+      cores: processors that it may use; all of this process's by default.
+      environment: further environment variables.
 
     Raises:
       UserError: the folder is no clone of the reference.
     """
 
-    def __init__(self, clone: str | None = None, program: str = "launch.reference.clone_speed"):
+    def __init__(
+        self,
+        clone: str | None = None,
+        program: str = "launch.reference.clone_speed",
+        *,
+        cores: Iterable[int] | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ):
         folder = [] if clone is None else [Path(clone).expanduser()]
         if folder and not (folder[0] / "src" / "iamcl2r" / "models").is_dir():
             raise UserError(
@@ -45,8 +55,14 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                **environment,
+            },
         )
+        if cores is not None:  # long before it starts threads, which take it over
+            os.sched_setaffinity(self._process.pid, cores)
 
     def ask(self, **request: Any) -> Any:
         """Send a request, see `serve`, and return its result.
@@ -54,8 +70,20 @@ class Worker:
         Raises:
           Unavailable: the request failed; the message is the library's own.
         """
+        self.send(**request)
+        return self.receive()
+
+    def send(self, **request: Any) -> None:
+        """Send a request, whose result `receive` will return."""
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
+
+    def receive(self) -> Any:
+        """Wait for the result of the request that was sent.
+
+        Raises:
+          Unavailable: see `ask`.
+        """
         line = self._process.stdout.readline()
         if not line:
             raise Unavailable("the process that runs PyTorch and FAISS ended")
@@ -80,6 +108,11 @@ class Worker:
         """
         self.ask(prepare=name, work=work, **settings)
         return lambda: self.ask(repeat=name)
+
+    @property
+    def pid(self) -> int:
+        """Number of the process."""
+        return self._process.pid
 
     def forget(self, name: str) -> None:
         """Free the memory of a piece of work."""

@@ -1,17 +1,20 @@
 """Compile the programs of a configuration for chips that are not there; print what they cost."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from compat_jax import Session, experiment, hlo, slice_cost, topology
+from compat_jax import Run, Session, experiment, hlo, models, slice_cost, topology
 from compat_jax import config as configs
 from compat_jax import mesh as meshes
 from compat_jax.errors import UserError
+from compat_jax.files import absolute, write_json
 from compat_jax.retrieval.exact import lower as lower_search
 from compat_jax.training import make_trainer
 from compat_jax.training.task import lower_step
@@ -148,6 +151,70 @@ def report(costs: Sequence[slice_cost.Cost], chip: hlo.Chip, *, low_precision: b
     return "\n".join(lines)
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The compiled programs of a configuration.
+
+    Attributes:
+      topology: its name, e.g. "h100:8".
+      devices: of the topology.
+      chip: each of them.
+      run: that was compiled.
+      image_shape: (height, width, channels).
+      batches: {program: images of one step on all devices}.
+      costs: of the programs.
+    """
+
+    topology: str
+    devices: int
+    chip: hlo.Chip
+    run: Run
+    image_shape: tuple[int, int, int]
+    batches: dict[str, int]
+    costs: Sequence[slice_cost.Cost]
+
+    @property
+    def too_large(self) -> list[str]:
+        """Names of the programs that do not fit."""
+        return [cost.name for cost in self.costs if not slice_cost.fits(cost, self.chip.memory)]
+
+    def write(self, path: str) -> None:
+        """Write the bounds of each program's step as JSON, for `launch.benchmark --numbers`.
+
+        Raises:
+          UserError: the path is none, or the file cannot be written.
+        """
+        place = absolute(path)
+        try:
+            write_json(place, self.content())
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}", "json") from error
+
+    def content(self) -> dict[str, Any]:
+        """Return what `write` writes: times in seconds, memory in bytes on each device."""
+        return {
+            "plan": {"topology": self.topology, "devices": self.devices, "chip": self.chip.name},
+            "run": {
+                "method": self.run.method.name,
+                "backbone": self.run.backbone.name,
+                "image": self.image_shape[0],
+                "dtype": self.run.dtype,
+                "num_prototypes": self.run.num_prototypes,
+                "batch_size": self.run.batch_size,
+            },
+            "programs": [self._program(cost) for cost in self.costs],
+        }
+
+    def _program(self, cost):
+        found = {"name": cost.name, "fits": cost.name not in self.too_large, "bytes": cost.total}
+        if cost.name in self.batches:
+            found["batch"] = self.batches[cost.name]
+        if cost.too_large is None and self.chip.peaks:
+            least = hlo.bound(cost.program, self.chip)
+            found |= {"at_least": least.seconds, "one_by_one": least.kernels, "limit": least.limit}
+        return found
+
+
 def plan(
     config: ConfigDict,
     name: str,
@@ -157,8 +224,8 @@ def plan(
     gallery: int = 1_000_000,
     k: int = 10,
     batch_size: int = 256,
-) -> bool:
-    """Compile for a topology, print tables, findings and advice; return whether everything fits.
+) -> Plan:
+    """Compile for a topology, print tables, findings and advice.
 
     Args:
       config: the configuration.
@@ -169,7 +236,10 @@ def plan(
       k: see `programs`.
       batch_size: see `programs`.
     """
-    devices = topology.devices(name)
+    config = config.copy_and_resolve_references()
+    if config.dtype == models.AUTO:  # which would ask this machine: all of these chips multiply it
+        config.dtype = "bfloat16"
+    devices, run = topology.devices(name), configs.run_of(config)
     mesh = meshes.make_mesh(config.mesh, devices)
     labels, shape = sizes_of_data(config, images, classes)
     chip, hosts = hlo.CHIPS[devices[0].device_kind], len({d.process_index for d in devices})
@@ -179,7 +249,7 @@ def plan(
         f"{chip.memory / 2**30:.2f} GiB usable), {hosts} host{'s' * (hosts > 1)}; mesh {axes}\n"
         f"{config.method}, {config.backbone.name}, {len(labels)} images of "
         f"{'x'.join(map(str, shape))}, K={config.num_prototypes}, batch {config.batch_size}, "
-        f"{config.dtype}\n",
+        f"{run.dtype}\n",
         flush=True,
     )
     sizes = {"gallery": gallery, "k": k, "batch_size": batch_size}
@@ -187,13 +257,24 @@ def plan(
     costs = [slice_cost.measure(name, program) for name, program in lowered.items()]
     print(slice_cost.table(costs, chip.memory))
     print("\nFLOP and collectives are those of one step on one device; compiled, not run.\n")
-    print(report(costs, chip, low_precision=config.dtype != "float32"), end="\n\n")
-    too_large = [cost.name for cost in costs if not slice_cost.fits(cost, chip.memory)]
-    if not too_large:
+    print(report(costs, chip, low_precision=run.dtype != "float32"), end="\n\n")
+    found = Plan(
+        topology=name,
+        devices=len(devices),
+        chip=chip,
+        run=run,
+        image_shape=shape,
+        batches={
+            "training step": run.batch_size,
+            "features": meshes.round_up(mesh, batch_size),
+        },
+        costs=costs,
+    )
+    if not found.too_large:
         print("Everything fits.")
     else:
-        print(f"Does not fit: {', '.join(too_large)}. Change one of these:")
+        print(f"Does not fit: {', '.join(found.too_large)}. Change one of these:")
     size = float(len(labels)) * math.prod(shape)
     for line in remedies(config, costs, hbm=chip.memory, images=size):
         print(f"- {line}")
-    return not too_large
+    return found
