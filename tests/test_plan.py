@@ -161,10 +161,13 @@ def test_remedies_name_what_is_large(config):
         slice_cost.Cost("search", temporary=5),
     ]
     advice = planning.remedies(config, costs, hbm=10, images=1)
-    assert len(advice) == 3
+    assert len(advice) == 4
     assert "a smaller --config.batch_size=8; or more chips" in advice[0]
     assert "--config.dtype=bfloat16" in advice[1]
-    assert "now --config.mesh=data:2,model:4" in advice[2]
+    assert "--config.remat=blocks" in advice[2]
+    assert "now --config.mesh=data:2,model:4" in advice[3]
+    config.remat = "blocks"
+    assert len(planning.remedies(config, costs, hbm=10, images=1)) == 3
     assert "--config.data.train.per_class" in planning.remedies(config, costs, hbm=10, images=9)[0]
     assert planning.remedies(config, costs, hbm=100, images=1) == []
 

@@ -118,6 +118,11 @@ def remedies(
         advice.append(f"{cost.name}: a smaller {smaller}; or more chips, or larger ones")
         if config.dtype == "float32":
             advice.append(f"{cost.name}: --config.dtype=bfloat16 halves the activations")
+        if cost.name == "training step" and config.get("remat", "none") == "none":
+            advice.append(
+                f"{cost.name}: --config.remat=blocks keeps the results of blocks only, and computes "
+                "their insides again"
+            )
         if many_prototypes:
             advice.append(
                 f"{cost.name}: a larger model axis splits the {config.num_prototypes} prototypes, "
