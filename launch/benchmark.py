@@ -19,6 +19,9 @@ photos: photo_step (a training step), photo_features (images per second).
 pictures: latency (from one file to its feature), decoding (JPEGs by Grain beside Pillow), from_disk
 (training from files beside training from memory), photo_memory (peak of a program that reads 5,000).
 
+cores: processes (features and a step by one process, two, or two devices), step_memory (peak memory and
+time of a training step by what its backward pass computes again), both only where they are asked for.
+
 A gallery in a vector store, in LanceDB, in Qdrant Edge (the engine of a Qdrant server in one process)
 and, where you give its address, in a Qdrant server, beside exact search in memory (4 GB of disk, 4 GB of
 memory; most of an hour on two cores, of which the index of Qdrant Edge takes the most):

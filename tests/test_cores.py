@@ -41,3 +41,9 @@ def test_the_peak_of_another_process_begins_anew():
         timing.reset_peak(child.pid)
         assert timing.peak_bytes(child.pid) < 100 << 20
         child.communicate(b"\n")
+
+
+def test_what_is_measured_at_real_sizes_is_judged_in_the_same_types():
+    assert benchmarks.chosen_dtypes((), ["step_memory"]) == benchmarks.chosen_dtypes(
+        (), ["photo_step"]
+    )

@@ -86,7 +86,7 @@ def chosen_dtypes(given: Sequence[str], names: Iterable[str]) -> tuple[str, ...]
       given: dtypes; none for the default.
       names: measures. On a CPU that multiplies bfloat16, those of real picture sizes take it as well.
     """
-    real_sizes = {*names} & {*GROUPS["photos"], "forms"}
+    real_sizes = {*names} & {*GROUPS["photos"], *GROUPS["cores"], "forms"}
     both = on_accelerator() or (real_sizes and models.multiplies_bfloat16(jax.default_backend()))
     return tuple(given) or (("float32", "bfloat16") if both else ("float32",))
 
@@ -95,7 +95,7 @@ def chosen(only: Sequence[str]) -> tuple[str, ...]:
     """Return the names of the measures to take.
 
     By default all but the gallery, which takes minutes and gigabytes, the forms, which are for a new
-    processor, and, unless there is an accelerator, the protocol.
+    processor, cores, which compile a network of real size several times, and, unless there is an accelerator, the protocol.
 
     Args:
       only: names in MEASURES or GROUPS.
@@ -108,7 +108,7 @@ def chosen(only: Sequence[str]) -> tuple[str, ...]:
             raise unknown("measure", name, (*MEASURES, *GROUPS))
     if only:
         return tuple(dict.fromkeys(m for name in only for m in GROUPS.get(name, (name,))))
-    left_out = ("gallery", "forms", *(() if on_accelerator() else ("protocol",)))
+    left_out = ("gallery", "forms", *GROUPS["cores"], *(() if on_accelerator() else ("protocol",)))
     return tuple(m for m in MEASURES if m not in left_out)
 
 
