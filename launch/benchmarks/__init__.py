@@ -95,7 +95,8 @@ def chosen(only: Sequence[str]) -> tuple[str, ...]:
     """Return the names of the measures to take.
 
     By default all but the gallery, which takes minutes and gigabytes, the forms, which are for a new
-    processor, cores, which compile a network of real size several times, and, unless there is an accelerator, the protocol.
+    processor, cores, which compile a network of real size several times, and, unless there is an
+    accelerator, the protocol.
 
     Args:
       only: names in MEASURES or GROUPS.
