@@ -230,7 +230,7 @@ def test_what_cannot_be_measured_is_one_line(tmp_path):
 def test_unknown_names_are_refused():
     with pytest.raises(UserError, match=r"unknown variant 'egaer'\. Did you mean 'eager'"):
         next(benchmarks.measure(["large_k"], variants=["egaer"]))
-    left_out = {"protocol", "gallery", "forms"}
+    left_out = {"protocol", "gallery", "forms", "processes", "step_memory"}
     assert benchmarks.chosen([]) == tuple(m for m in benchmarks.MEASURES if m not in left_out)
     assert benchmarks.chosen(["decoding", "pictures"])[:2] == ("decoding", "latency")
 

@@ -49,11 +49,18 @@ def after_a_step(remat):
     return step(trainer.create_state(variables, info), batch, frozen)
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 12), reason="XLA:CPU of jax 0.10 undoes it: docs/speed.md"
+)
 @pytest.mark.parametrize(
     ("remat", "share"), [pytest.param("elementwise", 0.8, marks=pytest.mark.slow), ("blocks", 0.5)]
 )
-def test_a_step_takes_less_memory_and_ends_the_same_but_for_rounding(remat, share):
+def test_a_step_takes_less_memory(remat, share):
     assert scratch(remat) < share * scratch("none")
+
+
+@pytest.mark.parametrize("remat", [pytest.param("elementwise", marks=pytest.mark.slow), "blocks"])
+def test_a_step_is_the_same_but_for_rounding(remat):
     chex.assert_trees_all_close(after_a_step(remat), after_a_step("none"), rtol=1e-4, atol=1e-6)
 
 
