@@ -35,7 +35,7 @@ def measured(names=MEASURED, sizes=None, more=()):
 
 
 def planned(backbone="resnet18", image=32, chips="h100:1", **changes):
-    """What `launch.plan --json` writes of a chip that needs 1 ms for a step, or 2 one by one."""
+    """Return the JSON of a plan for a chip that needs 1 ms for a step, or 2 one by one."""
     program = {"fits": True, "bytes": 1, "batch": 128, "at_least": 1e-3, "one_by_one": 2e-3}
     names = ("training step", "features", "search")
     return {

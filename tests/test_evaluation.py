@@ -179,7 +179,7 @@ def test_each_version_embeds_twice(chain, extractions):
 
 
 def identified_without(scores, own, query_label, gallery_labels, features):
-    """Whether the nearest template, of pictures without the query's own, is of its class."""
+    """Compare the class of a query with that of the nearest template of other pictures."""
     query, gallery = features
     kept = [n for n in range(len(gallery)) if n != own]
     best, found = -np.inf, None

@@ -96,7 +96,7 @@ def start_two(program, *arguments):
 
 
 def finish(*processes, code=0):
-    """What each printed, once all have ended with the same code."""
+    """Wait until all have ended with the same code; return what each printed."""
     ended = [(p.communicate(timeout=300), p.returncode) for p in processes]
     for (_, errors), returncode in ended:
         assert returncode == code, errors

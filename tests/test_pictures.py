@@ -28,7 +28,7 @@ def encoded(image, kind="PNG", **options):
 
 
 def read(image, kind="PNG", **options):
-    """What becomes of a picture that is saved and decoded."""
+    """Save a picture and decode it."""
     pixels = decode(encoded(image, kind, **options), "a picture")
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[-1] == 3
     return pixels

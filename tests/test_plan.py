@@ -172,6 +172,13 @@ def test_remedies_name_what_is_large(config):
     assert planning.remedies(config, costs, hbm=100, images=1) == []
 
 
+def test_auto_is_the_type_of_the_chips_and_not_of_this_machine(config):
+    config.dtype = "auto"
+    assert planning.for_chips(config).dtype == "bfloat16" and config.dtype == "auto"
+    config.dtype = "float32"
+    assert planning.for_chips(config).dtype == "float32"
+
+
 def test_sizes_without_the_data(config):
     config.data.train.path = "nowhere"
     labels, shape = planning.sizes_of_data(config, 10, 4)

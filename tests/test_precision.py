@@ -31,7 +31,13 @@ class _Gpu:
 
 @pytest.mark.parametrize(
     ("platform", "capability", "expected"),
-    [("tpu", None, True), ("gpu", "7.5", False), ("gpu", "8.0", True), ("gpu", "9.0", True)],
+    [
+        ("tpu", None, True),
+        ("gpu", "7.5", False),
+        ("gpu", "8.0", True),
+        ("gpu", "9.0", True),
+        ("gpu", "gfx942", True),
+    ],
 )
 def test_tpus_multiply_bfloat16_and_gpus_since_ampere(monkeypatch, platform, capability, expected):
     monkeypatch.setattr(jax, "devices", lambda platform: [_Gpu(capability)])

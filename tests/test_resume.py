@@ -431,7 +431,7 @@ FLAGS = ["--config=configs/glyphs.py:method=hoc,replace=false", *small(tiny.TRAI
 
 
 def saved(workdir, task):
-    """Whether a state within a task has been saved."""
+    """Return whether a state within a task has been saved."""
     found = [p.name for p in (workdir / "progress").glob("*")]
     return any(re.fullmatch(rf"task{task}-step\d+\.json", name) for name in found)
 

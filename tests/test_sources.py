@@ -398,7 +398,7 @@ def test_tfds_data_that_is_not_there(tfds_folder, name, split, message):
 
 
 def test_tfds_in_another_format(tfds_folder, tmp_path):
-    """What `download_and_prepare()` without a format writes cannot be read without TensorFlow."""
+    """Refuse the format of a plain `download_and_prepare()`, which only TensorFlow reads."""
     folder = tmp_path / "tiny_pictures" / "1.0.0"
     folder.mkdir(parents=True)
     for name in ("dataset_info.json", "features.json", "label.labels.txt"):

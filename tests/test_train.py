@@ -226,7 +226,7 @@ def prepared(method, mesh=None, task=1):
 
 
 def augmented(state, images):
-    """What the step sees."""
+    """Augment and normalise images as the step does."""
     preprocess = tiny.PREPROCESS
     return preprocess.normalize(preprocess.augment(step_key(state), images))
 

@@ -81,7 +81,7 @@ def test_a_line_every_few_seconds_where_epochs_are_long(tmp_path, by_epoch, monk
 
 
 def cold(lines):
-    """Whether the first step compiled: it has no line, since its rate is none."""
+    """Return whether the first step compiled: it has no line, since its rate is none."""
     return lines[0]["step"] == 2
 
 

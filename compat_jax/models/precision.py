@@ -15,7 +15,7 @@ DTYPE_CHOICES = (*DTYPES, AUTO)
 
 # Instructions of x86 processors that multiply bfloat16, by their names in /proc/cpuinfo.
 _INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
-_AMPERE = 8.0  # compute capability of the first GPUs that multiply bfloat16
+_AMPERE = 8.0  # compute capability of the first of NVIDIA's GPUs that multiply bfloat16
 
 
 def computed_in(dtype: str) -> str:
@@ -41,14 +41,15 @@ def computed_in(dtype: str) -> str:
 def multiplies_bfloat16(platform: str) -> bool:
     """Return whether devices of a platform multiply bfloat16 faster than float32.
 
-    All TPUs do, GPUs since Ampere, and on Linux those x86 processors that have the instructions, which
-    XLA uses since jax 0.12.
+    All TPUs do, NVIDIA's GPUs since Ampere, AMD's, and on Linux those x86 processors that have the
+    instructions, which XLA uses since jax 0.12.
 
     Args:
       platform: "cpu", "gpu" or "tpu".
     """
     if platform == "gpu":
-        return float(getattr(jax.devices(platform)[0], "compute_capability", 0)) >= _AMPERE
+        capability = str(jax.devices(platform)[0].compute_capability)  # of AMD "gfx942" or the like
+        return not capability[0].isdigit() or float(capability) >= _AMPERE
     if platform != "cpu":
         return True
     described = Path("/proc/cpuinfo")

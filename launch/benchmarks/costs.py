@@ -69,7 +69,7 @@ class Machine:
 
     @property
     def is_measured(self) -> bool:
-        """Whether the rates were measured."""
+        """Return whether the rates were measured."""
         return all(rate.one_by_one is None for rate in self.rates.values())
 
 

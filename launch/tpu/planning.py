@@ -220,6 +220,17 @@ class Plan:
         return found
 
 
+def for_chips(config: ConfigDict) -> ConfigDict:
+    """Return a copy of a configuration with the dtype that "auto" stands for on all of these chips.
+
+    On its own it would ask this machine.
+    """
+    found = config.copy_and_resolve_references()
+    if found.get("dtype") == models.AUTO:
+        found.dtype = "bfloat16"
+    return found
+
+
 def plan(
     config: ConfigDict,
     name: str,
@@ -241,9 +252,7 @@ def plan(
       k: see `programs`.
       batch_size: see `programs`.
     """
-    config = config.copy_and_resolve_references()
-    if config.dtype == models.AUTO:  # which would ask this machine: all of these chips multiply it
-        config.dtype = "bfloat16"
+    config = for_chips(config)
     devices, run = topology.devices(name), configs.run_of(config)
     mesh = meshes.make_mesh(config.mesh, devices)
     labels, shape = sizes_of_data(config, images, classes)
