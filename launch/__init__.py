@@ -5,6 +5,10 @@
 
 from typing import NamedTuple
 
+from launch._pages import restart_with_huge_pages
+
+restart_with_huge_pages()
+
 
 class Program(NamedTuple):
     """A program of this package.
