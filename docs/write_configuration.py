@@ -17,11 +17,22 @@ by `docs/write_configuration.py`.)
 | field | meaning | valid | default |
 |---|---|---|---|
 """
+TAIL = """
+## Environment variables
+
+| variable | meaning |
+|---|---|
+| `COMPAT_JAX_CACHE` | folder of rendered glyphs and compiled programs; `~/.cache/compat_jax` if unset |
+| `COMPAT_JAX_RATES` | measured rates of this processor, see `python -m launch.benchmark --help` |
+| `GLIBC_TUNABLES` | set by the programs: [huge pages](speed.md#what-makes-it-fast) |
+| `QDRANT_API_KEY` | key of a Qdrant server |
+| `TFDS_DATA_DIR` | folder of TFDS data sets |
+"""
 
 
 def page() -> str:
     """Return the text of the page."""
-    return HEAD + "".join(f"{row(field)}\n" for field in schema())
+    return HEAD + "".join(f"{row(field)}\n" for field in schema()) + TAIL
 
 
 def row(field: Field) -> str:

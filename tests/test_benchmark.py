@@ -249,6 +249,21 @@ def test_sides_are_timed_alternately():
     assert result["b"].median == 2.0 and result["b"].spread == 0.0
 
 
+def test_a_turn_may_begin_with_a_repetition_that_does_not_count():
+    order, settled, cold = [], 2.0, 9.0
+
+    def side(name):
+        def timed():
+            order.append(name)
+            return settled if order[-2:] == [name, name] else cold
+
+        return timed
+
+    result = timing.alternate({"a": side("a"), "b": side("b")}, 3, warm_up=1, settle=True)
+    assert "".join(order) == "ab" + "aabb" * 3
+    assert result["a"].seconds == result["b"].seconds == (settled,) * 3
+
+
 def test_operations_of_resnet18_by_hand():
     backbone = models.Backbone("resnet18").build()
     network = methods.FixedSimplex(1024).embedder(backbone, models.DTYPES["float32"])

@@ -30,7 +30,7 @@ def step(context: Context) -> Iterator[Result]:
         more,
         refused,
     ):
-        timings = alternate({**sides, **more}, sizes.photos.repeats, 1)
+        timings = alternate({**sides, **more}, sizes.photos.repeats, 1, settle=True)
     for name, timing in timings.items():
         yield Result.of(
             "photo_step",
@@ -58,7 +58,7 @@ def features(context: Context) -> Iterator[Result]:
     settings = _settings(sizes, batch=sizes.batch, count=count)
     variants = context.photo_variants
     with torch_sides(context, "photo_features", "features", variants=variants, **settings) as torch:
-        timings = alternate({**sides, **torch[0]}, sizes.photos.repeats, 2)
+        timings = alternate({**sides, **torch[0]}, sizes.photos.repeats, 2, settle=True)
     needed = count * sum(
         forward_flops(frozen.embedder("float32"), frozen.variables, frozen.record.image_shape)
     )

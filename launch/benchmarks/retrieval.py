@@ -27,7 +27,7 @@ def features(context: Context) -> Iterator[Result]:
     }
     settings = {"batch": sizes.feature_batch, "num_classes": sizes.num_prototypes, "seed": 0}
     others, refused = reference_sides(context, "features", count=sizes.features, **settings)
-    timings = alternate({**sides, **others}, sizes.repeats)
+    timings = alternate({**sides, **others}, sizes.repeats, settle=True)
     needed = sizes.features * sum(
         forward_flops(frozen.embedder("float32"), frozen.variables, frozen.record.image_shape)
     )

@@ -122,14 +122,19 @@ def seconds_of(work: Callable[[], Any]) -> Callable[[], float]:
 
 
 def alternate(
-    sides: Mapping[str, Callable[[], float]], repeats: int, warm_up: int = 2
+    sides: Mapping[str, Callable[[], float]], repeats: int, warm_up: int = 2, settle: bool = False
 ) -> dict[str, Timing]:
     """Time several sides alternately, A B A B, so that drift of the machine affects all equally.
+
+    While one side works, another's caches go cold, and a virtual machine may hand memory that it gave
+    back to the host, from where it returns slowly. Work that follows on itself, such as training, meets
+    neither: with `settle` each turn begins with a repetition that is not counted.
 
     Args:
       sides: functions that do one repetition and return its seconds, by name.
       repeats: timed repetitions of each side.
       warm_up: repetitions before those.
+      settle: whether a turn begins with one more, not timed.
 
     Returns:
       {name: Timing}.
@@ -137,6 +142,8 @@ def alternate(
     seconds = {name: [] for name in sides}
     for turn in range(warm_up + repeats):
         for name, side in sides.items():
+            if settle and turn >= warm_up:
+                side()
             taken = side()
             if turn >= warm_up:
                 seconds[name].append(taken)

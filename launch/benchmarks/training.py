@@ -34,7 +34,7 @@ def step(context: Context) -> Iterator[Result]:
     needed = sizes.batch * next(iter(counts.values()))
     settings = {"batch": sizes.batch, "num_classes": sizes.num_prototypes, "seed": 0}
     others, refused = reference_sides(context, "step", steps=sizes.steps, **settings)
-    timings = alternate({**sides, **others}, sizes.repeats)
+    timings = alternate({**sides, **others}, sizes.repeats, settle=True)
     for name, timing in timings.items():
         dtype = name.removeprefix("jax ")
         ratio, goal, met = None, None, None
