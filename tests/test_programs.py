@@ -18,7 +18,7 @@ OTHERS = [program.name for program in PROGRAMS if program.name != "launch.tpu_vm
 # Parses each command in a child process: flags and overrides of a configuration are global.
 PARSE = """
 import importlib, json, os, sys, warnings
-import launch._evaluation  # what the programs import
+import compat_jax.config_schema, launch._evaluation  # what configurations and programs import
 warnings.simplefilter("ignore")  # JAX warns of forks, but has not started any thread yet
 for name, *argv in json.loads(sys.argv[1]):
     child = os.fork()

@@ -19,9 +19,9 @@ BATCH = 32
 
 
 @functools.cache
-def compiled(remat):
-    """(trainer, compiled step) of a ViT of four blocks."""
-    layout = {"width": 32, "heads": 2, "depth": 4, "patch": 2, "image_size": tiny.SIZE}
+def compiled(remat, depth):
+    """(trainer, compiled step) of a ViT."""
+    layout = {"width": 32, "heads": 2, "depth": depth, "patch": 2, "image_size": tiny.SIZE}
     deep = models.Backbone("compat_jax.models.vit:VisionTransformer", layout)
     run = tiny.run("hoc", backbone=deep, remat=remat)
     trainer = make_trainer(run, tiny.CLASSES, tiny.one_device())
@@ -35,11 +35,11 @@ def compiled(remat):
 
 
 def scratch(remat):
-    return compiled(remat)[1].memory_analysis().temp_size_in_bytes
+    return compiled(remat, depth=4)[1].memory_analysis().temp_size_in_bytes
 
 
 def after_a_step(remat):
-    trainer, step = compiled(remat)
+    trainer, step = compiled(remat, depth=2)
     data = tiny.dataset()
     batch = {"image": data.images[:BATCH], "label": data.labels[:BATCH].astype(np.int32)}
     info = TaskInfo.create(0, 1, epochs=2, steps_per_epoch=2, num_seen=4)
