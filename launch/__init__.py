@@ -5,7 +5,7 @@
 
 from typing import NamedTuple
 
-from launch._pages import restart_with_huge_pages
+from launch._huge_pages import restart_with_huge_pages
 
 restart_with_huge_pages()
 

@@ -11,7 +11,7 @@ os.environ.setdefault(
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_parallel_codegen_split_count=1",
 )
-# As the programs do (launch/_pages.py), for the workers of pytest-xdist and programs that tests start.
+# As the programs do (launch/_huge_pages.py): for the workers of xdist, and programs that tests start.
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 
 import hypothesis

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from launch import _pages as pages
+from launch import _huge_pages as pages
 
 MADVISE = "always [madvise] never\n"
 
@@ -45,7 +45,7 @@ def test_only_programs_of_this_package_start_again(argv, command, is_program):
 
 
 def _starts(tmp_path, *command, **extra):
-    """What GLIBC_TUNABLES held at each start of Python in the command, and its exit code."""
+    """Return what GLIBC_TUNABLES held at each start of Python in a command, and its exit code."""
     tmp_path.joinpath("sitecustomize.py").write_text(
         "import os\nwith open(os.environ['SEEN'], 'a') as out:\n"
         "    print(os.environ.get('GLIBC_TUNABLES'), os.getpid(), file=out)\n"
