@@ -156,7 +156,7 @@ def _mark(axis, answer: Answer, place: tuple[int, int]) -> None:
     edge = colour(answer.version)
     axis.add_patch(Rectangle(corner, TILE + 3, TILE + 3, fill=False, edgecolor=edge, lw=1.6))
     look = {"ha": "center", "va": "center", "fontsize": 5, "color": style.INK}
-    axis.text(left + TILE / 2, top + TILE + _LINE / 2 + 2, f"{answer.score:.3f}", **look)
+    axis.text(left + TILE / 2, top + TILE + _LINE / 2 + 2, f"{answer.score:z.3f}", **look)
 
 
 def _read(path: str) -> np.ndarray:

@@ -218,7 +218,7 @@ class Watch:
         speed = self._compiled
         if rate is not None:
             speed = f"{rate * self.task.plan.shape[1]:,.0f} images/s"
-        self.text = f"loss {mean.loss:.3f}, accuracy {mean.accuracy:.2f}, {speed}"
+        self.text = f"loss {mean.loss:z.3f}, accuracy {mean.accuracy:.2f}, {speed}"
         self.meter.say(self._with_validation())
 
     def _with_validation(self):
