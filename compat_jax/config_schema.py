@@ -58,12 +58,6 @@ OWN = (
         (),
     ),
     Field(
-        "fresh_backbone.name",
-        str,
-        Rule("their network, a registered one; empty for that of the run"),
-        "",
-    ),
-    Field(
         "pretrain_classes",
         tuple[int, ...],
         Rule("classes that each pre-trained model learns"),
@@ -103,11 +97,17 @@ OWN = (
 
 
 def schema() -> tuple[Field, ...]:
-    """List every field that a configuration may have, by its dotted name.
+    """List every field that a configuration may have, by its dotted name, section by section.
 
     The fields of `loss` are those of the chosen method, those of `data.ROLE` those of its source.
     """
-    return tuple(_schema())
+    fields = tuple(_schema())
+    sections = [_section(field) for field in fields]
+    return tuple(sorted(fields, key=lambda field: sections.index(_section(field))))
+
+
+def _section(field):
+    return field.name.rpartition(".")[0]
 
 
 def _schema() -> Iterator[Field]:
@@ -124,14 +124,22 @@ def _schema() -> Iterator[Field]:
         yield Field(
             f"backbone.arguments.{name}", int | None, Rule("argument of the backbone", low=1), None
         )
+    yield Field(
+        "fresh_backbone.name",
+        str,
+        Rule("network of tasks.fresh_at, a registered one; empty for that of the run"),
+        "",
+    )
     for name in backbone_arguments():
         rule = Rule("argument of the network of fresh weights", low=1)
         yield Field(f"fresh_backbone.arguments.{name}", int | None, rule, None)
     for name in sorted(methods.names()):
         for field in describe(inspect.unwrap(methods.factory(name))):
-            rule = dataclasses.replace(field.rule, help=f"{field.rule.help} ({name})")
-            yield dataclasses.replace(field, name=f"loss.{field.name}", rule=rule)
-    yield from _optimizer_fields()
+            yield dataclasses.replace(field, name=f"loss.{field.name}", owners=(name,))
+    usual = describe(OPTIMIZERS["sgd"])
+    optimizers = {name: describe(kind) for name, kind in OPTIMIZERS.items()}
+    yield Field("optim.name", str, Rule("optimiser", choices=tuple(OPTIMIZERS)), "sgd")
+    yield from _of_kinds("optim.", optimizers, usual=usual)
     for section, owner in SECTIONS.items():
         for field in describe(owner):
             yield dataclasses.replace(field, name=f"{section}.{field.name}")
@@ -140,25 +148,23 @@ def _schema() -> Iterator[Field]:
             where = "data.photos" if kind is Photos else "data.photos.splits"
             yield dataclasses.replace(field, name=f"{where}.{field.name}")
     yield Field("data.ROLE.source", str, Rule("kind of data", choices=source_names()), None)
-    for source in source_names():
-        for field in source_fields(source):
-            rule = dataclasses.replace(field.rule, help=f"{field.rule.help} (source {source})")
-            yield dataclasses.replace(field, name=f"data.ROLE.{field.name}", rule=rule)
+    sources = {name: source_fields(name) for name in source_names()}
+    yield from _of_kinds("data.ROLE.", sources)
     yield from OWN
 
 
-def _optimizer_fields():
-    """The choice of the optimiser, and the fields of each; what all have alike comes once."""
-    yield Field("optim.name", str, Rule("optimiser", choices=tuple(OPTIMIZERS)), "sgd")
-    usual = describe(OPTIMIZERS["sgd"])
-    fields = [(name, field) for name, kind in OPTIMIZERS.items() for field in describe(kind)]
+def _of_kinds(begin, kinds, usual=()):
+    """The fields of several kinds of a thing, those that are alike once, with their owners.
+
+    A field among `usual` that every kind has in some form counts as that of all.
+    """
+    fields = [(name, field) for name, described in kinds.items() for field in described]
     for field in dict.fromkeys([*usual, *(field for _, field in fields)]):
-        owners = [name for name, other in fields if other == field]
-        rule = field.rule
-        is_everywhere = sum(other.name == field.name for _, other in fields) == len(OPTIMIZERS)
-        if not (is_everywhere and field in usual):
-            rule = dataclasses.replace(rule, help=f"{rule.help} ({', '.join(owners)})")
-        yield dataclasses.replace(field, name=f"optim.{field.name}", rule=rule)
+        owners = tuple(name for name, other in fields if other == field)
+        is_everywhere = sum(other.name == field.name for _, other in fields) == len(kinds)
+        if is_everywhere and field in usual:
+            owners = ()
+        yield dataclasses.replace(field, name=f"{begin}{field.name}", owners=owners)
 
 
 def backbone_arguments() -> tuple[str, ...]:

@@ -177,7 +177,7 @@ def _evaluate(chain, data, mapper, *, metrics, versions, dtype, session) -> Eval
     cache = Cache(session.cache, f"{dtype} {query.fingerprint()} {gallery.fingerprint()}")
     tables = [_Table(metric, own, cache, query) for metric in found]
     records = []
-    bar = session.bar("evaluating")
+    bar = session.bar("evaluating" if mapper is None else f"evaluating with {mapper.maps.kind}")
     for number in track(numbers, bar, "versions"):
         if session.should_stop():
             raise Stopped

@@ -75,12 +75,19 @@ class Field:
       kind: its type, e.g. float or tuple.
       rule: of the value.
       default: its default.
+      owners: names of the methods, optimisers or sources of data that have it; empty for all.
     """
 
     name: str
     kind: Any
     rule: Rule
     default: Any
+    owners: tuple[str, ...] = ()
+
+    @property
+    def meaning(self) -> str:
+        """Say what it is, and whose it is."""
+        return self.rule.help + (f" ({', '.join(self.owners)})" if self.owners else "")
 
 
 def check_fields(owner: Any, where: str = "") -> None:

@@ -2,6 +2,8 @@
 
 import inspect
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import get_args
 
 from compat_jax.config_schema import schema
 from compat_jax.fields import Field
@@ -11,8 +13,9 @@ HEAD = """# Every field of a configuration
 
 `--config.FIELD=VALUE` overrides a field; the last of several values counts, and `None` unsets a field
 that may be unset. `ROLE` is `train`, `query` or `gallery`; its fields are those of its `source`. `loss`
-has the numbers of the chosen method. Values are checked before any data are read. (This page is written
-by `docs/write_configuration.py`.)
+has the numbers of the chosen method. Brackets name the methods, optimisers or sources that have a field.
+Values are checked before any data are read. `python -m launch.train --config=FILE.py --help` lists the
+fields of one file, with its values. (This page is written by `docs/write_configuration.py`.)
 
 | field | meaning | valid | default |
 |---|---|---|---|
@@ -38,15 +41,17 @@ def page() -> str:
 def row(field: Field) -> str:
     """Return a field's line of the table."""
     valid = field.rule.range().replace("|", "\\|") or _kind(field.kind)
-    default = "" if field.default in (None, inspect.Parameter.empty) else f"`{field.default}`"
-    return (
-        f"| `{field.name}` | {field.rule.help.replace('|', chr(92) + '|')} | {valid} | {default} |"
-    )
+    default = "" if field.default in (None, "", inspect.Parameter.empty) else f"`{field.default}`"
+    return f"| `{field.name}` | {field.meaning.replace('|', chr(92) + '|')} | {valid} | {default} |"
 
 
 def _kind(kind):
     words = {bool: "true or false", str: "text", int: "whole number", float: "number"}
-    return words.get(kind, "list of numbers" if "tuple" in str(kind) else "text")
+    words |= {tuple[int, ...]: "list of whole numbers", tuple[float, ...]: "list of numbers"}
+    words |= {tuple[str, ...]: "list of texts"}
+    if isinstance(kind, UnionType):  # such as `int | None`
+        (kind,) = set(get_args(kind)) - {NoneType}
+    return words[kind]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Shared by all programs: flags, one-line errors, exit codes, the compilation cache, orderly stops."""
 
-import inspect
 import os
 import re
 import signal
@@ -46,12 +45,16 @@ def run(main: Callable[[Sequence[str]], None], doc: str) -> None:
 
 
 def _parse(argv):
-    wants_help = any(a in ("--help", "-h", "--helpfull", "--helpshort", "-help") for a in argv)
-    if wants_help and _SHOWN:
-        print(sys.modules["__main__"].__doc__)
-        print(_fields())
-        sys.exit(0)
+    asks = ("--help", "-h", "--helpfull", "--helpshort", "-help")
+    wants_help = any(a in asks for a in argv)
     try:
+        if wants_help and _SHOWN:
+            from launch._help import help_of
+
+            flags.FLAGS([a for a in argv if a not in asks])
+            text = help_of(_SHOWN, _config_file() if flags.FLAGS["config"].present else "")
+            print(f"{sys.modules['__main__'].__doc__}\n{text}")
+            sys.exit(0)
         rest = flags.FLAGS(argv)
         _unset(flags.FLAGS)
         return rest
@@ -61,30 +64,6 @@ def _parse(argv):
         _fail(UserError(f"the configuration file ended the program (exit {end.code})"))
     except Exception as error:  # a configuration file is code of the user's and may raise anything
         _fail(error)
-
-
-def _fields():
-    """The flags of the program and the fields of its configuration, for --help."""
-    from compat_jax.config_schema import schema
-
-    by_module = flags.FLAGS.flags_by_module_dict()
-    modules = [sys.argv[0], *(name for name in by_module if name.startswith("launch."))]
-    own = [f for name in modules for f in by_module.get(name, [])]
-    lines = ["Flags:"]
-    for flag in own:
-        default = "" if flag.value is None or flag.name == "config" else f" (default {flag.value})"
-        lines.append(f"  --{flag.name}: {flag.help}{default}")
-    lines.append("\nFields, --config.FIELD=VALUE (ROLE is train, query or gallery):")
-    for field in schema():
-        if not field.name.startswith(tuple(_SHOWN)):
-            continue
-        notes = ", ".join(filter(None, (field.rule.range(), _default(field.default))))
-        lines.append(f"  {field.name}: {field.rule.help}" + (f" ({notes})" if notes else ""))
-    return "\n".join(lines)
-
-
-def _default(value):
-    return "" if value is None or value is inspect.Parameter.empty else f"default {value}"
 
 
 def _guarded(main, argv):

@@ -29,7 +29,7 @@ def main(_) -> None:
     args = flags.FLAGS
     path = cli.require("chain", "runs/hoc/chain")
     cli.start_jax()
-    from compat_jax import experiment, hosts, methods, report
+    from compat_jax import experiment, report
     from compat_jax.chain import Chain
     from compat_jax.evaluation import Maps, evaluate, evaluate_mapped
     from compat_jax.files import absolute
@@ -44,19 +44,25 @@ def main(_) -> None:
     session.devices()  # refuses a mesh before any data is read
     data = experiment.load_retrieval(config, chain, session)
     options = {"metrics": args.metric, "dtype": args.dtype, "session": session}
-    found = [("", evaluate(chain, *data, **options))]
-    found += [(one.kind, evaluate_mapped(chain, *data, one, **options)) for one in maps]
+    _show(evaluate(chain, *data, **options), out)
+    for one in maps:
+        _show(evaluate_mapped(chain, *data, one, **options), out, one.kind)
+
+
+def _show(results, out, kind="") -> None:
+    """Print the matrix of each metric and write its files, as soon as they are known."""
+    from compat_jax import hosts, methods, report
+
     if not hosts.is_first():
         return
-    for kind, results in found:
-        for name, result in results.items():
-            title = f"{methods.title(result.method)}, {kind}" if kind else result.method
-            print(result.table(title))
-            folder = out / kind if kind else out
-            if len(results) > 1:
-                folder = folder / name.replace("@", "_at_")
-            for file in report.write({title: result}, folder):
-                print(file)
+    for name, result in results.items():
+        title = f"{methods.title(result.method)}, {kind}" if kind else result.method
+        print(result.table(title), flush=True)
+        folder = out / kind if kind else out
+        if len(results) > 1:
+            folder = folder / name.replace("@", "_at_")
+        for file in report.write({title: result}, folder):
+            print(file, flush=True)
 
 
 if __name__ == "__main__":

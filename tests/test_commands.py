@@ -530,6 +530,29 @@ def test_help_says_what_a_program_is_for(ended, program, words):
         assert "optim.lr: learning rate of a task's first epoch (above 0, default 0.001)" in out
 
 
+def test_help_of_a_configuration_lists_its_fields_and_values():
+    files = {"photos.py:path=shop,size=96": "", "glyphs.py:method=er": " --config.optim.lr=0.5"}
+    outs = []
+    for file, override in files.items():
+        code, out, err = tiny.call("train", f"--config=configs/{file}", *override.split(), "--help")
+        assert (code, err) == (0, "")
+        outs.append(out)
+    photos, glyphs = outs
+    assert "Your own photos, month after month" in photos  # the file's own words
+    assert (
+        "  data.photos.size: side of the pictures in pixels (at least 1 and at most 8,192, here 96)"
+        in photos
+    )
+    assert "loss.lam: weight of the cross-entropy (at least 0 and at most 1, here 0.5)" in photos
+    assert "data.ROLE" not in photos and "hot_refresh)" not in photos
+    assert "optim.lr: learning rate of a task's first epoch (above 0, here 0.5)" in glyphs
+    assert (
+        "data.query.look: clean print, or distorted photographs (photo | print, here 'photo')"
+        in glyphs
+    )
+    assert "loss." not in glyphs.partition("Its fields")[2]
+
+
 @pytest.mark.parametrize(("program", "flags", "message"), MISTAKES)
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(ended, program, flags, message):
     code, out, err = ended[program, *flags]

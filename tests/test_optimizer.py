@@ -457,7 +457,7 @@ def test_an_error_of_the_section_names_its_field(section, argument, message):
 
 def test_the_schema_lists_the_fields_of_each():
     found = [
-        (f.name, f.rule.help, f.default) for f in config_schema.schema() if f.name[:6] == "optim."
+        (f.name, f.meaning, f.default) for f in config_schema.schema() if f.name[:6] == "optim."
     ]
     names = {name for name, _, _ in found}
     assert names == {"optim.name"} | {
