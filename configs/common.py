@@ -9,6 +9,7 @@ from ml_collections.config_dict import placeholder
 
 from compat_jax import methods
 from compat_jax.config_schema import backbone_arguments
+from compat_jax.data import Preprocess
 from compat_jax.data.registry import source_fields
 from compat_jax.errors import UserError, unknown
 from compat_jax.training.optimizer import OPTIMIZERS
@@ -84,12 +85,11 @@ def tfds_source(name: str, split: str, **fields: Any) -> dict[str, Any]:
 
 def cifar_input() -> dict[str, Any]:
     """Return normalisation and augmentation of pictures of 32 pixels, as the reference has them."""
-    return {
-        "mean": (0.5071, 0.4867, 0.4408),
-        "std": (0.2675, 0.2565, 0.2761),
-        "crop_padding": 4,
-        "flip": True,
-    }
+    return dataclasses.asdict(
+        Preprocess(
+            mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761), crop_padding=4, flip=True
+        )
+    )
 
 
 def base_config(method: str, optimizer: str = "sgd") -> ConfigDict:
@@ -122,6 +122,8 @@ def base_config(method: str, optimizer: str = "sgd") -> ConfigDict:
             "epochs": 70,
             "batch_size": 128,
             "save_every": 0,
+            "log_every": 0,
+            "tensorboard": "",
             "device_budget_mb": 0,
             "mesh": "data:-1",
             "loss": dict(methods.get(method).arguments),

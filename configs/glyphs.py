@@ -9,8 +9,11 @@ photographs of characters of which no role shares one.
 Arguments: method=hoc|er|... (docs/methods.md), replace=true|false, seed=0, optimizer=sgd|adamw|lars.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
+from compat_jax.data import Preprocess
 from configs.common import base_config, parse_arguments, source
 
 SIZE = 24
@@ -35,7 +38,9 @@ def small_network(config: ConfigDict) -> None:
 
 def input_fields() -> dict:
     """Normalisation and augmentation of glyphs: shifts, no mirror images."""
-    return {"mean": (0.7,) * 3, "std": (0.3,) * 3, "crop_padding": 2, "flip": False}
+    return dataclasses.asdict(
+        Preprocess(mean=(0.7,) * 3, std=(0.3,) * 3, crop_padding=2, flip=False)
+    )
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:

@@ -62,7 +62,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
             "freeze_backbone": placeholder(int),
         }
     )
-    config.validate_every, config.log_every, config.tensorboard = 0, 0, ""
+    config.validate_every = 0
     config.tasks = ConfigDict({"rehearsal": 20})
     config.data = ConfigDict(
         {

@@ -503,11 +503,17 @@ print(json.dumps([run(*command) for command in json.loads(sys.argv[1])]))
 """
 
 
+OF_A_FILE = (
+    ("train", "--config=configs/photos.py:path=shop,size=96", "--help"),
+    ("train", "--config=configs/glyphs.py:method=er", "--config.optim.lr=0.5", "--help"),
+)
+
+
 @pytest.fixture(scope="module")
 def ended():
     """(exit code, stdout, stderr) by (program, flags) of all programs that end at once."""
     commands = [(program, *flags) for program, flags, _ in MISTAKES]
-    commands += [(program, "--help") for program, _ in HELPS]
+    commands += [(program, "--help") for program, _ in HELPS] + list(OF_A_FILE)
     root = Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(commands)],
@@ -530,19 +536,15 @@ def test_help_says_what_a_program_is_for(ended, program, words):
         assert "optim.lr: learning rate of a task's first epoch (above 0, default 0.001)" in out
 
 
-def test_help_of_a_configuration_lists_its_fields_and_values():
-    files = {"photos.py:path=shop,size=96": "", "glyphs.py:method=er": " --config.optim.lr=0.5"}
-    outs = []
-    for file, override in files.items():
-        code, out, err = tiny.call("train", f"--config=configs/{file}", *override.split(), "--help")
-        assert (code, err) == (0, "")
-        outs.append(out)
-    photos, glyphs = outs
+def test_help_of_a_configuration_lists_its_fields_and_values(ended):
+    for command in OF_A_FILE:
+        assert ended[command][0] == 0 and not ended[command][2]
+    photos, glyphs = (ended[command][1] for command in OF_A_FILE)
     assert "Your own photos, month after month" in photos  # the file's own words
-    assert (
-        "  data.photos.size: side of the pictures in pixels (at least 1 and at most 8,192, here 96)"
-        in photos
+    size = (
+        "data.photos.size: side of the pictures in pixels (at least 1 and at most 8,192, here 96)"
     )
+    assert size in photos
     assert "loss.lam: weight of the cross-entropy (at least 0 and at most 1, here 0.5)" in photos
     assert "data.ROLE" not in photos and "hot_refresh)" not in photos
     assert "optim.lr: learning rate of a task's first epoch (above 0, here 0.5)" in glyphs
@@ -563,7 +565,7 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(ended, progra
 
 def test_a_program_on_its_own_says_the_same(ended):
     for command in (("train", "--wrkdir=x"), ("evaluate", "--help")):
-        assert tiny.call(*command) == ended[command]
+        assert tiny.call_alone(*command) == ended[command]
 
 
 def test_train_and_evaluate_say_what_they_wrote(tmp_path):

@@ -1,5 +1,6 @@
 """Every configuration, shrunken, run for a step; and how its arguments are read."""
 
+import dataclasses
 import importlib
 import itertools
 import json
@@ -188,6 +189,13 @@ def test_the_schema_lists_every_field_with_its_default(file, arguments):
     } - {"data.ROLE.source"}
     assert leaves <= set(fields)
     assert all(field.rule.help for field in fields.values())
+
+
+@pytest.mark.parametrize(("file", "arguments"), cases())
+def test_every_configuration_may_augment_and_log(file, arguments):
+    config = load(file, arguments)
+    assert {field.name for field in dataclasses.fields(cj.Preprocess)} <= set(config.data)
+    assert {"log_every", "tensorboard", "save_every", "mesh", "remat"} <= set(config)
 
 
 def test_the_defaults_of_the_configurations_are_those_of_the_library():

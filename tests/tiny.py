@@ -1,7 +1,10 @@
 """A data set, a network and a run so small that a whole sequence takes a second."""
 
+import atexit
 import contextlib
+import functools
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -195,17 +198,24 @@ def flags(overrides, **more) -> list[str]:
     return [f"--config.{k}={v}" for k, v in {**overrides, **more}.items()]
 
 
+ROOT = Path(__file__).parents[1]
+
+
+def environment() -> dict[str, str]:
+    """That of a program: of this process now, and one simulated device."""
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
 def start(program, *arguments, flat=False) -> subprocess.Popen:
     """`python -m launch.PROGRAM ...` on one simulated device; `flat` adds that backbone to it."""
-    root = Path(__file__).parents[1]
-    runner = [root / "tests" / "run_flat.py"] if flat else ["-m"]
+    runner = [ROOT / "tests" / "run_flat.py"] if flat else ["-m"]
     return subprocess.Popen(
         [sys.executable, *runner, f"launch.{program}", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=root,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
+        cwd=ROOT,
+        env=environment(),
     )
 
 
@@ -228,7 +238,34 @@ def own_flags():
 
 
 def call(program, *arguments, flat=False) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a program that ends by itself."""
+    """Exit code, stdout and stderr of a program that ends by itself, see program_server.py."""
+    # What JAX reads as it is imported is as it was when the server began.
+    given = tuple(sorted((k, v) for k, v in environment().items() if k.startswith("JAX_")))
+    argv = [f"launch.{program}", *map(str, arguments)]
+    request = {"argv": argv, "environment": environment(), "flat": flat}
+    server = _server(given)
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    return tuple(json.loads(server.stdout.readline()))
+
+
+@functools.cache
+def _server(given):
+    del given
+    server = subprocess.Popen(
+        [sys.executable, ROOT / "tests" / "program_server.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+    )
+    atexit.register(server.__exit__, None, None, None)
+    return server
+
+
+def call_alone(program, *arguments, flat=False) -> tuple[int, str, str]:
+    """The same by a process that imports everything itself."""
     with start(program, *arguments, flat=flat) as process:
         out, err = process.communicate(timeout=300)
     return process.returncode, out, err

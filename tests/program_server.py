@@ -1,0 +1,58 @@
+"""Runs programs in children of a process that has imported what they need: each starts in no time.
+
+It reads a line of JSON for each program and answers with its exit code and what it wrote. A child is a
+process of its own from the fork to its last exit handler; the server itself starts no device.
+"""
+
+import importlib
+import json
+import os
+import runpy
+import signal
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+for part in ("experiment", "interop", "report"):
+    importlib.import_module(f"compat_jax.{part}")
+
+SECONDS = 300
+
+
+def main():
+    """Serve until the reader has left; a child returns from here into its program."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the fork: there are no threads to lose yet
+                child = os.fork()
+            if not child:
+                return become(request, out, err)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            texts = [os.pread(file.fileno(), 1 << 26, 0).decode() for file in (out, err)]
+        print(json.dumps([code, *texts]), flush=True)
+    return None
+
+
+def become(request, out, err):
+    """Make this process the program that was asked for; return what runs it."""
+    signal.alarm(SECONDS)
+    with open(os.devnull) as nothing:
+        for file, number in ((nothing, 0), (out, 1), (err, 2)):
+            os.dup2(file.fileno(), number)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    if request["flat"]:
+        import flat  # noqa: F401, registers it
+    sys.argv = request["argv"]
+    return lambda: runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    if program := main():
+        program()
