@@ -1,5 +1,6 @@
 """From pictures to features by a model: files, PIL images or arrays, one or a stream of them."""
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,14 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from compat_jax import hosts
+from compat_jax import hosts, memory
 from compat_jax import mesh as meshes
 from compat_jax.data.augment import Preprocess
 from compat_jax.data.listing import list_pictures
 from compat_jax.data.pictures import Preparation, decode
 from compat_jax.data.reading import LazyImages, block_size, in_order
 from compat_jax.errors import UserError
-from compat_jax.features import Extractor
+from compat_jax.features import Extractor, at_once
 from compat_jax.meter import Meter
 from compat_jax.models.fold import fold_batch_norm
 
@@ -58,7 +59,8 @@ class Embedding:
     def __init__(self, model: Model, mesh: Mesh, dtype: str):
         record = model.record
         network: Any = meshes.pad_projection(model.embedder(dtype), mesh)
-        folded = fold_batch_norm(network, model.variables, record.image_shape)
+        put = functools.partial(meshes.device_put, sharding=meshes.replicated(mesh))
+        folded = fold_batch_norm(network, model.variables, record.image_shape, put)
         self.variables = meshes.shard(folded, mesh, network.projection_size)
         preprocess = Preprocess(record.mean, record.std, crop_padding=0, flip=False)
         self.extractor, self.mesh = Extractor(network, preprocess, mesh), mesh
@@ -109,7 +111,7 @@ def embed_pictures(
       embedding: the model on its devices.
       pictures: see `Version.embed`.
       prepare: brings a picture to the model's size; None where nobody said how.
-      batch_size: pictures per batch.
+      batch_size: pictures per batch, see `features.at_once`.
       progress: label of a progress bar; None for none.
 
     Returns:
@@ -119,9 +121,11 @@ def embed_pictures(
       UserError: pictures that cannot be read, or of another size without `prepare`.
     """
     pictures = _pictures(pictures)
+    batch_size = at_once(embedding.mesh, batch_size, embedding.shape)
     known = len(pictures) if hasattr(pictures, "__len__") else 0
     found = []
-    with Meter(progress, known, units="pictures", keep=False) as meter:
+    few = memory.shortage("take a smaller batch_size")
+    with few, Meter(progress, known, units="pictures", keep=False) as meter:
         batches = _prepared(pictures, embedding, prepare, batch_size=batch_size)
         for rows in embedding.batches(batches, batch_size):
             found.append(rows)

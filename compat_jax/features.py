@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,30 @@ from compat_jax.data.augment import Preprocess
 from compat_jax.losses import normalize
 from compat_jax.meter import track
 from compat_jax.models import Embedder
+
+# Pixels of pictures that a CPU embeds at once. From there on a picture takes no less time, and the
+# network's arrays grow: ResNet-50 at 224 px embedded 256 pictures at once as fast as 8, in 5.2 GB
+# instead of 0.8.
+_PIXELS_ON_CPU = 1 << 19
+
+
+def at_once(mesh: Mesh, batch_size: int, image_shape: Sequence[int]) -> int:
+    """Limit a batch of extraction to what is worth its memory: on CPUs large pictures go in fewer.
+
+    Args:
+      mesh: devices; those of a process share its memory.
+      batch_size: images that were asked for.
+      image_shape: height, width and channels.
+
+    Returns:
+      At most `batch_size`, a power of two where it is less.
+    """
+    devices = mesh.devices.flat
+    if devices[0].platform != "cpu":
+        return batch_size
+    pixels = _PIXELS_ON_CPU * len({device.process_index for device in devices})
+    most = max(1, pixels // (image_shape[0] * image_shape[1]))
+    return min(batch_size, 1 << (most.bit_length() - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +78,14 @@ class Extractor:
         Args:
           variables: on the mesh.
           images: uint8[n, h, w, c], n >= 1, an array or a view that is read batch by batch.
-          batch_size: images per batch; the last one is padded, so that one compilation serves all.
+          batch_size: images per batch, see `at_once`; the last one is padded, so that one compilation
+            serves all.
           progress: label of a progress bar; None for none.
 
         Returns:
           float32[n, columns], with the columns that padding added.
         """
+        batch_size = at_once(self.mesh, batch_size, images.shape[1:])
         batch_size = meshes.round_up(self.mesh, min(batch_size, len(images)))
         apply = self.program(jax.tree.structure(variables))
         batches = range(0, len(images), batch_size)

@@ -11,7 +11,8 @@ import pytest
 import tiny
 from PIL import Image
 
-from compat_jax import embed
+from compat_jax import embed, features
+from compat_jax import mesh as meshes
 from compat_jax.chain import Chain
 from compat_jax.data import Preparation, from_arrays, from_folder
 from compat_jax.data.listing import list_pictures
@@ -19,6 +20,7 @@ from compat_jax.embedding_job import EmbeddingJob
 from compat_jax.enlarge import enlarge, enlarge_features
 from compat_jax.errors import Stopped, UserError
 from compat_jax.features_file import read_features
+from compat_jax.mesh import shard_batch as place
 from compat_jax.retrieval import Index
 
 PREPARATION = Preparation(tiny.SIZE)
@@ -107,6 +109,20 @@ def test_batches_change_no_feature(version, expected, count):
     files, rows = expected
     found = version.embed(files[:count], batch_size=8)
     np.testing.assert_allclose(found, rows[:count], atol=2e-5)
+
+
+def test_large_pictures_go_in_fewer_on_a_cpu_which_changes_no_feature(monkeypatch):
+    mesh = tiny.one_device()
+    for side, asked, taken in ((32, 256, 256), (224, 256, 8), (224, 4, 4), (4096, 256, 1)):
+        assert features.at_once(mesh, asked, (side, side, 3)) == taken
+    version, sizes = tiny.version(image_shape=(224, 224, 3)), []
+    pictures = np.random.default_rng(0).integers(0, 256, (20, 224, 224, 3), np.uint8)
+    monkeypatch.setattr(meshes, "shard_batch", lambda x, m: (sizes.append(len(x)), place(x, m))[1])
+    found = version.embed(pictures)
+    assert sizes == [8, 8, 8]
+    monkeypatch.setattr(features, "_PIXELS_ON_CPU", 1 << 30)
+    np.testing.assert_allclose(found, version.embed(pictures), atol=1e-6)
+    assert sizes[3:] == [64]
 
 
 @pytest.mark.parametrize(

@@ -174,8 +174,8 @@ class Version:
             these; uint8[n, h, w, 3]; or a `Dataset`.
           preparation: how pictures are brought to the version's size; as its record says by default.
           mesh: devices to spread each batch over; one device by default.
-          batch_size: pictures per batch; fewer are padded to 1, 8 or 64, so that few programs are
-            compiled, once each.
+          batch_size: pictures per batch; on CPUs large pictures go in fewer, to save memory. Less than a
+            batch is padded to 1, 8 or 64, so that few programs are compiled, once each.
           dtype: of the network's computation: "float32", "bfloat16" or "auto"; see `Run`.
           progress: label of a progress bar; None for none.
 

@@ -1,7 +1,7 @@
 """Fold the BatchNorms of a frozen network into the convolutions before them."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +14,10 @@ EPSILON = BatchNorm.epsilon
 
 
 def fold_batch_norm(
-    network: nn.Module, variables: Mapping[str, Any], image_shape: tuple[int, int, int]
+    network: nn.Module,
+    variables: Mapping[str, Any],
+    image_shape: tuple[int, int, int],
+    put: Callable[[Any], Any] = lambda array: array,
 ) -> dict[str, Any]:
     """Return variables that compute the same in evaluation mode, with fewer normalisations.
 
@@ -27,6 +30,8 @@ def fold_batch_norm(
       network: an Embedder or a backbone.
       variables: {"params", "batch_stats"} of the network; arrays or tracers. Not changed.
       image_shape: (height, width, channels).
+      put: takes each array that was made, as it is made, e.g. to a device: so that no second copy of a
+        network lies in memory.
 
     Returns:
       Variables for `network.apply(variables, images, train=False)`.
@@ -37,7 +42,7 @@ def fold_batch_norm(
         factor = own.pop("scale") / (running.pop("var") + EPSILON) ** 0.5
         own["bias"] = own["bias"] - running.pop("mean") * factor
         for name in layer:  # output channels are the last axis of both kernel and bias
-            layer[name] = layer[name] * factor
+            layer[name] = put(layer[name] * factor)
     return {"params": params, "batch_stats": _without_empty(stats)}
 
 

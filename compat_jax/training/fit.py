@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from compat_jax import hosts
+from compat_jax import hosts, memory
 from compat_jax import mesh as meshes
 from compat_jax.data import streaming
 from compat_jax.data.dataset import Dataset
@@ -237,10 +237,22 @@ class _Course:
                 if step >= end:
                     on_device, end = next(batches)
                 self._show(step)
-                stop = min(self._next_stop(step), end)
-                state = self._advance(state, Feed(on_device, plan), stop)
-                self._settle(state)
+                feed, stop = Feed(on_device, plan), min(self._next_stop(step), end)
+                with memory.shortage(
+                    "take a smaller batch_size, smaller pictures or remat='blocks'"
+                ):
+                    self._check_memory(state, feed)
+                    state = self._advance(state, feed, stop)
+                    self._settle(state)
         return state
+
+    def _check_memory(self, state, feed):
+        """Compile the first step, which has to be done anyway, and see that it fits (on a CPU)."""
+        trainer, devices = self.trainer, self.fit.mesh.devices.size
+        is_new = self.fit.warm is not trainer and trainer.dispatches_each_step
+        if is_new and not hosts.is_distributed():
+            compiled = trainer.lower(state, self.frozen, feed, self.total).compile()
+            memory.check(compiled, devices, feed.plan.shape[1], memory.free_bytes())
 
     def fitted(self, state: TrainState) -> Fitted:
         """Return what is published: the last weights, or the best."""

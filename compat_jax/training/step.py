@@ -303,16 +303,20 @@ class Trainer:
 
         return jax.eval_shape(make, jax.random.key(0))
 
-    def lower(self, state: TrainState, frozen: Any, feed: Feed) -> jax.stages.Lowered:
+    def lower(
+        self, state: TrainState, frozen: Any, feed: Feed, total: Metrics | None = None
+    ) -> jax.stages.Lowered:
         """Lower the program of `run_steps`, also for devices that can only be compiled for.
 
         Args:
           state, frozen, feed: see `run_steps`; arrays or their shapes (`shapes`).
+          total: see `advance`; its shapes by default.
         """
         stop = () if self.dispatches_each_step else (np.int32(feed.plan.shape[0]),)
         zero = jax.ShapeDtypeStruct((), np.float32)
         broken = jax.ShapeDtypeStruct((), np.int32)
-        total = Metrics(zero, zero, broken, {name: zero for name in self.method.terms})
+        if total is None:
+            total = Metrics(zero, zero, broken, {name: zero for name in self.method.terms})
         return self._program(state, frozen).lower(state, frozen, *feed, total, *stop)
 
     @property
