@@ -186,6 +186,8 @@ def parse(argv: list[str]) -> list[str]:
     try:
         flags.FLAGS.set_gnu_getopt(True)
         return [*flags.FLAGS(argv[:cut]), *argv[cut:]]
+    except SystemExit:  # absl has printed --help, and calls that a failure
+        sys.exit(0)
     except flags.Error as error:
         print(f"error: {error} (--help lists the flags)", file=sys.stderr)
         sys.exit(2)

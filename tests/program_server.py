@@ -4,6 +4,7 @@ It reads a line of JSON for each program and answers with its exit code and what
 process of its own from the fork to its last exit handler; the server itself starts no device.
 """
 
+import atexit
 import importlib
 import json
 import os
@@ -11,6 +12,8 @@ import runpy
 import signal
 import sys
 import tempfile
+import threading
+import traceback
 import warnings
 from pathlib import Path
 
@@ -53,6 +56,26 @@ def become(request, out, err):
     return lambda: runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
+def end(program):
+    """Run a program to its exit handlers; what it has imported is not taken apart, which takes time."""
+    code = 0
+    try:
+        program()
+    except SystemExit as asked:
+        code = asked.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     if program := main():
-        program()
+        end(program)

@@ -1,12 +1,8 @@
 """Bad input: one line, the remedy, exit code 2, and nothing written."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -473,36 +469,6 @@ HELPS = [
     ("evaluate", "Try every version of a chain"),
     ("quickstart", "See the paper's claim on a laptop"),
 ]
-# Runs programs as `python -m` does, each in a child of a process that has imported JAX once.
-RUN = """
-import json, os, runpy, sys, tempfile, traceback, warnings
-import compat_jax.experiment
-warnings.filterwarnings("ignore", message=".*fork")  # JAX has not started any thread yet
-
-def run(program, *flags):
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        child = os.fork()
-        if not child:
-            os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
-            sys.argv, code = [program, *flags], 0
-            try:
-                runpy.run_module(f"launch.{program}", run_name="__main__", alter_sys=True)
-            except SystemExit as end:
-                code = end.code or 0
-            except BaseException:
-                traceback.print_exc()
-                code = 1
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        for stream in (out, err):
-            stream.seek(0)
-        return code, out.read().decode(), err.read().decode()
-
-print(json.dumps([run(*command) for command in json.loads(sys.argv[1])]))
-"""
-
-
 OF_A_FILE = (
     ("train", "--config=configs/photos.py:path=shop,size=96", "--help"),
     ("train", "--config=configs/glyphs.py:method=er", "--config.optim.lr=0.5", "--help"),
@@ -514,16 +480,7 @@ def ended():
     """(exit code, stdout, stderr) by (program, flags) of all programs that end at once."""
     commands = [(program, *flags) for program, flags, _ in MISTAKES]
     commands += [(program, "--help") for program, _ in HELPS] + list(OF_A_FILE)
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(commands)],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=root,
-        check=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
-    )
-    return dict(zip(commands, map(tuple, json.loads(done.stdout)), strict=True))
+    return {command: tiny.call(*command) for command in commands}
 
 
 @pytest.mark.parametrize(("program", "words"), HELPS)

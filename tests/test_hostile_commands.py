@@ -5,11 +5,7 @@ unset. The folder of the run cannot be made, so that a value that is fine after 
 """
 
 import inspect
-import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -69,38 +65,6 @@ OTHERS = (
     ("launch.export_torch", "--chain=/nowhere", "--out=/tmp/x.safetensors"),
     ("launch.import_torch", "--weights=/nowhere.safetensors", "--out=/tmp/never"),
 )
-# Runs each command in a child of a process that has imported what it needs, but started nothing.
-RUN = """
-import json, os, runpy, signal, sys, warnings
-import compat_jax.experiment, compat_jax.report, compat_jax.interop
-warnings.simplefilter("ignore", DeprecationWarning)  # of the fork: JAX has not started any thread yet
-found = []
-for number, (program, *argv) in enumerate(json.loads(sys.stdin.read())):
-    read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(read)
-        os.dup2(write, 2)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        signal.alarm(60)
-        sys.argv = [program, *argv]
-        try:
-            runpy.run_module(program, run_name="__main__", alter_sys=True)
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            code = 99
-        sys.stderr.flush()
-        os._exit(code or 0)
-    os.close(write)
-    with os.fdopen(read, errors="replace") as pipe:
-        text = pipe.read()
-    found.append((os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text))
-print(json.dumps(found))
-"""
 
 
 def commands() -> list[tuple[str, ...]]:
@@ -118,17 +82,11 @@ def commands() -> list[tuple[str, ...]]:
 
 def failures(chosen) -> list[str]:
     """The commands that do not end as they should, with what they said."""
-    done = subprocess.run(
-        [sys.executable, "-c", RUN],
-        input=json.dumps(chosen),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "TFDS_DATA_DIR": "/nowhere"},
-    )
-    assert done.returncode == 0, done.stderr
     bad = []
-    for command, (code, said) in zip(chosen, json.loads(done.stdout), strict=True):
+    for command in chosen:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TFDS_DATA_DIR", "/nowhere")
+            code, _, said = tiny.call(command[0].removeprefix("launch."), *command[1:])
         lines = said.strip().splitlines()
         if code != 2 or len(lines) != 1 or not lines[0].startswith("error: ") or len(said) > 6000:
             bad.append(f"{code}: {' '.join(command)[-300:]}: {said[-300:]!r}")

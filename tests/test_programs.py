@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
 from launch import PROGRAMS
 
@@ -60,6 +61,13 @@ def test_the_list_of_programs_is_complete():
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_help_shows_a_command_of_the_program(name):
     assert name in {example[0] for example in examples(name)}
+
+
+@pytest.mark.parametrize("program", [program.name for program in PROGRAMS])
+def test_help_is_no_failure(program):
+    code, out, err = tiny.call(program.removeprefix("launch."), "--help")
+    assert (code, err) == (0, "")
+    assert f"python -m {program}" in out and re.search(r"^ +--\S+[: ]", out, re.MULTILINE)
 
 
 def test_the_commands_of_all_helps_parse():
