@@ -78,7 +78,7 @@ def _matrices(chains, files):
     caption = "AA of the versions so far. Bands: 95 % intervals. Rings: a better model came in."
     drawn = matrices.accuracy_curves(results)
     curves.append(files.picture("average_accuracy", drawn, says, caption))
-    if any(len(result.matrix) > 1 for result in results.values()):
+    if any(len(result.matrix) > 2 for result in results.values()):  # two versions have one AC
         says = "Share of compatible pairs among the versions so far, a line a chain"
         caption = "AC of the versions so far; it counts signs, also of differences within noise."
         drawn = matrices.compatibility_curves(results)
