@@ -45,13 +45,15 @@ def run(main: Callable[[Sequence[str]], None], doc: str) -> None:
 
 
 def _parse(argv):
-    asks = ("--help", "-h", "--helpfull", "--helpshort", "-help")
+    asks = ("--help", "-h", "--helpfull", "--helpshort", "-help", "--help=true")
     wants_help = any(a in asks for a in argv)
     try:
         if wants_help and _SHOWN:
             from launch._help import help_of
 
             flags.FLAGS([a for a in argv if a not in asks])
+            _unset(flags.FLAGS)
+            _check_config_file()
             text = help_of(_SHOWN, _config_file() if flags.FLAGS["config"].present else "")
             print(f"{sys.modules['__main__'].__doc__}\n{text}")
             sys.exit(0)
@@ -75,6 +77,8 @@ def _guarded(main, argv):
         logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
         _check_config_file()
         main(argv)
+    except BrokenPipeError:  # see `run`
+        raise
     except (UserError, OSError) as error:
         _fail(error)
     except Stopped as stopped:

@@ -1,9 +1,10 @@
-"""What --help says of a program with a configuration: its flags, and the fields that it may have."""
+"""Say in --help which flags a program has, and which fields its configuration."""
 
 import ast
+import functools
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -29,9 +30,9 @@ def help_of(begins: Sequence[str], path: str) -> str:
             notes = _brackets(field.rule.range(), _default(field.default))
             lines.append(f"  {field.name}: {field.meaning}{notes}")
         return "\n".join(lines)
-    about = ast.get_docstring(ast.parse(Path(path).read_text())) or ""
+    about = ast.get_docstring(ast.parse(Path(path).read_bytes())) or ""
     lines += ["", f"{path}: {about}".rstrip(": "), "", "Its fields, --config.FIELD=VALUE:"]
-    return "\n".join([*lines, *_values(fields, flags.FLAGS.config)])
+    return "\n".join([*lines, *values(fields, flags.FLAGS.config)])
 
 
 def _flags():
@@ -43,23 +44,35 @@ def _flags():
         yield f"  --{flag.name}: {flag.help}" + _brackets(default)
 
 
-def _values(fields: Sequence[Field], config: ConfigDict) -> Iterator[str]:
-    """A line for each field that a configuration has, with its value there."""
-    data = config.get("data", {})
-    sources = {role: data[role].get("source") for role in ROLES if role in data}
-    chosen = {"loss": config.get("method"), "optim": config.get("optim", {}).get("name")}
+def values(fields: Sequence[Field], config: ConfigDict) -> list[str]:
+    """Write a line for each field that a configuration has, with its value there.
+
+    Args:
+      fields: of the schema.
+      config: the configuration.
+    """
+    data = _section(config, "data")
+    sources = {role: _section(data, role).get("source") for role in ROLES if role in data}
+    chosen = {"loss": config.get("method"), "optim": _section(config, "optim").get("name", "sgd")}
+    lines: dict[str, str] = {}
     for field in fields:
         places = {field.name: chosen.get(field.name.partition(".")[0])}
         if ".ROLE." in field.name:
             places = {field.name.replace("ROLE", role): name for role, name in sources.items()}
         for name, owner in places.items():
-            section = config
             *parents, last = name.split(".")
-            for part in parents:
-                section = section.get(part, {})
-            if last in section and (not field.owners or owner in field.owners):
+            section = functools.reduce(_section, parents, config)
+            # A field of the chosen kind takes the place of that of all.
+            if last in section and (owner in field.owners if field.owners else name not in lines):
                 note = f"here {section[last]!r}"
-                yield f"  {name}: {field.rule.help}" + _brackets(field.rule.range(), note)
+                lines[name] = f"  {name}: {field.rule.help}" + _brackets(field.rule.range(), note)
+    return list(lines.values())
+
+
+def _section(config, name):
+    """A section of a configuration; an empty one where it has none."""
+    found = config.get(name)
+    return found if isinstance(found, Mapping | ConfigDict) else {}
 
 
 def _brackets(*notes):

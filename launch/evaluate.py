@@ -11,6 +11,8 @@ Query and gallery are those of the run's configuration, which the chain carries;
 others (`data.query`, `data.gallery`).
 """
 
+import functools
+
 from absl import flags
 
 from launch import _cli as cli
@@ -29,7 +31,7 @@ def main(_) -> None:
     args = flags.FLAGS
     path = cli.require("chain", "runs/hoc/chain")
     cli.start_jax()
-    from compat_jax import experiment, report
+    from compat_jax import experiment, hosts, report
     from compat_jax.chain import Chain
     from compat_jax.evaluation import Maps, evaluate, evaluate_mapped
     from compat_jax.files import absolute
@@ -44,25 +46,25 @@ def main(_) -> None:
     session.devices()  # refuses a mesh before any data is read
     data = experiment.load_retrieval(config, chain, session)
     options = {"metrics": args.metric, "dtype": args.dtype, "session": session}
-    _show(evaluate(chain, *data, **options), out)
+    results = evaluate(chain, *data, **options)
+    hosts.on_first(lambda: _show(results, out))
     for one in maps:
-        _show(evaluate_mapped(chain, *data, one, **options), out, one.kind)
+        mapped = evaluate_mapped(chain, *data, one, **options)
+        hosts.on_first(functools.partial(_show, mapped, out, one.kind))
 
 
 def _show(results, out, kind="") -> None:
-    """Print the matrix of each metric and write its files, as soon as they are known."""
-    from compat_jax import hosts, methods, report
+    """Write the files of each metric and print its matrix, as soon as it is known."""
+    from compat_jax import methods, report
 
-    if not hosts.is_first():
-        return
+    said = []
     for name, result in results.items():
         title = f"{methods.title(result.method)}, {kind}" if kind else result.method
-        print(result.table(title), flush=True)
         folder = out / kind if kind else out
         if len(results) > 1:
             folder = folder / name.replace("@", "_at_")
-        for file in report.write({title: result}, folder):
-            print(file, flush=True)
+        said += [result.table(title), *report.write({title: result}, folder)]
+    print(*said, sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ def main():
             if not child:
                 return become(request, out, err)
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            texts = [os.pread(file.fileno(), 1 << 26, 0).decode() for file in (out, err)]
+            texts = [
+                os.pread(file.fileno(), 1 << 26, 0).decode(errors="replace") for file in (out, err)
+            ]
         print(json.dumps([code, *texts]), flush=True)
     return None
 

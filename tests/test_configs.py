@@ -1,6 +1,7 @@
 """Every configuration, shrunken, run for a step; and how its arguments are read."""
 
 import dataclasses
+import functools
 import importlib
 import itertools
 import json
@@ -20,7 +21,9 @@ from compat_jax import config_schema, experiment, methods, models
 from compat_jax.data import TaskSequence
 from compat_jax.data.registry import source_fields
 from compat_jax.errors import UserError
+from compat_jax.training.optimizer import OPTIMIZERS
 from configs.common import parse_arguments
+from launch._help import values
 
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(
@@ -189,6 +192,26 @@ def test_the_schema_lists_every_field_with_its_default(file, arguments):
     } - {"data.ROLE.source"}
     assert leaves <= set(fields)
     assert all(field.rule.help for field in fields.values())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars"])
+@pytest.mark.parametrize("file", ["photos", "iamcl2r", "glyphs"])
+def test_help_has_a_line_for_each_field_of_a_configuration(file, optimizer):
+    config = load(file, f"optimizer={optimizer}")
+    lines = [line.strip().partition(": ") for line in values(config_schema.schema(), config)]
+    names = [name for name, _, _ in lines]
+    assert len(set(names)) == len(names)
+    own = {"optim.name", *(f"optim.{f.name}" for f in dataclasses.fields(OPTIMIZERS[optimizer]))}
+    assert {name for name in names if name.startswith("optim.")} == own
+    for name, _, text in lines:
+        section = functools.reduce(lambda part, key: part[key], name.split("."), config)
+        assert text.endswith(f"here {section!r})"), name
+
+
+def test_help_passes_over_what_is_no_section():
+    odd = ConfigDict({"data": 3, "tasks": "many", "optim": {"momentum": 0.5}, "own": {"x": 1}})
+    (line,) = values(config_schema.schema(), odd)
+    assert line.startswith("  optim.momentum: ") and line.endswith("here 0.5)")
 
 
 @pytest.mark.parametrize(("file", "arguments"), cases())

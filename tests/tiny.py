@@ -246,7 +246,11 @@ def call(program, *arguments, flat=False) -> tuple[int, str, str]:
     server = _server(given)
     server.stdin.write(json.dumps(request) + "\n")
     server.stdin.flush()
-    return tuple(json.loads(server.stdout.readline()))
+    answer = server.stdout.readline()
+    if not answer:
+        _server.cache_clear()
+    assert answer, f"the server of programs ended during {argv}"
+    return tuple(json.loads(answer))
 
 
 @functools.cache

@@ -178,7 +178,8 @@ class Fit:
         return batches, put(streaming.ring_plan(longest, size, chunk))
 
     def _place(self, images, labels):
-        return meshes.device_put(DeviceData(images, labels), meshes.replicated(self.mesh))
+        with memory.shortage("keep pictures on the host, device_budget", "device_budget"):
+            return meshes.device_put(DeviceData(images, labels), meshes.replicated(self.mesh))
 
 
 @dataclasses.dataclass
@@ -248,11 +249,12 @@ class _Course:
 
     def _check_memory(self, state, feed):
         """Compile the first step, which has to be done anyway, and see that it fits (on a CPU)."""
-        trainer, devices = self.trainer, self.fit.mesh.devices.size
+        trainer, mesh = self.trainer, self.fit.mesh
         is_new = self.fit.warm is not trainer and trainer.dispatches_each_step
         if is_new and not hosts.is_distributed():
             compiled = trainer.lower(state, self.frozen, feed, self.total).compile()
-            memory.check(compiled, devices, feed.plan.shape[1], memory.free_bytes())
+            free, batch_size = memory.free_bytes(), feed.plan.shape[1]
+            memory.check(compiled, mesh, batch_size, free, remat=trainer.remat)
 
     def fitted(self, state: TrainState) -> Fitted:
         """Return what is published: the last weights, or the best."""
