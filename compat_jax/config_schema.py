@@ -58,6 +58,12 @@ OWN = (
         (),
     ),
     Field(
+        "fresh_backbone.name",
+        str,
+        Rule("network of tasks.fresh_at, a registered one; empty for that of the run"),
+        "",
+    ),
+    Field(
         "pretrain_classes",
         tuple[int, ...],
         Rule("classes that each pre-trained model learns"),
@@ -124,15 +130,6 @@ def _schema() -> Iterator[Field]:
         yield Field(
             f"backbone.arguments.{name}", int | None, Rule("argument of the backbone", low=1), None
         )
-    yield Field(
-        "fresh_backbone.name",
-        str,
-        Rule("network of tasks.fresh_at, a registered one; empty for that of the run"),
-        "",
-    )
-    for name in backbone_arguments():
-        rule = Rule("argument of the network of fresh weights", low=1)
-        yield Field(f"fresh_backbone.arguments.{name}", int | None, rule, None)
     for name in sorted(methods.names()):
         for field in describe(inspect.unwrap(methods.factory(name))):
             yield dataclasses.replace(field, name=f"loss.{field.name}", owners=(name,))
@@ -151,6 +148,9 @@ def _schema() -> Iterator[Field]:
     sources = {name: source_fields(name) for name in source_names()}
     yield from _of_kinds("data.ROLE.", sources)
     yield from OWN
+    for name in backbone_arguments():
+        rule = Rule("argument of the network of fresh weights", low=1)
+        yield Field(f"fresh_backbone.arguments.{name}", int | None, rule, None)
 
 
 def _of_kinds(begin, kinds, usual=()):

@@ -48,7 +48,7 @@ def _parse(argv):
     asks = ("--help", "-h", "--helpfull", "--helpshort", "-help", "--help=true")
     wants_help = any(a in asks for a in argv)
     try:
-        if wants_help and _SHOWN:
+        if wants_help and _SHOWN and "config" in flags.FLAGS:
             from launch._help import help_of
 
             flags.FLAGS([a for a in argv if a not in asks])
