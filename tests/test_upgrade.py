@@ -322,8 +322,8 @@ def test_each_help_shows_its_own_command():
 
 @pytest.mark.parametrize("command", upgrade.HELP)
 def test_each_command_explains_itself(command):
-    code, out, _ = run(command, "--help")
-    assert code == 0 and out.startswith(upgrade.HELP[command].splitlines()[0])
+    code, out, err = tiny.call("upgrade", command, "--help")
+    assert (code, err) == (0, "") and out.startswith(upgrade.HELP[command].splitlines()[0])
     assert "--chain: folder of the chain" in out and f"launch.upgrade {command}" in out
 
 
