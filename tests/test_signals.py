@@ -20,7 +20,8 @@ LONG = tiny.flags(
     save_every=100_000,
     **{"data__train__per_class": 8, "mesh": "data:1"},
 )
-ARGUMENTS = ("--config=configs/glyphs.py:replace=false,method=sce", "--noprogress", *LONG)
+# The program of test_resume.py, which is compiled once for both.
+ARGUMENTS = ("--config=configs/glyphs.py:method=hoc,replace=false", "--noprogress", *LONG)
 
 
 def started(folder):
