@@ -110,4 +110,4 @@ def shortage(remedy: str, argument: str = "batch_size") -> Iterator[None]:
 
 
 def _said(count: int) -> str:
-    return f"{count / 2**30:.1f} GB" if count >= 1 << 30 else f"{count / 2**20:.0f} MB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

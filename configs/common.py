@@ -85,11 +85,7 @@ def tfds_source(name: str, split: str, **fields: Any) -> dict[str, Any]:
 
 def cifar_input() -> dict[str, Any]:
     """Return normalisation and augmentation of pictures of 32 pixels, as the reference has them."""
-    return dataclasses.asdict(
-        Preprocess(
-            mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761), crop_padding=4, flip=True
-        )
-    )
+    return dataclasses.asdict(Preprocess())
 
 
 def base_config(method: str, optimizer: str = "sgd") -> ConfigDict:

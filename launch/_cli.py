@@ -20,6 +20,7 @@ from compat_jax.files import absolute
 if TYPE_CHECKING:  # imports JAX, which programs do after they have parsed their flags
     from compat_jax.session import Session
 
+HELP_FLAGS = ("--help", "-h", "--helpfull", "--helpshort", "-help", "--help=true")
 RESUME = 75  # EX_TEMPFAIL: run the same command again and it resumes
 
 
@@ -45,13 +46,12 @@ def run(main: Callable[[Sequence[str]], None], doc: str) -> None:
 
 
 def _parse(argv):
-    asks = ("--help", "-h", "--helpfull", "--helpshort", "-help", "--help=true")
-    wants_help = any(a in asks for a in argv)
+    wants_help = any(a in HELP_FLAGS for a in argv)
     try:
         if wants_help and _SHOWN and "config" in flags.FLAGS:
             from launch._help import help_of
 
-            flags.FLAGS([a for a in argv if a not in asks])
+            flags.FLAGS([a for a in argv if a not in HELP_FLAGS])
             _unset(flags.FLAGS)
             _check_config_file()
             text = help_of(_SHOWN, _config_file() if flags.FLAGS["config"].present else "")

@@ -46,14 +46,13 @@ def main(_) -> None:
     session.devices()  # refuses a mesh before any data is read
     data = experiment.load_retrieval(config, chain, session)
     options = {"metrics": args.metric, "dtype": args.dtype, "session": session}
-    results = evaluate(chain, *data, **options)
-    hosts.on_first(lambda: _show(results, out))
-    for one in maps:
-        mapped = evaluate_mapped(chain, *data, one, **options)
-        hosts.on_first(functools.partial(_show, mapped, out, one.kind))
+    ways = {one.kind: functools.partial(evaluate_mapped, maps=one) for one in maps}
+    for kind, way in {"": evaluate, **ways}.items():
+        results = way(chain, *data, **options)
+        hosts.on_first(functools.partial(_show, results, out, kind))
 
 
-def _show(results, out, kind="") -> None:
+def _show(results, out, kind) -> None:
     """Write the files of each metric and print its matrix, as soon as it is known."""
     from compat_jax import methods, report
 

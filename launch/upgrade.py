@@ -306,5 +306,5 @@ if __name__ == "__main__":
         cli.run(main, HELP[COMMAND])
     else:
         arguments = sys.argv[1:]
-        sys.argv[1:] = [one for one in arguments if one in ("--help", "-h", "-help", "--helpfull")]
+        sys.argv[1:] = [one for one in arguments if one in cli.HELP_FLAGS]
         cli.run(lambda _: refuse(arguments), __doc__)

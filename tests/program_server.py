@@ -27,7 +27,7 @@ SECONDS = 300
 
 
 def main():
-    """Serve until the reader has left; a child returns from here into its program."""
+    """Serve until the reader has left; return whether this is a child, and now the program asked for."""
     for line in sys.stdin:
         request = json.loads(line)
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -35,17 +35,18 @@ def main():
                 warnings.simplefilter("ignore")  # of the fork: there are no threads to lose yet
                 child = os.fork()
             if not child:
-                return become(request, out, err)
+                become(request, out, err)
+                return True
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             texts = [
                 os.pread(file.fileno(), 1 << 26, 0).decode(errors="replace") for file in (out, err)
             ]
         print(json.dumps([code, *texts]), flush=True)
-    return None
+    return False
 
 
 def become(request, out, err):
-    """Make this process the program that was asked for; return what runs it."""
+    """Take the place of the program that was asked for: its streams, variables and arguments."""
     signal.alarm(SECONDS)
     with open(os.devnull) as nothing:
         for file, number in ((nothing, 0), (out, 1), (err, 2)):
@@ -55,14 +56,13 @@ def become(request, out, err):
     if request["flat"]:
         import flat  # noqa: F401, registers it
     sys.argv = request["argv"]
-    return lambda: runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
-def end(program):
-    """Run a program to its exit handlers; what it has imported is not taken apart, which takes time."""
+def run():
+    """Run the program to its exit handlers; what it has imported is not taken apart: that takes time."""
     code = 0
     try:
-        program()
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     except SystemExit as asked:
         code = asked.code or 0
     except BaseException:
@@ -79,5 +79,5 @@ def end(program):
 
 
 if __name__ == "__main__":
-    if program := main():
-        end(program)
+    if main():
+        run()
