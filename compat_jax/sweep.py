@@ -93,12 +93,31 @@ class Results:
                     "workdir",
                 ) from error
 
-    def has(self, cell: Cell) -> bool:
-        """Return whether a cell has a line."""
-        return any(entry["cell"] == dict(cell.values) for entry in self)
+    def of(self, cell: Cell, settings: str = "") -> dict[str, Any]:
+        """Return the numbers of a cell, of all its lines: the last line wins.
+
+        Args:
+          cell: of the grid.
+          settings: digest of everything that the cell was made with, as `add` was given it.
+
+        Raises:
+          UserError: a line of the cell was made with other settings.
+        """
+        found: dict[str, Any] = {}
+        for entry in self:
+            if entry["cell"] != dict(cell.values):
+                continue
+            if entry.get("settings", settings) != settings:
+                raise UserError(
+                    f"{self.path.parent} has results of {cell.name} with another configuration: give "
+                    "that configuration, or another folder",
+                    "workdir",
+                )
+            found |= entry["metrics"]
+        return found
 
     def add(self, cell: Cell, metrics: Mapping[str, Any], **more: Any) -> None:
-        """Append the line of a cell."""
+        """Append a line of a cell."""
         line = {"cell": dict(cell.values), "metrics": dict(metrics), **more}
         append(self.path, json.dumps(line, allow_nan=False))
 
@@ -109,7 +128,7 @@ def table(entries: Iterable[Mapping[str, Any]], over: Sequence[str] = ("seed",))
     Names that have one value in all cells are left out.
 
     Args:
-      entries: lines of `Results`.
+      entries: {"cell": values of a cell, "metrics": its numbers}, see `Results.of`.
       over: names to average over.
 
     Returns:

@@ -9,11 +9,13 @@ A name of the grid is an argument of the configuration file (method, seed, ...) 
 configuration (optim.lr, tasks.rehearsal, ...). Every cell is a run in WORKDIR/CELL, trained and
 evaluated in this one process, so that cells of one shape share their compiled programs; its result is a
 line of WORKDIR/results.jsonl. Killed at any time, run the same command to resume; more values may be
-added later.
+added later, and more metrics. `python -m launch.train --config=FILE.py --help` lists the fields.
 """
 
 import ast
+import hashlib
 import importlib.util
+import json
 from typing import Any
 
 from absl import flags
@@ -51,28 +53,43 @@ def main(_) -> None:
     for config in made.values():
         configs.run_of(config)
     results = sweep.Results(folder / "results.jsonl")
+    digests = {cell.name: _digest(made[cell.name]) for cell in cells}
     for number, cell in enumerate(cells):
-        if results.has(cell):
+        known = results.of(cell, digests[cell.name])
+        missing = [metric for metric in args.metric if f"{metric} AA" not in known]
+        if not missing:
             continue
         print(f"cell {number + 1} of {len(cells)}: {cell.name}")
         config, place = made[cell.name], folder / cell.name
         session = configs.session_of(config, stop, progress=args.progress)
         done = experiment.train(config, place, session)
         chain = getattr(done, "chain", done)
-        found = experiment.evaluate(chain, config=config, metrics=args.metric, session=session)
-        results.add(cell, _numbers(found), chain=str(chain.path))
-    own = [entry for entry in results if entry["cell"] in [dict(c.values) for c in cells]]
-    print(sweep.table(own, args.over))
+        found = experiment.evaluate(chain, config=config, metrics=missing, session=session)
+        results.add(cell, _numbers(found), chain=str(chain.path), settings=digests[cell.name])
+    wanted = [f"{metric} {name}" for metric in args.metric for name in ("AC", "AA")]
+    entries = []
+    for cell in cells:
+        numbers = results.of(cell, digests[cell.name])
+        entries.append({"cell": cell.values, "metrics": {name: numbers[name] for name in wanted}})
+    print(sweep.table(entries, args.over))
+
+
+def _digest(config) -> str:
+    """SHA-256 of what decides the numbers of a cell."""
+    from compat_jax import config as configs
+
+    data = config.data.to_json_best_effort(sort_keys=True)
+    parts = [json.dumps(configs.run_of(config).describe(), sort_keys=True), data]
+    return hashlib.sha256("\n".join([*parts, str(config.get("pretrained"))]).encode()).hexdigest()
 
 
 def _numbers(found) -> dict[str, Any]:
     """AC and AA of every metric."""
     numbers = {}
     for name, result in found.items():
-        prefix = "" if len(found) == 1 else f"{name} "
         several = len(result.matrix) > 1  # one version has no pair
-        numbers[f"{prefix}AC"] = result.average_compatibility if several else None
-        numbers[f"{prefix}AA"] = result.average_accuracy
+        numbers[f"{name} AC"] = result.average_compatibility if several else None
+        numbers[f"{name} AA"] = result.average_accuracy
     return {k: None if v != v else float(v) for k, v in numbers.items()}
 
 

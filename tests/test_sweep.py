@@ -45,13 +45,17 @@ def test_folders_have_names_that_any_system_takes():
 def test_results_resume(tmp_path):
     results = Results(absolute(tmp_path / "results.jsonl"))
     cell = Cell({"method": "hoc", "seed": "0"})
-    assert not results.has(cell) and list(results) == []
-    results.add(cell, {"AC": 0.5}, chain="/c")
-    assert results.has(cell) and not results.has(Cell({"method": "hoc", "seed": "1"}))
+    assert results.of(cell) == {} and list(results) == []
+    results.add(cell, {"map AC": 0.5}, chain="/c", settings="one")
+    results.add(cell, {"recall@1 AC": 0.25}, settings="one")
+    assert results.of(cell, "one") == {"map AC": 0.5, "recall@1 AC": 0.25}
+    assert results.of(Cell({"method": "hoc", "seed": "1"}), "one") == {}
     assert next(iter(results))["chain"] == "/c"
+    with pytest.raises(UserError, match="hoc,seed=0 with another configuration"):
+        results.of(cell, "two")
     with results.path.open("a") as file:
         file.write('{"cell": 3')
-    with pytest.raises(UserError, match=r"line 2 of .*results\.jsonl is broken"):
+    with pytest.raises(UserError, match=r"line 3 of .*results\.jsonl is broken"):
         list(results)
 
 
@@ -86,10 +90,18 @@ def test_the_command_resumes_and_prints_the_table(tmp_path):
     assert code == 0, err
     assert out.count("cell ") == 4 and out.splitlines()[-3].split()[:2] == ["method", "runs"]
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
-    assert len(lines) == 4 and set(json.loads(lines[0])["metrics"]) == {"AC", "AA"}
+    columns = {"identification AC", "identification AA"}
+    assert len(lines) == 4 and set(json.loads(lines[0])["metrics"]) == columns
     again = tiny.call(*call, flat=True)
     assert (
         again[0] == 0
         and "cell " not in again[1]
         and again[1].splitlines()[-3:] == out.splitlines()[-3:]
     )
+    # Another metric is measured, not confused with the first; another configuration is refused.
+    code, out, err = tiny.call(*call, "--metric=map", flat=True)
+    assert code == 0 and "map AA" in out and "identification" not in out, err
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 8
+    other = [part.replace("replace=false", "replace=false,optimizer=adamw") for part in call]
+    code, out, err = tiny.call(*other, flat=True)
+    assert code == 2 and "another configuration" in err
