@@ -10,11 +10,9 @@ from typing import TypeAlias
 from ml_collections import ConfigDict
 
 from compat_jax import config as configs
-from compat_jax import hosts
 from compat_jax.chain import Chain, Version
 from compat_jax.config_schema import ROLES
 from compat_jax.data import Dataset, load
-from compat_jax.data.ledger import LEDGER, Ledger
 from compat_jax.data.photos import Photos
 from compat_jax.data.roles import check_roles
 from compat_jax.errors import UserError
@@ -85,11 +83,10 @@ def _update(config, photos: Photos, workdir, session) -> Update:
     run = configs.run_of(config)
     _check_early(run, session, workdir)
     start = load_start(config, run, photos)
-    _take_over_ledger(config, workdir)
     if start is not None:
         run = _with_images(run, start.record.mean, start.record.std)
     elif not configs.says_images(config):
-        run = _with_images(run, IMAGENET_MEAN, IMAGENET_STD)
+        run = _with_images(run, *_known_images(run, Workdir(workdir).chain))
     with configs.located():
         return update(
             run,
@@ -102,17 +99,13 @@ def _update(config, photos: Photos, workdir, session) -> Update:
         )
 
 
-def _take_over_ledger(config: ConfigDict, workdir: Path) -> None:
-    """Let a new run on photos keep the parts that the run had whose version it starts from."""
-    path, _, number = str(configs.own_field(config, "start")).rpartition(":")
-    target = Workdir(workdir).path / LEDGER
-    if not path or target.exists():
-        return
-    chain = Chain(path)
-    source = chain.path.parent / LEDGER
-    if source.exists():
-        known = Ledger.read(source).learnt_before(chain.numbers()[int(number)])
-        hosts.on_first(lambda: known.write(target))
+def _known_images(run: Run, chain: Chain) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and deviation of the version that the next one goes on from; ImageNet's for a new network."""
+    if len(chain):
+        last = chain.record(-1)
+        if last.backbone == run.backbone.name:
+            return last.mean, last.std
+    return IMAGENET_MEAN, IMAGENET_STD
 
 
 def _with_images(run: Run, mean, std) -> Run:
@@ -223,11 +216,8 @@ def load_retrieval(config: ConfigDict, chain: Chain, session: Session) -> tuple[
     if photos is None:
         query, gallery = (load_role(config, role, session) for role in ("query", "gallery"))
         return query, gallery
-    path = chain.path.parent / LEDGER
-    if not path.exists():
-        raise UserError(f"no {path}: the parts of the photos are kept beside the chain", "chain")
     with configs.located():
-        return photos.retrieval(Ledger.read(path), session.bar("reading pictures"))
+        return photos.retrieval(chain.path.parent, session.bar("reading pictures"))
 
 
 def config_of(chain: Chain) -> ConfigDict:

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 import flax.linen as nn
@@ -131,6 +131,20 @@ def embed_pictures(
             found.append(rows)
             meter.update(len(rows))
     return np.concatenate(found) if found else np.zeros((0, embedding.size), np.float32)
+
+
+def checked_shard(shard: tuple[int, int]) -> tuple[int, int]:
+    """Return a host's share of a list, (number, count), if it can be one: 0 <= number < count.
+
+    Raises:
+      UserError: anything else.
+    """
+    given = tuple(shard) if isinstance(shard, Sequence) else ()
+    if len(given) == 2 and all(type(part) is int for part in given) and 0 <= given[0] < given[1]:
+        return given
+    raise UserError(
+        f"a shard is (number, count) with 0 <= number < count, got {shard!r:.80}", "shard"
+    )
 
 
 def preparation_of(record: Any, given: Preparation | None) -> Preparation | None:

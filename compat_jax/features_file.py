@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ class Features:
     Attributes:
       features: float32[n, d], rows of norm 1.
       paths: of the pictures, one a row.
-      made_by: JSON values: version, its SHA-256, feature size, K, preparation.
+      made_by: JSON values: version, its SHA-256, feature size, K, preparation; of an `EmbeddingJob` also
+        dtype, and digests of the list of pictures and of their sizes and times of change.
     """
 
     features: np.ndarray
@@ -57,6 +59,23 @@ def check_suffix(path: str | os.PathLike[str]) -> epath.Path:
     if found.suffix not in SUFFIXES:
         raise UserError(f"features are written to .npz or .parquet, got {found.name!r}", "out")
     return found
+
+
+def check_paths(path: epath.Path, paths: Sequence[str]) -> None:
+    """Refuse paths of pictures that a file of features cannot hold, before any is embedded.
+
+    Raises:
+      UserError: naming one that is not UTF-8, for .parquet.
+    """
+    for one in paths if path.suffix == ".parquet" else ():
+        try:
+            one.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{os.fsencode(one)!r} is not UTF-8, which .parquet cannot hold: rename it, or write "
+                ".npz",
+                "out",
+            ) from error
 
 
 def write_features(path: str | os.PathLike[str], found: Features) -> epath.Path:

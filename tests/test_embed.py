@@ -19,7 +19,7 @@ from compat_jax.data.listing import list_pictures
 from compat_jax.embedding_job import EmbeddingJob
 from compat_jax.enlarge import enlarge, enlarge_features
 from compat_jax.errors import Stopped, UserError
-from compat_jax.features_file import read_features
+from compat_jax.features_file import made_by, read_features, write_features
 from compat_jax.mesh import shard_batch as place
 from compat_jax.retrieval import Index
 
@@ -261,6 +261,57 @@ def test_bad_pictures_stop_all_at_once_or_are_skipped(version, expected, tmp_pat
     assert len(done.paths) == len(files) - 2
     assert "2 files that are no pictures left out" in job.sentence(done)
     np.testing.assert_allclose(done.features, expected[1], atol=2e-5)
+
+
+def test_new_pictures_are_never_taken_for_bad_ones(version, expected, tmp_path):
+    files, _ = expected
+    out, skipping = tmp_path / "f.npz", {"on_bad": "skip"}
+    EmbeddingJob(version, files[:4], out, **skipping).run()
+    with pytest.raises(UserError, match="has features of other pictures"):
+        EmbeddingJob(version, files, out, **skipping).run()
+    # As an earlier release wrote it: what is missing must be no picture.
+    found = read_features(out)
+    write_features(out, dataclasses.replace(found, made_by=made_by(version)))
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"no picture")
+    for listed in (files[:4], [files[0], str(bad), *files[1:4]]):
+        assert EmbeddingJob(version, listed, out, **skipping).run().paths == tuple(files[:4])
+    with pytest.raises(UserError, match="has features of other pictures"):
+        EmbeddingJob(version, files[:5], out, **skipping).run()
+
+
+def test_a_picture_that_changed_is_not_answered_with_its_old_feature(version, expected, tmp_path):
+    files, out = [str(tmp_path / f"{i}.png") for i in range(4)], tmp_path / "f.npz"
+    for file in files:
+        Image.new("RGB", (30, 40), "red").save(file)
+    answers = iter([False, True])
+    with pytest.raises(Stopped):
+        EmbeddingJob(version, files, out, part=2).run(should_stop=lambda: next(answers))
+    Image.new("RGB", (30, 40), "blue").save(files[0])  # between a kill and the next run
+    found = EmbeddingJob(version, files, out, part=2).run()
+    np.testing.assert_allclose(found.features, version.embed(files), atol=2e-5)
+    assert EmbeddingJob(version, files, out, part=4).run().paths == found.paths
+    with pytest.raises(UserError, match="were computed in float32, not in bfloat16"):
+        EmbeddingJob(version, files, out).run(dtype="bfloat16")
+    Image.new("RGB", (31, 40), "green").save(files[1])  # after all were embedded
+    with pytest.raises(UserError, match=r"of pictures that have changed since: choose another file"):
+        EmbeddingJob(version, files, out).run()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shard": (5, 2)}, "a shard is"),
+        ({"shard": (-1, 2)}, "a shard is"),
+        ({"part": 0}, "part must be at least 1, got 0"),
+        ({"on_bad": "Skip"}, "unknown on_bad 'Skip'"),
+        ({"files": ["/a/\udcff.jpg"]}, "is not UTF-8, which .parquet cannot hold"),
+    ],
+)
+def test_wrong_settings_of_a_job_are_refused_before_it_runs(version, tmp_path, settings, message):
+    given = {"files": ["/a.jpg"], "out": tmp_path / "f.parquet", **settings}
+    with pytest.raises(UserError, match=message):
+        EmbeddingJob(version, **given)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh
 
@@ -136,6 +137,7 @@ class Version:
       variables: {"params", "batch_stats"} as NumPy arrays.
       sha256: of the variables as they are stored.
       backbone: its backbone.
+      home: folder of the chain that it was opened from; None where no chain holds it.
     """
 
     number: int
@@ -143,6 +145,7 @@ class Version:
     variables: dict[str, Any] = dataclasses.field(repr=False)
     sha256: str
     backbone: Backbone
+    home: epath.Path | None = dataclasses.field(default=None, repr=False, compare=False)
     _ready: dict[Any, Embedding] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )

@@ -273,7 +273,7 @@ class Chain:
             variables["params"] = renamed_layers(variables["params"], FORMAT_1_LAYERS)
         digest = content["variables_sha256"]
         backbone = self._backbone(number, record)
-        return Version(number, record, variables, sha256=digest, backbone=backbone)
+        return Version(number, record, variables, sha256=digest, backbone=backbone, home=self.path)
 
     def verify(self) -> dict[int, str | None]:
         """Open every version: {number: None if it is whole, else the reason why it is not}."""

@@ -98,14 +98,7 @@ class Register:
         Raises:
           UserError: an alias that stood for another class, or of an unknown class; no room.
         """
-        merged = dict(self.aliases)
-        for other, name in _resolved(aliases or {}).items():
-            if merged.setdefault(other, name) != name:
-                raise UserError(
-                    f"aliases: {other!r} stands for {merged[other]!r} already, not for {name!r}: a "
-                    "class keeps its prototype",
-                    "aliases",
-                )
+        merged = merged_aliases(self.aliases, resolved(aliases or {}))
         known = set(self.names) | set(merged)
         added = tuple(sorted({name for name in names if name not in known}))
         return Register(self.names + added, merged, self.num_prototypes)
@@ -144,7 +137,24 @@ class Register:
         return self.num_prototypes is not None and len(self) >= _SCARCE * self.num_prototypes
 
 
-def _resolved(aliases: Mapping[str, str]) -> dict[str, str]:
+def merged_aliases(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
+    """Return old and new aliases together.
+
+    Raises:
+      UserError: a name that stands for another class already.
+    """
+    merged = dict(old)
+    for other, name in new.items():
+        if merged.setdefault(other, name) != name:
+            raise UserError(
+                f"aliases: {other!r} stands for {merged[other]!r} already, not for {name!r}: a class "
+                "keeps its prototype",
+                "aliases",
+            )
+    return merged
+
+
+def resolved(aliases: Mapping[str, str]) -> dict[str, str]:
     """Follow aliases of aliases to their classes.
 
     Raises:

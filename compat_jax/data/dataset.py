@@ -122,8 +122,14 @@ class Dataset:
         return self.labels
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "Dataset":
-        """Take images by their positions, int[m]; classes may lose all their images."""
-        rows = np.asarray(rows, np.int64).reshape(-1)
+        """Take images by their positions, int[m], or by a mask, bool[n].
+
+        Classes may lose all their images.
+
+        Raises:
+          UserError: positions out of range, a mask of another length, or neither of both.
+        """
+        rows = self._positions(np.asarray(rows))
         if len(rows) and not -len(self) <= rows.min() <= rows.max() < len(self):
             raise UserError(f"rows {rows.min()}..{rows.max()} asked for, but there are {len(self)}")
         labels = None if self.labels is None else self.labels[rows]
@@ -136,6 +142,18 @@ class Dataset:
             digests=self.digests and tuple(self.digests[row] for row in rows),
             complete=self.complete and not lost,
         )
+
+    def _positions(self, rows: np.ndarray) -> np.ndarray:
+        """Return positions, of a mask those that it marks."""
+        if rows.dtype == bool:
+            if rows.shape != (len(self),):
+                raise UserError(
+                    f"a mask of {rows.size} for {len(self)} images: give one value for each"
+                )
+            return np.flatnonzero(rows)
+        if rows.size and not np.issubdtype(rows.dtype, np.integer):
+            raise UserError(f"positions of images must be whole numbers, got {rows.dtype}")
+        return rows.astype(np.int64).reshape(-1)
 
     def select(self, classes: Sequence[int]) -> "Dataset":
         """Select the images of some classes and relabel them 0, 1, … in the order given.

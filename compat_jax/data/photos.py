@@ -7,6 +7,7 @@ between training and evaluation; `refresh` compares them with the ledger of a ru
 import collections
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from compat_jax.data import listing, reading
-from compat_jax.data.class_register import Register
+from compat_jax.data.class_register import Register, resolved
 from compat_jax.data.dataset import Dataset
 from compat_jax.data.ledger import NOT_LEARNT, PARTS, Ledger, Row, Splits
 from compat_jax.data.listing import Picture
@@ -71,7 +72,11 @@ class Photos:
                 f"aliases must be {{other name: class}}, got {self.aliases!r:.80}", "aliases"
             )
         object.__setattr__(self, "path", str(absolute(self.path)))
-        object.__setattr__(self, "aliases", dict(self.aliases))
+        pairs = [
+            tuple(listing.class_name(str(name), f"alias {name!r}") for name in pair)
+            for pair in self.aliases.items()
+        ]
+        object.__setattr__(self, "aliases", dict(pairs))
 
     @property
     def preparation(self) -> Preparation:
@@ -221,16 +226,20 @@ def refresh(
         them at once), an unknown alias, or more classes than prototypes.
     """
     listed = _digested(photos.listing(), ledger, progress)
-    first, notes = _first_of_each(listed, ledger)
     aliases = photos.aliases
+    names = Register(register.names, register.aliases).extended((), _usable(aliases, register))
+    called = functools.partial(_called, names, resolved(aliases))
+    # Merged classes first: parts are shared out, and copies counted, by class.
+    listed = [(d, p._replace(label=called(str(p.label))), *more) for d, p, *more in listed]
+    ledger = Ledger(row._replace(label=called(row.label)) for row in ledger)
+    first, notes = _first_of_each(listed, ledger)
     known: dict[str, tuple[Row, str | None]] = {}
     new: dict[str, tuple[Row, str | None]] = {}
     for digest, (picture, size, modified) in first.items():
         found = Row(digest, str(picture.label), "train", version, picture.path, size, modified)
         (known if digest in ledger.rows else new)[digest] = (found, picture.split)
     rows = dict(ledger.rows)
-    names = Register(register.names, register.aliases).extended((), _usable(aliases, register))
-    moved = _relabelled(known, ledger, names)
+    moved = _relabelled(known, ledger)
     _refuse_renamed(moved, names, (row.label for row, _ in new.values()))
     for digest, (row, _) in known.items():
         old, learnt = rows[digest], rows[digest].version
@@ -248,10 +257,10 @@ def refresh(
         notes.append(checked.summary())
     good = {d: pair for d, pair in new.items() if pair[0].path not in checked.bad}
     rows |= _assigned(good, photos.splits, rows.values())
-    called = {d: names.name(r.label) or aliases.get(r.label, r.label) for d, r in rows.items()}
-    rows = {digest: row._replace(label=called[digest]) for digest, row in rows.items()}
     trained = [r for r in rows.values() if r.part == "train" and r.version == version]
-    grown = register.extended({r.label for r in trained}, aliases)
+    grown = register.extended(
+        {r.label for r in trained}, of_trained(aliases, Ledger(rows.values()))
+    )
     counts = collections.Counter(str(grown.name(r.label)) for r in trained)
     gone = [digest for digest in ledger.rows.keys() - first.keys() if rows[digest].path]
     rows |= {digest: rows[digest]._replace(path="") for digest in gone}
@@ -378,17 +387,31 @@ def _first_of_each(listed, ledger):
     return first, notes
 
 
+def of_trained(aliases: Mapping[str, str], ledger: Ledger) -> dict[str, str]:
+    """Leave out aliases of classes that are held out for query and gallery, which have no prototype."""
+    parts: dict[str, set[str]] = collections.defaultdict(set)
+    for row in ledger:
+        parts[row.label].add(row.part)
+    held = {label for label, found in parts.items() if not found & {"train", "validation"}}
+    return {other: name for other, name in resolved(aliases).items() if name not in held}
+
+
+def _called(names: Register, aliases: Mapping[str, str], label: str) -> str:
+    """The class that a label stands for."""
+    return names.name(label) or aliases.get(label, label)
+
+
 def _usable(aliases, register):
     """Aliases of classes that are registered; those of classes to come are for later."""
     return {other: name for other, name in aliases.items() if name in register.names}
 
 
-def _relabelled(known, ledger, names) -> dict[str, tuple[str, str]]:
+def _relabelled(known, ledger) -> dict[str, tuple[str, str]]:
     """{digest: (old class, new class)} of known pictures that are in another class now."""
     found = {}
     for digest, (row, _) in known.items():
         old = ledger.rows[digest].label
-        if (names.name(old) or old) != (names.name(row.label) or row.label):
+        if old != row.label:
             found[digest] = (old, row.label)
     return found
 

@@ -23,6 +23,7 @@ from compat_jax.chain import Chain
 from compat_jax.data.pictures import BadPictures, Preparation
 from compat_jax.data.reading import in_order
 from compat_jax.errors import Stopped, UserError
+from compat_jax.extraction import checked_shard
 from compat_jax.fields import Field, Rule, check_types, checked
 from compat_jax.gallery.audit import Audit, audit
 from compat_jax.gallery.conventions import check_where
@@ -134,7 +135,7 @@ class Gallery(Opened):
           UserError: files that are no pictures, unless they are to be skipped; what was written before
             stays.
         """
-        number, hosts = _checked_shard(shard)
+        number, hosts = checked_shard(shard)
         listed = self.originals.listed(pictures)[number::hosts]
         writer = _Writer(self, version, payload)
         with Meter(self.work.label("index"), len(listed), units="pictures") as meter:
@@ -396,16 +397,6 @@ class _Writer:
                 f"the payload of {one.key} must be a mapping, got {given!r:.80}", "payload"
             )
         return {**one.payload, **given}
-
-
-def _checked_shard(shard: tuple[int, int]) -> tuple[int, int]:
-    """Return a shard that can be: (number, count) with 0 <= number < count."""
-    given = tuple(shard) if isinstance(shard, Sequence) else ()
-    if len(given) == 2 and all(type(part) is int for part in given) and 0 <= given[0] < given[1]:
-        return given
-    raise UserError(
-        f"a shard is (number, count) with 0 <= number < count, got {shard!r:.80}", "shard"
-    )
 
 
 def _changed(listed: Sequence[Listed], contents: Mapping[str, str]) -> list[Listed]:

@@ -25,6 +25,10 @@ _NAME = re.compile(r"task([0-9]+)-step([0-9]+)")
 _NO_NOTES: Mapping[str, Any] = types.MappingProxyType({})
 
 
+class _DoesNotFit(Exception):
+    """A whole state of another network or optimiser."""
+
+
 class Checkpointer:
     """Keeps the last saved state of the present task, and its best weights so far, in a folder.
 
@@ -136,6 +140,12 @@ class Checkpointer:
         try:
             self._verify(latest)
             loaded = self._load(latest, _without_empty(tree))
+        except _DoesNotFit as error:
+            raise UserError(
+                f"{self.path / latest} was saved with other settings ({error}): give them as they were, "
+                "or remove it and the task begins again",
+                "workdir",
+            ) from error
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise UserError(
                 f"{self.path / latest} is damaged ({first_line(error)}): "
@@ -150,9 +160,9 @@ class Checkpointer:
         found = self._list(name)["pending"] if self._is_whole(name) else {}
         return found if isinstance(found, dict) else {}  # release 0.2 wrote a list
 
-    def has_state(self) -> bool:
-        """Return whether a state is saved: a task is under way."""
-        return bool(self._saved())
+    def tasks(self) -> set[int]:
+        """Return the numbers of the tasks that a state is saved of."""
+        return {int(match[1]) for match in self._saved()}
 
     def clear(self) -> None:
         """Remove all saved states: the task is in the chain now."""
@@ -165,13 +175,13 @@ class Checkpointer:
             shape = functools.reduce(lambda t, key: t[key.key], path, metadata).shape
             if shape != leaf.shape and not meshes.is_projection(path):
                 name = "/".join(key.key for key in path)
-                raise UserError(f"{name} has shape {shape}, but the run needs {leaf.shape}")
+                raise _DoesNotFit(f"{name} has shape {shape}, now {leaf.shape}")
             return np.empty(shape, leaf.dtype)
 
         saved = set(traverse_util.flatten_dict(metadata, sep="/"))
         wanted = set(traverse_util.flatten_dict(tree, sep="/"))
         if saved != wanted:
-            raise UserError(f"it holds {sorted(saved ^ wanted)[:3]}, which do not fit the run")
+            raise _DoesNotFit(f"one of both has {', '.join(sorted(saved ^ wanted)[:3])}")
         return ocp.load(self.path / name, jax.tree_util.tree_map_with_path(template, tree))
 
     def _latest(self, task):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -183,7 +183,7 @@ def check_replacements(
                 "size",
             )
         mean, std = run.preprocess.mean, run.preprocess.std
-        if not _close(record.mean, mean) or not _close(record.std, std):
+        if not is_close(record.mean, mean) or not is_close(record.std, std):
             raise UserError(
                 f"the model for task {task} was trained with mean {record.mean} and std {record.std}, "
                 f"the run has mean {mean} and std {std}: give both the same",
@@ -239,7 +239,8 @@ def _check_classes(run: Run, data: Dataset, replacements: Mapping[int, Version |
                 )
 
 
-def _close(a, b):
+def is_close(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Return whether two means or deviations are the same but for rounding."""
     return len(a) == len(b) and np.allclose(a, b, rtol=0, atol=1e-6)
 
 

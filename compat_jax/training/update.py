@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from compat_jax import hosts
 from compat_jax.chain import Chain, Record, Version
-from compat_jax.data.class_register import Register
+from compat_jax.data.class_register import Register, merged_aliases
 from compat_jax.data.dataset import Dataset
-from compat_jax.data.ledger import LEDGER, PARTS, Ledger, Row
-from compat_jax.data.photos import News, Photos, is_there, refresh, to_learn
+from compat_jax.data.ledger import LEDGER, PARTS, Ledger
+from compat_jax.data.photos import News, Photos, is_there, of_trained, refresh, to_learn
 from compat_jax.data.tasks import batch_plan
 from compat_jax.errors import Stopped, UserError
 from compat_jax.fields import check_types
@@ -24,7 +25,9 @@ from compat_jax.mesh import check_batch
 from compat_jax.meter import Meter, counted
 from compat_jax.session import Session
 from compat_jax.training.fit import Fit
+from compat_jax.training.lesson import Begun, Lesson
 from compat_jax.training.run import Run
+from compat_jax.training.sequence import is_close
 from compat_jax.training.task import Task, adopting
 from compat_jax.training.workdir import Workdir, recorded_settings
 
@@ -85,7 +88,8 @@ def update(
       photos: where the pictures are.
       workdir: folder of the run, local or gs://.
       start: version that version 0 starts from, e.g. an imported backbone, or that replaces the model
-        later; the same one given again changes nothing.
+        later; the same one given again changes nothing. A new run that starts from a version of another
+        run keeps the parts that the other's pictures have: none that it has learnt becomes a query.
       adopt: settings for a version that puts a backbone onto the simplex: one that starts from
         weights that never met it, or from none. `run` by default. Its method is cross-entropy on the
         simplex, since there are no earlier features to stay near.
@@ -107,7 +111,10 @@ def update(
     folder = Workdir(workdir, start.backbone if start else run.given_backbone)
     identity = _identity(run, photos, session)
     with folder.claimed(identity, session.accept_changes), saved_on_interrupt(session) as session:
+        known = merged_aliases(folder.aliases(), photos.aliases)
+        photos = dataclasses.replace(photos, aliases=known)
         month = _month(run, photos, folder, start=start, session=session)
+        hosts.on_first(lambda: folder.remember(known))
         if month.is_over:
             return Update(folder.chain, None, month.news, month.register)
         lesson = _lesson(photos, month, run)
@@ -116,6 +123,9 @@ def update(
             raise Stopped
         task = _task(run, adopt or run, month, lesson, data=data)
         _check_plan(task, session)
+        if month.begun is None:
+            begun = Begun.of(month.number, _start_of(run, month), lesson)
+            hosts.on_first(lambda: begun.write(folder.path))
         validation = _validation(photos, month, session)
         recorded, bar = recorded_settings(run, config), session.bar(task.run.given_method.name)
         with Meter(bar, task.steps) as meter:
@@ -137,6 +147,7 @@ class _Month:
       grown: classes with it.
       ledger: with its pictures.
       news: what was new; None for a version that was begun before.
+      begun: what a call that was stopped has begun; None for none.
       is_over: whether there is nothing to do.
     """
 
@@ -148,12 +159,13 @@ class _Month:
     grown: Register
     ledger: Ledger
     news: News | None
+    begun: Begun | None
     is_over: bool
 
 
 def _month(run: Run, photos: Photos, folder: Workdir, *, start, session) -> _Month:
     """Find out what is new, and write the ledger before anything is trained."""
-    number, path = len(folder.chain), folder.path / LEDGER
+    number, path = _next(folder.chain), folder.path / LEDGER
     before = folder.chain.record(-1) if number else None
     if before is not None and not path.exists():
         raise UserError(
@@ -162,8 +174,13 @@ def _month(run: Run, photos: Photos, folder: Workdir, *, start, session) -> _Mon
             "workdir",
         )
     replaces = _check_start(run, start, before)
-    register, news = _register(run, before, start), None
-    if not Ledger.read(path).pending(number):
+    begins = before is None or replaces
+    if begins and not number and start is not None:
+        hosts.on_first(lambda: _take_over(start, path))
+    register, news, begun = _register(run, before, start), None, None
+    if number in folder.checkpointer.tasks():
+        begun = Begun.read(folder.path, number)
+    if begun is None and not hosts.broadcast(Ledger.read(path).pending(number)):
         news = refresh(
             photos,
             Ledger.read(path),
@@ -172,30 +189,68 @@ def _month(run: Run, photos: Photos, folder: Workdir, *, start, session) -> _Mon
             progress=session.bar("checking pictures"),
         )
         hosts.on_first(functools.partial(news.ledger.write, path))
-    ledger, begins = Ledger.read(path), before is None or replaces
+    ledger = Ledger.read(path)
     labels = {row.label for row in ledger.part("train") if row.version == number}
-    return _Month(
+    month = _Month(
         number=number,
         start=start if begins or run.given_method.fresh_start else folder.chain.open(-1),
         origin=_origin(start, before, begins),
         replaces=replaces,
         register=register,
-        grown=register.extended((register.name(x) or x for x in labels), photos.aliases),
+        grown=register.extended(
+            (register.name(x) or x for x in labels), of_trained(photos.aliases, ledger)
+        ),
         ledger=ledger,
         news=news,
+        begun=begun,
         is_over=news is not None and not news and not replaces,
     )
+    if begun is not None:
+        begun.check(_start_of(run, month), folder.path)
+    _check_images(run, month)
+    return month
 
 
-@dataclasses.dataclass(frozen=True)
-class _Lesson:
-    """Pictures of a version: its rows, new ones first, and how many are new."""
+def _take_over(start: Version, ledger: epath.Path) -> None:
+    """Let a new run keep the parts of the pictures that the run had whose version it starts from."""
+    source = None if start.home is None else start.home.parent / LEDGER
+    if source is not None and source.exists() and not ledger.exists():
+        Ledger.read(source).learnt_before(start.number).write(ledger)
 
-    rows: list[Row]
-    num_new: int
+
+def _next(chain: Chain) -> int:
+    """The number of the version to come; refuse a chain with a gap."""
+    return len(chain.require_whole()) if chain.numbers() else 0
 
 
-def _lesson(photos: Photos, month: _Month, run: Run) -> _Lesson:
+def _start_of(run: Run, month: _Month) -> dict[str, Any]:
+    """What a version starts from, as JSON values."""
+    backbone = month.start.backbone if month.start else run.given_backbone
+    found = {"name": backbone.name, "arguments": dict(backbone.arguments)}
+    return {"backbone": found, "weights": month.origin, "replaces": month.replaces}
+
+
+def _check_images(run: Run, month: _Month) -> None:
+    """Refuse another normalisation of the pictures than that of the version it starts from.
+
+    Raises:
+      UserError: with both.
+    """
+    if month.start is None:
+        return
+    record, mine = month.start.record, run.preprocess
+    if not (is_close(record.mean, mine.mean) and is_close(record.std, mine.std)):
+        raise UserError(
+            f"version {month.number} starts from weights that know pictures of mean {record.mean} and "
+            f"std {record.std}, the run has {mine.mean} and {mine.std}: give the former",
+            "preprocess.mean",
+        )
+
+
+def _lesson(photos: Photos, month: _Month, run: Run) -> Lesson:
+    """The pictures to learn: those that were begun with, or what is new and what is rehearsed."""
+    if month.begun is not None:
+        return month.begun.lesson(month.ledger)
     new, old = to_learn(
         month.ledger,
         month.grown,
@@ -209,10 +264,10 @@ def _lesson(photos: Photos, month: _Month, run: Run) -> _Lesson:
             f"no picture of {photos.path} is left to train on: see the splits, or put pictures back",
             "path",
         )
-    return _Lesson(new + old, len(new))
+    return Lesson(new + old, len(new))
 
 
-def _task(run: Run, adopt: Run, month: _Month, lesson: _Lesson, *, data: Dataset) -> Task:
+def _task(run: Run, adopt: Run, month: _Month, lesson: Lesson, *, data: Dataset) -> Task:
     """The task of a month; one whose weights never met the simplex is put onto it."""
     start, number, total = month.start, month.number, len(lesson.rows)
     begins = month.replaces or not number
@@ -246,7 +301,7 @@ def _task(run: Run, adopt: Run, month: _Month, lesson: _Lesson, *, data: Dataset
     )
 
 
-def _learnt(month: _Month, lesson: _Lesson, labels: np.ndarray) -> dict[str, Any]:
+def _learnt(month: _Month, lesson: Lesson, labels: np.ndarray) -> dict[str, Any]:
     """Describe what is new in a version, for its record."""
     names = month.grown.names
     pictures = np.bincount(labels[: lesson.num_new], minlength=len(names))

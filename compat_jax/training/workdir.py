@@ -20,7 +20,15 @@ from compat_jax.training.run import Run
 
 # Settings that a run may change when it is told so, by the beginning of their names.
 _ANY_TIME = ("optimizer", "epochs", "keep", "validate_every", "preprocess.")
-_BETWEEN_VERSIONS = ("batch_size", "tasks.rehearsal", "dtype", "remat", "method")
+_BETWEEN_VERSIONS = (
+    "batch_size",
+    "tasks.rehearsal",
+    "dtype",
+    "remat",
+    "method",
+    # What the state of an optimiser consists of.
+    *(f"optimizer.{name}" for name in ("name", "clip", "decay", "layer_decay", "freeze_backbone")),
+)
 
 
 class Workdir:
@@ -60,9 +68,9 @@ class Workdir:
 
         Args:
           identity: JSON values that decide what the run computes.
-          change: continue with changed settings, where they may change: those of the optimiser, the
-            epochs, the augmentation and what is kept at any time, batch and rehearsal between two
-            versions. `run.json` keeps what changed, when, and at which version.
+          change: continue with changed settings, where they may change: the optimiser's numbers, the
+            epochs, the augmentation and what is kept at any time; another optimiser, batch and rehearsal
+            between two versions. `run.json` keeps what changed, when, and at which version.
 
         Raises:
           UserError: the folder belongs to another run (the differing values are named), or cannot be
@@ -72,7 +80,7 @@ class Workdir:
 
     @contextlib.contextmanager
     def claimed(self, identity: Mapping[str, Any], change: bool = False) -> Iterator[None]:
-        """Claim the folder for a block; a block that is refused leaves `run.json` as it was.
+        """Claim the folder for a block; one that is refused leaves settings and ledger as they were.
 
         Args:
           identity, change: see `claim`.
@@ -80,8 +88,7 @@ class Workdir:
         Raises:
           UserError: see `claim`, and whatever the block raises.
         """
-        path = self.path / "run.json"
-        before = path.read_bytes() if path.exists() else None
+        before = {name: self._content(name) for name in ("run.json", LEDGER)}
         self.claim(identity, change)
         try:
             yield
@@ -91,12 +98,18 @@ class Workdir:
             hosts.on_first(lambda: self._restore(before))
             raise
 
+    def _content(self, name):
+        path = self.path / name
+        return path.read_bytes() if path.exists() else None
+
     def _restore(self, before):
-        path = self.path / "run.json"
-        if before is not None:
-            write_bytes(path, before)
-        elif not len(self.chain) and not self.checkpointer.has_state():
-            path.unlink(missing_ok=True)
+        """Put the files back; a version under way keeps the ledger that it learns from."""
+        under_way = self.is_under_way()
+        for name, content in before.items():
+            if content is not None and not (under_way and name == LEDGER):
+                write_bytes(self.path / name, content)
+            elif content is None and not len(self.chain) and not under_way:
+                (self.path / name).unlink(missing_ok=True)
 
     def _claim(self, identity, change):
         path = self.path / "run.json"
@@ -112,11 +125,12 @@ class Workdir:
                     "workdir",
                 )
             changes = theirs.pop("changes", [])
+            kept = {"aliases": aliases} if (aliases := theirs.pop("aliases", {})) else {}
             differing = dict(_differences(theirs, mine))
             if differing:
                 self._check_changes(differing, change)
                 entry = {"version": len(self.chain), "time": _now(), "changed": differing}
-                write_json(path, {**mine, "changes": [*changes, entry]})
+                write_json(path, {**mine, **kept, "changes": [*changes, entry]})
             self.chain.sweep()
             return
         if self.chain.path.exists() and not (self.path / LEDGER).exists():
@@ -131,13 +145,27 @@ class Workdir:
                 f"cannot write to {self.path}: {error.strerror or error}", "workdir"
             ) from error
 
+    def is_under_way(self) -> bool:
+        """Return whether a state is saved of a task that is not in the chain."""
+        return not self.checkpointer.tasks() <= set(self.chain.numbers())
+
+    def aliases(self) -> dict[str, str]:
+        """Return the other names of classes that `remember` was given: {other name: class}."""
+        return dict(json.loads((self.path / "run.json").read_text()).get("aliases", {}))
+
+    def remember(self, aliases: Mapping[str, str]) -> None:
+        """Keep other names of classes in `run.json`, for calls that do not give them again."""
+        if self.aliases() != aliases:
+            path = self.path / "run.json"
+            write_json(path, {**json.loads(path.read_text()), "aliases": dict(aliases)})
+
     def _check_changes(self, differing, change):
         """Refuse settings that differ and may not, or that nobody said may."""
         named = [f"{name} was {a}, now {b}" for name, (a, b) in sorted(differing.items())]
         fixed = [n for n in differing if not n.startswith((*_ANY_TIME, *_BETWEEN_VERSIONS))]
         if change and not fixed:
             midway = [n for n in differing if n.startswith(_BETWEEN_VERSIONS)]
-            if not midway or not self.checkpointer.has_state():
+            if not midway or not self.is_under_way():
                 return
             raise UserError(
                 f"a version is being trained, and {', '.join(midway)} may change only between two "
