@@ -90,11 +90,15 @@ class Evaluation:
         )
 
     def summary(self) -> dict[str, Any]:
-        """Return everything but the scores as JSON values; intervals and flips come from the scores."""
+        """Return everything but the scores as JSON values; intervals and flips come from the scores.
+
+        "unit" is that of pictures and tables, which show the values times 100; "scale" is theirs here.
+        """
         several = len(self.matrix) > 1
         return {
             "metric": self.metric,
             "unit": self.unit,
+            "scale": "shares in 0..1",
             "method": self.method,
             "matrix": self.matrix.tolist(),
             "tasks": list(self.tasks),

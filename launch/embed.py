@@ -7,9 +7,10 @@
 
 --pictures is a folder (of any depth), a pattern, a file, or a table (.csv, .tsv, .parquet) with a column
 path. The result holds float32[n, d] features of norm 1 and the path of each row. Parts are kept while it
-runs: killed at any time, run the same command to resume; pictures that changed meanwhile are embedded
-again, and a result of pictures that have changed since is refused. On several hosts give each the same command
-with --shard=I/N: every host embeds its share, and the one that finishes last writes the file.
+runs: killed at any time, run the same command to resume. Pictures that changed meanwhile are embedded
+again; a result that is there is left alone, and refused if its pictures have changed since. On several
+hosts give each the same command with --shard=I/N: every host embeds its share, and the one that finishes
+last writes the file.
 Files that are no pictures refuse the work, all at once; --on_bad=skip lists them and goes on.
 """
 

@@ -303,7 +303,7 @@ def test_a_picture_that_changed_is_not_answered_with_its_old_feature(version, ex
     [
         ({"shard": (5, 2)}, "a shard is"),
         ({"shard": (-1, 2)}, "a shard is"),
-        ({"part": 0}, "part must be at least 1, got 0"),
+        ({"part": 0}, "part must be at least 1 and at most"),
         ({"on_bad": "Skip"}, "unknown on_bad 'Skip'"),
         ({"files": ["/a/\udcff.jpg"]}, "is not UTF-8, which .parquet cannot hold"),
     ],

@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import qdrant_client
 from plain_store import D, make, names
@@ -18,8 +19,38 @@ def test_a_folder_of_qdrant_holds_few_rows_only(tmp_path, monkeypatch):
     folder.insert(make(names(3), 1))
     with pytest.raises(UserError, match="use a server"):
         folder.insert(make(names(3, 3), 1))
+    assert folder.insert(make(names(3), 1)) == 0  # rows that are there take no room
+    folder.put(make(names(3), 1))
     assert folder.update(make(names(3), 2), Where(below=2)) == 3
     assert folder.recall() == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "left_out", "message"),
+    [
+        (42, ["key", "write"], r"row 42 of .*rows lacks key, write: another program wrote it. Delete"),
+        (42, [], "row 42 of .* has not the id that rows get from their keys"),
+        ("8" * 32, [], "row 88888888-8888-.* has not the id"),
+    ],
+)
+def test_points_of_others_are_refused_by_name(server, one, left_out, message):
+    """As a service writes them that does not go through `Gallery.put`."""
+    engine, _ = server
+    with warnings.catch_warnings():  # the engine in memory has no indexes of payloads
+        warnings.simplefilter("ignore")
+        remote = open_store("qdrant:http://localhost:6333/rows", D)
+    remote.insert(make(names(3), 1))
+    own = {"key": "p9.png", "version": 1, "model": "0" * 16, "content": "c0", "payload": {}}
+    payload = {**own, "facts": [], "write": "0" * 32}
+    for name in left_out:
+        del payload[name]
+    vector = np.full(8, 100.0)
+    engine.upsert("rows", [qdrant_client.models.PointStruct(id=one, vector=vector, payload=payload)])
+    with pytest.raises(UserError, match=message):
+        remote.rows(vectors=True)
+    with pytest.raises(UserError, match=message):
+        found = remote.search(np.ones((1, D), np.float32), 2)
+        remote.rows(Where(ids=found.ids[0]))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 import tiny
 from PIL import Image
 
+from compat_jax import memory
 from compat_jax.data import reading, streaming
 from compat_jax.errors import Stopped, UserError
 
@@ -54,14 +55,23 @@ def test_images_may_stay_in_their_records(tmp_path, in_memory):
     assert records.read > before
 
 
-def test_images_may_stay_in_their_files(tmp_path, in_memory):
+@pytest.mark.parametrize("free", [None, 1])
+def test_images_may_stay_in_their_files(tmp_path, in_memory, monkeypatch, free):
+    """Those that would fill the host's memory do so by themselves."""
+    decoded = []
+    monkeypatch.setattr(memory, "free_bytes", lambda: free)
+    monkeypatch.setattr(memory, "check", lambda *arguments, **more: None)
+    chunks = streaming.chunks
+    monkeypatch.setattr(streaming, "chunks", lambda *a, **k: decoded.append(1) or chunks(*a, **k))
     files = [str(tmp_path / f"{i}.png") for i in range(len(DATA))]
     for file, image in zip(files, DATA.images, strict=True):
         Image.fromarray(image).save(file)
     images = reading.FileImages(files, (8, 8, 3))
     data = dataclasses.replace(DATA, images=images)
     assert data.fingerprint() == DATA.fingerprint()
-    assert bits(tmp_path / "run", data, device_budget=90 * IMAGE_BYTES) == in_memory
+    budget = 90 * IMAGE_BYTES if free is None else 0
+    assert bits(tmp_path / "run", data, device_budget=budget) == in_memory
+    assert decoded
 
 
 def test_a_stopped_stream_goes_on_to_the_same_bits(tmp_path, in_memory):

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -166,6 +166,26 @@ def refuse_clashes(keys: Iterable[str], ids: Iterable[int], present: Mapping[int
     for key, one in zip(keys, ids, strict=True):
         if present.get(one, key) != key:
             raise UserError(clash(key, present[one]))
+
+
+def foreign(one: int | str, place: str, lacking: Sequence[str] = ()) -> str:
+    """Return the message for a row that no store has written, by its id and the fields that it lacks."""
+    what = f"lacks {', '.join(lacking)}" if lacking else "has not the id that rows get from their keys"
+    return (
+        f"row {one} of {place} {what}: another program wrote it. Delete it there, and write the picture "
+        "through Gallery.put"
+    )
+
+
+def check_ids(rows: Rows, ids: Sequence[int | str], place: str) -> None:
+    """Refuse rows that were read under other ids than those of their keys: pages would skip some.
+
+    Raises:
+      UserError: naming the first.
+    """
+    for found, expected in zip(ids, rows.ids.tolist(), strict=True):
+        if found != expected:
+            raise UserError(foreign(found, place))
 
 
 def check_queries(queries: np.ndarray, k: int, size: int) -> np.ndarray:

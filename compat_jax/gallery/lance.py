@@ -182,7 +182,7 @@ class LanceStore:
             page = self._table.search().where(condition).order_by(by_id).select(names)
             # To LanceDB a limit of 0 is none.
             found = page.limit(max(limit, 1)).to_arrow().slice(0, max(limit, 0))
-        return Rows(
+        rows = Rows(
             keys=[conventions.key_of(text) for text in found["key"].to_pylist()],
             versions=found["version"].to_numpy().astype(np.int32),
             models=found["model"].to_pylist(),
@@ -190,6 +190,8 @@ class LanceStore:
             payloads=[json.loads(text) for text in found["payload"].to_pylist()],
             vectors=features_of(found)[:, : self.size] if vectors else None,
         )
+        conventions.check_ids(rows, found["id"].to_pylist(), self.place)
+        return rows
 
     def counts(self) -> Mapping[int, int]:
         """See `Store`; reads the column of versions."""

@@ -35,6 +35,7 @@ _QUERIES = 64
 _STRONG = models.WriteOrdering.STRONG
 _INSERT, _UPDATE = models.UpdateMode.INSERT_ONLY, models.UpdateMode.UPDATE_ONLY
 _ALL_BUT_FACTS = models.PayloadSelectorExclude(exclude=["facts"])
+_FIELDS = ("key", "version", "model", "content", "payload", "write")  # and facts, which are derived
 _INDEXED = {
     "version": models.PayloadSchemaType.INTEGER,
     "facts": models.PayloadSchemaType.KEYWORD,
@@ -163,10 +164,11 @@ class QdrantStore:
         count = 0
         for points, ids in self._points(rows):
             with self._engine() as client:
-                self._check_room(len(ids))
+                known = client.retrieve(self._rows, ids, with_payload=False)
+                self._check_room(len(ids) - len(known))
                 client.upsert(self._rows, points, ordering=_STRONG, update_mode=_INSERT)
-                there = client.retrieve(self._rows, ids, with_payload=["key", "write"])
-            _refuse_clashes(points, there)
+                there = client.retrieve(self._rows, ids, with_payload=list(_FIELDS))
+            self._refuse_clashes(points, there)
             token = points[0].payload["write"]
             count += sum(one.payload["write"] == token for one in there)
         return count
@@ -175,8 +177,9 @@ class QdrantStore:
         """See `Store`."""
         for points, ids in self._points(rows):
             with self._engine() as client:
-                self._check_room(len(ids))
-                _refuse_clashes(points, client.retrieve(self._rows, ids, with_payload=["key"]))
+                there = client.retrieve(self._rows, ids, with_payload=list(_FIELDS))
+                self._check_room(len(ids) - len(there))
+                self._refuse_clashes(points, there)
                 client.upsert(self._rows, points, ordering=_STRONG)
 
     def update(self, rows: Rows, replaces: Where) -> int:
@@ -189,6 +192,7 @@ class QdrantStore:
         while open_points:
             with self._engine() as client:
                 there = client.retrieve(self._rows, list(open_points), with_payload=_ALL_BUT_FACTS)
+                self._check_fields(there)
                 replaced: dict[str, list[Any]] = {}
                 for one in there:
                     new = open_points[one.id]
@@ -246,6 +250,8 @@ class QdrantStore:
                 answers = client.query_batch_points(self._rows, requests)
             for row, answer in enumerate(answers, start):
                 for place, point in enumerate(answer.points):
+                    if not isinstance(point.id, int):
+                        raise UserError(conventions.foreign(point.id, self.place))
                     found.ids[row, place], found.scores[row, place] = point.id, point.score
         return found
 
@@ -271,7 +277,8 @@ class QdrantStore:
                 break
             begin = following
         features = np.array([one.vector for one in found], np.float32) if vectors else None
-        return Rows(
+        self._check_fields(found)
+        rows = Rows(
             keys=[conventions.key_of(one.payload["key"]) for one in found],
             versions=np.array([one.payload["version"] for one in found], np.int32),
             models=[one.payload["model"] for one in found],
@@ -281,6 +288,16 @@ class QdrantStore:
             if features is None
             else features.reshape(len(found), conventions.columns(self.size))[:, : self.size],
         )
+        conventions.check_ids(rows, [one.id for one in found], self.place)
+        return rows
+
+    def _check_fields(self, points: Sequence[Any]) -> None:
+        """Refuse points of others: without some field of a row, or with another one's in its place."""
+        for one in points:
+            payload = one.payload or {}
+            lacking = [name for name in _FIELDS if name not in payload]
+            if lacking or not isinstance(payload["key"], str):
+                raise UserError(conventions.foreign(one.id, self.place, lacking))
 
     def counts(self) -> Mapping[int, int]:
         """See `Store`."""
@@ -323,8 +340,14 @@ class QdrantStore:
         for some in requests(rows, self.size):
             yield [models.PointStruct(**one._asdict()) for one in some], [one.id for one in some]
 
+    def _refuse_clashes(self, points: Sequence[Any], there: Sequence[Any]) -> None:
+        self._check_fields(there)
+        keys = [conventions.key_of(point.payload["key"]) for point in points]
+        present = {one.id: conventions.key_of(one.payload["key"]) for one in there}
+        conventions.refuse_clashes(keys, [point.id for point in points], present)
+
     def _check_room(self, more: int) -> None:
-        if self._connection.is_server:
+        if self._connection.is_server or not more:
             return
         count = self._connection.client.count(self._rows).count
         if count + more > MOST_IN_FOLDER:
@@ -413,9 +436,3 @@ def _unchanged(token: str, points: Sequence[Any]) -> models.Filter:
     ids = models.HasIdCondition(has_id=[point.id for point in points])
     tokens = models.MatchAny(any=[token, points[0].payload["write"]])
     return models.Filter(must=[ids, models.FieldCondition(key="write", match=tokens)])
-
-
-def _refuse_clashes(points: Sequence[Any], there: Sequence[Any]) -> None:
-    keys = [conventions.key_of(point.payload["key"]) for point in points]
-    present = {one.id: conventions.key_of(one.payload["key"]) for one in there}
-    conventions.refuse_clashes(keys, [point.id for point in points], present)

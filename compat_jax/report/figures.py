@@ -190,7 +190,7 @@ def training_curves(chains: Sequence[Findings], key: str = "loss") -> "Figure":
     label, factor = _UNITS.get(key, (f"{key}, %", 100))
     drawn = style.figure((style.WIDTH, 3.9))
     axis = drawn.subplots()
-    entries, borders = {}, set()
+    entries, borders, least = {}, set(), 0.0
     for number, chain in enumerate(chains):
         look = style.line(number)
         look |= {"ms": 4} if key in VALIDATED else {"marker": ""}
@@ -202,9 +202,11 @@ def training_curves(chains: Sequence[Findings], key: str = "loss") -> "Figure":
                 axis.plot(*zip(*points, strict=True), **look)
                 entries[chain.name] = look
                 borders.add(begin)
+                least = min(least, *(value for _, value in points))
     for begin in borders - {0}:
         axis.axvline(begin, color=style.PALE, lw=1, zorder=0)
-    axis.set_ylim(bottom=0)
+    if least >= 0:  # a contrast without its positive pair in the denominator falls below
+        axis.set_ylim(bottom=0)
     axis.set_ylabel(label)
     axis.set_xlabel("step (grey lines: a new task)")
     style.tidy(axis)

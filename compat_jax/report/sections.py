@@ -122,7 +122,8 @@ def _backfill(chains, files):
         "Retrieval with the newest version's queries while the oldest gallery is embedded again, image "
         "by image: at the left nothing was, at the right everything. Farthest: images far from their "
         "class's mean come first. Oracle: an order that looks at the answers. The table says at which "
-        "share 99 % of the new version's level is held, and how many images have to be embedded for it."
+        "share 99 % of the new version's level is first reached (later ones may fall below it again), "
+        "and how many images have to be embedded for it."
     )
     says = "Retrieval against the share of the gallery that was embedded again, order: "
     pictures = [
@@ -229,7 +230,8 @@ def _drift(chains, files):
         "How far the mean feature of a class turns. What counts for an old gallery is the gap between "
         "the lines on the left: a class must stay nearer to its own old mean than to those of other "
         "classes. The angle to the prototypes is known for classes that the version was trained on. "
-        "NC1 and NC2 are 0 for features that have collapsed onto a simplex."
+        "NC1 and NC2, measured on features of length 1, are 0 for features that have collapsed onto a "
+        "simplex."
     )
     drawn = figures.turns_since_first(chains)
     since = files.picture("drift-first", drawn, "Angle of the class means to those of version 0")

@@ -60,11 +60,19 @@ class Table:
       columns: of the table.
       rows: a value a column; numbers unrounded.
       strong: numbers of rows that stand out.
+
+    Raises:
+      ValueError: a row has another number of values than there are columns.
     """
 
     columns: tuple[Column, ...]
     rows: Sequence[Sequence[Any]]
     strong: frozenset[int] = frozenset()
+
+    def __post_init__(self):
+        for number, row in enumerate(self.rows):
+            if len(row) != len(self.columns):
+                raise ValueError(f"row {number}: {len(row)} values, {len(self.columns)} columns")
 
     def without(self, name: str) -> "Table":
         """Leave a column out."""
@@ -73,10 +81,10 @@ class Table:
         return Table(tuple(self.columns[n] for n in kept), rows, self.strong)
 
     def csv(self) -> str:
-        """Write it as CSV: shares in 0..1, empty where there is no number."""
+        """Write it as CSV: shares in 0..1, headings without a unit, empty where there is no number."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([column.name for column in self.columns])
+        writer.writerow(map(_plain_heading, self.columns))
         for row in self.rows:
             missing = [isinstance(value, float) and math.isnan(value) for value in row]
             writer.writerow(
@@ -101,6 +109,16 @@ class Table:
                 lines.append(f"<td{kind}>{html.escape(text)}</td>")
             lines.append("</tr>")
         return "".join([*lines, "</tbody></table></div>"])
+
+
+def _plain_heading(column: Column) -> str:
+    """A column's name without the unit in which the page, but not CSV, shows shares."""
+    if column.show is None:  # what users named
+        return column.name
+    for unit in (", % of images", ", %", ", points"):
+        if column.name.endswith(unit):
+            return column.name.removesuffix(unit)
+    return column.name
 
 
 def averages(chains: Sequence[Findings]) -> Table:
@@ -157,7 +175,7 @@ def _compatibility(result: Evaluation):
 
 
 def matrix(result: Evaluation) -> Table:
-    """A matrix: rows = query version, columns = gallery version; marked as in `Evaluation.table`."""
+    """A matrix: rows = query version, columns = gallery version; "*" marks a replaced model."""
     columns = [Column("query \\ gallery", count)]
     columns += [Column(task, percent) for task in result.tasks]
     rows = []
@@ -176,7 +194,7 @@ def backfills(chains: Sequence[Findings]) -> Table:
         Column("before, %", percent),
         Column("after, %", percent),
         Column("mean on the way, %", percent),
-        Column("99 % held from, % of images", percent),
+        Column("99 % first reached at, % of images", percent),
         Column("images embedded", count),
     )
     found = [(chain, curve) for chain in chains for curve in chain.backfills]
@@ -369,8 +387,9 @@ def scored_matrix_cells(result: Evaluation) -> Table:
         "low",
         "high",
         "difference",
-        "low",
-        "high",
+        "difference low",
+        "difference high",
+        "verdict",
     )
     nothing = (float("nan"),) * 2
     rows = []

@@ -13,6 +13,7 @@ from compat_jax import hosts, memory
 from compat_jax import mesh as meshes
 from compat_jax.data import streaming
 from compat_jax.data.dataset import Dataset
+from compat_jax.data.reading import LazyImages
 from compat_jax.errors import Stopped, UserError
 from compat_jax.meter import SECONDS, Meter, duration
 from compat_jax.session import Session
@@ -33,6 +34,7 @@ from compat_jax.training.workdir import Workdir
 _SAVE_SECONDS = 30.0
 # Seconds of a dispatch on an accelerator: between them the host asks, notes and logs.
 _FAST, _SLOW = 1.0, 4.0
+_SHARE, _STREAMED = 0.5, 1 << 30  # of free memory that decoded files may take; bytes at once otherwise
 _SHOWN = 16  # pictures of a batch on TensorBoard
 
 
@@ -73,9 +75,16 @@ class Fit:
         self.board = Board(self.session.tensorboard)
         self.on_device, self.warm = None, None  # the trainer whose program was compiled last
         self.pace = 1  # steps a dispatch
-        budget = self.session.device_budget
-        if not budget or image_bytes(self.data) * len(self.data) <= budget:
+        self.budget = self.session.device_budget or self._spare()
+        if not self.budget or image_bytes(self.data) * len(self.data) <= self.budget:
             self.on_device = self._place(np.asarray(self.data.images), self.data.labels)
+
+    def _spare(self) -> int:
+        """Bytes of pictures on a device where nobody said it: 0, all, unless files would fill the host."""
+        free, size = memory.free_bytes(), image_bytes(self.data) * len(self.data)
+        in_files = isinstance(self.data.images, LazyImages)
+        is_short = in_files and free is not None and size > _SHARE * free
+        return min(_STREAMED, size // 4) if hosts.any_process(is_short) else 0
 
     def __call__(self, task: Task, meter: Meter, longest: int) -> Fitted:
         """Train a task.
@@ -168,7 +177,7 @@ class Fit:
         if self.on_device is not None:
             whole: Iterator[Any] = (x for x in [(self.on_device, steps)])
             return whole, put(np.pad(plan, ((0, longest - steps), (0, 0))))
-        chunk = streaming.steps_a_chunk(image_bytes(self.data), size, self.session.device_budget)
+        chunk = streaming.steps_a_chunk(image_bytes(self.data), size, self.budget)
 
         def place(chunk):
             return self._place(chunk.images, chunk.labels), chunk.stop
