@@ -125,8 +125,13 @@ def check_names(config: ConfigDict) -> None:
     """
     known = [f.name for f in schema()]
     top = {name.partition(".")[0] for name in known}
-    data = {name.split(".")[1] for name in known if name.startswith("data.")} - {"ROLE"} | {*ROLES}
-    for section, valid in (("", top), ("data", data)):
+    inside = {
+        section: {name.split(".")[1] for name in known if name.startswith(f"{section}.")}
+        for section in top
+    }
+    inside["data"] = inside["data"] - {"ROLE"} | {*ROLES}
+    checked = ("data", "adopt", "backbone", "fresh_backbone")
+    for section, valid in (("", top), *((section, inside[section]) for section in checked)):
         for name in _section(config, section) if section else config:
             if name not in valid:
                 where = f"{section}.{name}" if section else name

@@ -103,7 +103,7 @@ def _known_images(run: Run, chain: Chain) -> tuple[Sequence[float], Sequence[flo
     """Mean and deviation of the version that the next one goes on from; ImageNet's for a new network."""
     if len(chain):
         last = chain.record(-1)
-        if last.backbone == run.backbone.name:
+        if last.backbone == run.given_backbone.name:
             return last.mean, last.std
     return IMAGENET_MEAN, IMAGENET_STD
 

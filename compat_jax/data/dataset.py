@@ -31,7 +31,8 @@ class Dataset:
       complete: whether every class must have an image.
 
     Raises:
-      UserError: float images, labels out of range, lengths that differ, a class without an image.
+      UserError: float images, labels out of range, lengths that differ, a class name twice, a class
+        without an image.
     """
 
     images: Any
@@ -64,6 +65,9 @@ class Dataset:
             raise UserError(f"{len(self.class_names)} class names but no labels: give both or none")
 
     def _check_labels(self):
+        if len(set(self.class_names)) < len(self.class_names):
+            twice = next(n for i, n in enumerate(self.class_names) if n in self.class_names[:i])
+            raise UserError(f"class {twice!r} is there twice: give every class a name of its own")
         counts = np.bincount(np.clip(self.labels, 0, None), minlength=len(self.class_names))
         if len(self.labels) and (self.labels.min() < 0 or len(counts) > len(self.class_names)):
             raise UserError(

@@ -172,7 +172,8 @@ class Ledger:
     def write(self, path: epath.Path) -> None:
         """Write the ledger as CSV, whole or not at all."""
         text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
+        # Texts in quotes: a path may have any letter but NUL.
+        writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         writer.writerow(Row._fields)
         ordered: list[Row] = sorted(
             self.rows.values(), key=lambda row: (row.version, row.label, row.digest)

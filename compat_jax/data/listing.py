@@ -379,7 +379,9 @@ def list_huggingface(path: str | os.PathLike) -> list[Picture]:
                 "data.from_huggingface",
                 "path",
             )
-        labels = records.labels
+        labels = records.labels and [
+            class_name(label, f"label {label!r} of {path}") for label in records.labels
+        ]
         found += [
             Picture(file, labels[row] if labels else None, split) for row, file in enumerate(files)
         ]

@@ -72,11 +72,9 @@ class Photos:
                 f"aliases must be {{other name: class}}, got {self.aliases!r:.80}", "aliases"
             )
         object.__setattr__(self, "path", str(absolute(self.path)))
-        pairs = [
-            tuple(listing.class_name(str(name), f"alias {name!r}") for name in pair)
-            for pair in self.aliases.items()
-        ]
-        object.__setattr__(self, "aliases", dict(pairs))
+        names = [listing.class_name(str(x), f"alias {x!r}") for x in self.aliases]
+        classes = [listing.class_name(str(x), f"alias {x!r}") for x in self.aliases.values()]
+        object.__setattr__(self, "aliases", dict(zip(names, classes, strict=True)))
 
     @property
     def preparation(self) -> Preparation:
@@ -230,7 +228,10 @@ def refresh(
     names = Register(register.names, register.aliases).extended((), _usable(aliases, register))
     called = functools.partial(_called, names, resolved(aliases))
     # Merged classes first: parts are shared out, and copies counted, by class.
-    listed = [(d, p._replace(label=called(str(p.label))), *more) for d, p, *more in listed]
+    listed = [
+        (digest, picture._replace(label=called(str(picture.label))), size, modified)
+        for digest, picture, size, modified in listed
+    ]
     ledger = Ledger(row._replace(label=called(row.label)) for row in ledger)
     first, notes = _first_of_each(listed, ledger)
     known: dict[str, tuple[Row, str | None]] = {}

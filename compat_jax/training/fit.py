@@ -34,7 +34,10 @@ from compat_jax.training.workdir import Workdir
 _SAVE_SECONDS = 30.0
 # Seconds of a dispatch on an accelerator: between them the host asks, notes and logs.
 _FAST, _SLOW = 1.0, 4.0
-_SHARE, _STREAMED = 0.5, 1 << 30  # of free memory that decoded files may take; bytes at once otherwise
+_SHARE, _STREAMED = (
+    0.5,
+    1 << 30,
+)  # of free memory that decoded files may take; bytes at once otherwise
 _SHOWN = 16  # pictures of a batch on TensorBoard
 
 
@@ -80,7 +83,7 @@ class Fit:
             self.on_device = self._place(np.asarray(self.data.images), self.data.labels)
 
     def _spare(self) -> int:
-        """Bytes of pictures on a device where nobody said it: 0, all, unless files would fill the host."""
+        """Bytes of pictures on a device by default: 0, which is all, unless they would fill the host."""
         free, size = memory.free_bytes(), image_bytes(self.data) * len(self.data)
         in_files = isinstance(self.data.images, LazyImages)
         is_short = in_files and free is not None and size > _SHARE * free

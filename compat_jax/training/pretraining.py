@@ -65,7 +65,7 @@ def pretrain(
         run.check(Tasks(initial=count).sequence(count), labels, session.devices())
     folder, config = Workdir(workdir, run.given_backbone), recorded_settings(run, config)
     identity = {**run.describe(), "pretrain_classes": list(counts), "data": data_identity(data)}
-    folder.claim(identity)
+    folder.claim(identity, session.accept_changes)
     data = data.select(range(largest))
     missing = [n for n in range(len(counts)) if n not in folder.chain.numbers()]
     if not missing:

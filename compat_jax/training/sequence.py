@@ -64,6 +64,7 @@ def train(
     """
     session, replacements = session or Session(), _replacements(replacements)
     check_types(run=(run, Run), data=(data, Dataset))
+    data.need_labels()
     sequence = run.tasks.sequence(data.num_classes)
     run.check(sequence, data.labels, session.devices())
     check_replacements(run, sequence, replacements, data.images.shape[1:])
@@ -74,7 +75,7 @@ def train(
     watched = validation_identity(run, validation, session)
     identity = {**run.describe(), "data": data_identity(data), "models": models, **watched}
     folder.claim(identity, session.accept_changes)
-    _train_first(run, data, folder, session, config)
+    _train_first(run, data, folder, session, config, validation)
     done = folder.chain.numbers()
     missing = [task for task in range(len(sequence)) if task not in done]
     if not missing:
@@ -110,7 +111,7 @@ def _identity(model: Version | Backbone) -> Any:
     return {"name": model.name, **model.arguments}
 
 
-def _train_first(run: Run, data: Dataset, folder: Workdir, session: Session, config: Any) -> None:
+def _train_first(run: Run, data: Dataset, folder: Workdir, session, config, validation) -> None:
     """Train version 0 on its smaller simplex in a folder of its own, and move it to the run's."""
     if not run.first_prototypes or 0 in folder.chain.numbers():
         return
@@ -122,7 +123,10 @@ def _train_first(run: Run, data: Dataset, folder: Workdir, session: Session, con
         tasks=dataclasses.replace(run.tasks, increment=0),
     )
     own = data if classes == data.num_classes else data.select(range(classes))
-    chain = train(first, own, folder.path / "first", session=session, config=config)
+    if validation is not None and validation.num_classes > classes:
+        validation = validation.select(range(classes))
+    place = folder.path / "first"
+    chain = train(first, own, place, validation=validation, session=session, config=config)
     enlarge(chain, folder.chain, run.num_prototypes)
 
 

@@ -1,11 +1,12 @@
 """Train the next version of a chain on what is new: new classes, or more pictures of old ones."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from compat_jax.data.dataset import Dataset
 from compat_jax.data.ledger import LEDGER, PARTS, Ledger
 from compat_jax.data.photos import News, Photos, is_there, of_trained, refresh, to_learn
 from compat_jax.data.tasks import batch_plan
-from compat_jax.errors import Stopped, UserError
+from compat_jax.errors import Diverged, Stopped, UserError
 from compat_jax.fields import check_types
 from compat_jax.interrupts import saved_on_interrupt
 from compat_jax.mesh import check_batch
@@ -106,6 +107,11 @@ def update(
     session = session or Session()
     check_types(run=(run, Run), photos=(photos, Photos))
     check_batch(session.devices(), run.batch_size)
+    if run.first_prototypes:
+        raise UserError(
+            "a chain of photos moves to a larger K with enlarge: leave out first_prototypes",
+            "first_prototypes",
+        )
     for settings in filter(None, (run, adopt)):
         settings.check_epochs()
     folder = Workdir(workdir, start.backbone if start else run.given_backbone)
@@ -130,7 +136,8 @@ def update(
         recorded, bar = recorded_settings(run, config), session.bar(task.run.given_method.name)
         with Meter(bar, task.steps) as meter:
             fit = Fit(data, session, folder, validation=validation)
-            fit.publish(task, data, recorded, meter=meter, longest=task.steps)
+            with _located(run, task):
+                fit.publish(task, data, recorded, meter=meter, longest=task.steps)
     return Update(folder.chain, month.number, month.news, month.grown)
 
 
@@ -209,6 +216,16 @@ def _month(run: Run, photos: Photos, folder: Workdir, *, start, session) -> _Mon
         begun.check(_start_of(run, month), folder.path)
     _check_images(run, month)
     return month
+
+
+@contextlib.contextmanager
+def _located(run: Run, task: Task) -> Iterator[None]:
+    """Name the rate of `adopt` where its own was too high."""
+    try:
+        yield
+    except Diverged as error:
+        own = task.run.optimizer != run.optimizer
+        raise Diverged(str(error), "adopt.lr" if own else error.argument) from error
 
 
 def _take_over(start: Version, ledger: epath.Path) -> None:
