@@ -7,14 +7,18 @@ import drawn_photos
 import numpy as np
 import pytest
 import tiny
+from ml_collections import ConfigDict
 
 from compat_jax import update
 from compat_jax.chain import Chain
-from compat_jax.data.ledger import LEDGER, Ledger, Splits
+from compat_jax.config import check_names
+from compat_jax.data import from_arrays
+from compat_jax.data.ledger import LEDGER, Ledger, Row, Splits
 from compat_jax.data.photos import Photos
-from compat_jax.errors import Stopped, UserError
+from compat_jax.errors import Diverged, Stopped, UserError
+from compat_jax.files import absolute
 from compat_jax.models import Backbone
-from compat_jax.training import Adamw
+from compat_jax.training import Adamw, Sgd
 
 FRUIT = ("melon", "pear")
 OPEN = Splits(by="class", query=0.25, gallery=0.25)
@@ -172,3 +176,40 @@ def test_a_mask_takes_what_it_marks():
         data.take(np.ones(3, bool))
     with pytest.raises(UserError, match="whole numbers"):
         data.take([0.5])
+
+
+def test_a_path_may_have_any_letter(tmp_path):
+    row = Row("0" * 32, "pear", "train", 0, 'a,\r\n"b".png', 1, 2)
+    Ledger([row]).write(absolute(tmp_path / LEDGER))
+    assert list(Ledger.read(absolute(tmp_path / LEDGER))) == [row]
+
+
+def test_a_class_name_is_there_once():
+    data = tiny.dataset()
+    with pytest.raises(UserError, match="class 'a' is there twice"):
+        from_arrays(data.images, data.labels, ["a"] * data.num_classes)
+
+
+def test_the_rate_that_was_too_high_is_named(tmp_path):
+    drawn_photos.draw(tmp_path / "photos", FRUIT, 12)
+    wild = run(optimizer=Sgd(lr=1e30, min_lr=1e30))
+    session = tiny.session(progress=False)
+    with pytest.raises(Diverged) as error:
+        update(run(), photos(tmp_path / "photos"), tmp_path / "work", adopt=wild, session=session)
+    assert error.value.argument == "adopt.lr"
+
+
+def test_a_smaller_first_simplex_is_not_for_photos(shop):
+    with pytest.raises(UserError, match="leave out first_prototypes"):
+        month(shop, run(first_prototypes=8))
+
+
+@pytest.mark.parametrize("name", ["adopt.epoch", "backbone.nam"])
+def test_a_misspelt_field_of_a_section_is_refused(name):
+    config = tiny.config()
+    config.adopt = ConfigDict({"epochs": 3})
+    section, field = name.split(".")
+    with config.unlocked():
+        config[section][field] = 5
+    with pytest.raises(UserError, match=f"unknown field of the configuration {name!r}"):
+        check_names(config)
