@@ -201,15 +201,16 @@ def rank_gains(gallery: Gallery, queries: Queries) -> np.ndarray:
     """Measure what each image's new features would mend in the rankings of the queries.
 
     A match wins over the share of other images that score below it, another image over the share of
-    matches that score above it, both in the new version's gallery. An image's gain is its win with new
-    features less that with old ones, averaged over the queries it matches, plus that over the others.
+    matches that score as much or more, both in the new version's gallery. For one query, an image gains
+    its win with new features less that with old ones, divided by the number of images of its kind, which
+    is matches or others: so the gains of a kind add up to its mean. Gains are summed over the queries.
 
     Args:
       gallery: of both versions.
       queries: of the new version.
 
     Returns:
-      float64[n]; queries without a match are left out.
+      float64[n]; queries without a match, or with nothing else, are left out.
     """
     gains = np.zeros(len(gallery.old))
     block = max(1, _SCORES // len(gains))

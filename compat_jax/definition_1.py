@@ -70,8 +70,8 @@ def definition_1_matrix(
 
     Returns:
       float64[T, T] twice: at [t, k] the share of pairs of one class, and of pairs of different classes,
-      that satisfy their inequality with t as the new version and k as the old one; NaN above the
-      diagonal and between versions of unequal feature size, 1 on the diagonal.
+      that satisfy their inequality with t as the new version and k as the old one: 1 on the diagonal;
+      NaN above it, between versions of unequal feature size, and where no such pair exists.
 
     Raises:
       UserError: see `definition_1`.

@@ -1,5 +1,6 @@
 """Every version of a chain tried against every older one: the compatibility matrix."""
 
+import collections
 import dataclasses
 import hashlib
 import io
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from compat_jax import align, hosts
-from compat_jax.chain import Chain, Record, Version
+from compat_jax.chain import Chain, CorruptEntry, NoSuchVersion, Record, Version
 from compat_jax.data.class_register import Register
 from compat_jax.data.dataset import Dataset
 from compat_jax.data.roles import check_same_classes
@@ -61,14 +62,16 @@ def evaluate(
     """Compute the compatibility matrix of a chain, from two extractions a version.
 
     Query pictures that are in the gallery as well (pixel by pixel) are not their own answers: each
-    leaves itself out, and the result says so.
+    leaves itself out, and the result says so. Further copies of a picture in the gallery stay; the
+    result says of how many.
 
     Args:
       chain: to evaluate.
       query: images that ask; embedded by the newer version of each pair.
       gallery: images that answer; embedded by the older one.
       metrics: names (see `metrics.names()`) or `Metric` objects, at least one.
-      versions: numbers of the versions to take; all by default.
+      versions: numbers of the versions to take; all by default. A version counts as replaced if it, or
+        one between it and the version taken before, started from a replacement.
       dtype: of the networks' computation: "float32", "bfloat16" or "auto"; see `Run`.
       session: devices, batch size, progress bars, and the cache from which an interrupted evaluation
         resumes.
@@ -176,13 +179,17 @@ def _evaluate(chain, data, mapper, *, metrics, versions, dtype, session) -> Eval
     own = same_pictures(query, gallery)
     cache = Cache(session.cache, f"{dtype} {query.fingerprint()} {gallery.fingerprint()}")
     tables = [_Table(metric, own, cache, query) for metric in found]
-    records = []
+    records: list[Record] = []
+    replaced: list[bool] = []
+    before = None
     bar = session.bar("evaluating" if mapper is None else f"evaluating with {mapper.maps.kind}")
     for number in track(numbers, bar, "versions"):
         if session.should_stop():
             raise Stopped
         version = chain.open(number)
         records.append(version.record)
+        replaced.append(before is not None and _replaced(chain, before, version))
+        before = version.number
         extraction = _Extraction(
             version, {"query": query, "gallery": gallery}, session, dtype=dtype
         )
@@ -190,8 +197,25 @@ def _evaluate(chain, data, mapper, *, metrics, versions, dtype, session) -> Eval
             mapper.add(extraction)
         for table in tables:
             table.add(version, extraction, mapper)
-    notes = () if mapper is None else (mapper.note(),)
-    return Evaluations([table.result(numbers, records, notes) for table in tables])
+    notes = [] if own is None else [_inside(own, gallery)]
+    notes += [] if mapper is None else [mapper.note()]
+    return Evaluations(
+        [table.result(numbers, records, replaced=replaced, more=notes) for table in tables]
+    )
+
+
+def _replaced(chain: Chain, before: int, version: Version) -> bool:
+    """Whether a version started from a replacement, or one between it and the version before."""
+    if version.record.replaced_by is not None:
+        return True
+    low, high = sorted((before, version.number))
+    for number in range(low + 1, high):
+        try:
+            if chain.record(number).replaced_by is not None:
+                return True
+        except (NoSuchVersion, CorruptEntry):  # it was not asked for, and nothing else needs it
+            continue
+    return False
 
 
 def features(
@@ -246,11 +270,22 @@ def same_pictures(query: Dataset, gallery: Dataset) -> np.ndarray | None:
     """Find the query pictures that are in the gallery, pixel by pixel.
 
     Returns:
-      int[q], the gallery row of the same picture, -1 for none; None if no picture is in both.
+      int[q], the first gallery row of the same picture, -1 for none; None if no picture is in both.
     """
     rows = {digest: row for row, digest in reversed(list(enumerate(gallery.picture_digests)))}
     own = np.array([rows.get(digest, -1) for digest in query.picture_digests])
     return own if (own >= 0).any() else None
+
+
+def _inside(own: np.ndarray, gallery: Dataset) -> str:
+    """Say how many query pictures are in the gallery, and how many of them more than once."""
+    digests = gallery.picture_digests
+    copies, inside = collections.Counter(digests), own[own >= 0]
+    several = sum(copies[digests[row]] > 1 for row in inside)
+    note = f"{len(inside)} of {len(own)} query pictures are in the gallery: each leaves itself out"
+    if several:
+        note += f"; {several} of them have further copies there, which answer"
+    return f"{note}."
 
 
 class _Extraction:
@@ -349,7 +384,7 @@ class _Table:
         fits = [mapper is not None or g[0].shape[1] == size for g in self.galleries]
         self.rows.append([next(remaining) if fit else None for fit in fits])
 
-    def result(self, numbers, records, more=()) -> Evaluation:
+    def result(self, numbers, records, *, replaced, more) -> Evaluation:
         """The matrix, from the scores of all rows."""
         matrix, scores, incomparable = np.zeros((len(self.rows),) * 2), {}, []
         for t, row in enumerate(self.rows):
@@ -361,23 +396,17 @@ class _Table:
                 matrix[t, k] = cell[~np.isnan(cell)].mean()
         classes = self.query.class_names
         setting = retrieval_setting(classes, records[-1]) if records else ""
-        notes = [setting] if setting else []
-        if self.own is not None:
-            inside, total = int((self.own >= 0).sum()), len(self.own)
-            notes.append(
-                f"{inside} of {total} query pictures are in the gallery: each leaves itself out."
-            )
+        notes = [*filter(None, [setting]), *more]
         if incomparable:
             notes.append(
                 f"{len(incomparable)} pairs have features of different sizes and count as 0."
             )
-        notes += more
         labels = (n if r.task is None else r.task for n, r in zip(numbers, records, strict=True))
         return Evaluation(
             self.metric.name,
             matrix,
             tasks=tuple(map(str, labels)),
-            replaced=tuple(r.replaced_by is not None and t > 0 for t, r in enumerate(records)),
+            replaced=tuple(replaced),
             incomparable=tuple(incomparable),
             unit=self.metric.unit,
             method=_method(records),

@@ -68,8 +68,15 @@ def index() -> int:
     pictures = list_pictures(cli.require("pictures", "photos/shop"))
     shard = cli.shard(args.shard)
     gallery = open_gallery(make=True)
-    version = _given("version", gallery.chain)
-    done = gallery.index(pictures, version=version, replace=args.replace, shard=shard)
+    version, now = _given("version", gallery.chain), gallery.manifest().query
+    if version not in (None, now):
+        raise UserError(
+            f"version {now} embeds queries and new pictures of this gallery: leave --version out, which "
+            f"is for a new store, or let version {version} embed both: launch.upgrade switch "
+            f"--to={version}",
+            "version",
+        )
+    done = gallery.index(pictures, replace=args.replace, shard=shard)
     if shard == (0, 1):  # else others may still be writing
         gallery.refresh()
     say(done.sentence(), dataclasses.asdict(done))
@@ -143,6 +150,8 @@ def status() -> int:
     """Say how far a gallery is."""
     args = flags.FLAGS
     pictures = list_pictures(args.pictures) if args.pictures else None
+    if args.labels:
+        need_labels(pictures or ())
     expected = read_check(args.check) if args.check else None
     gallery = open_gallery()
     asked = None if pictures is None else [picture.path for picture in pictures]
@@ -191,13 +200,14 @@ def enlarge() -> int:
     """Copy a gallery for a chain of a larger simplex."""
     args = flags.FLAGS
     larger = cli.require("larger", "runs/larger/chain")
-    target = cli.require("target", "runs/larger.lance")
+    target = lasting(cli.require("target", "runs/larger.lance"))
     gallery = open_gallery()
     from compat_jax.chain import Chain
     from compat_jax.gallery.enlarging import enlarge
 
     done = enlarge(gallery, Chain(larger, args.backbone).require(), target)
-    say(done.sentence(), {"moved": done.moved, "present": done.present})
+    counts = {name: getattr(done, name) for name in ("moved", "present", "differing", "query")}
+    say(done.sentence(), counts)
     return 0
 
 
@@ -238,7 +248,7 @@ def open_gallery(make: bool = False) -> "Gallery":
     if not make:
         return Gallery.open(open_store(place), chain, root=args.root, work=work)
     version = numbered(chain, -1 if args.version is None else args.version)
-    store = open_store(place, chain.record(version).feature_size)
+    store = open_store(lasting(place), chain.record(version).feature_size)
     if store.manifest() is None:
         try:
             return Gallery.create(store, chain, version=version, root=args.root, work=work)
@@ -246,6 +256,21 @@ def open_gallery(make: bool = False) -> "Gallery":
             if store.manifest() is None:  # else another host was first
                 raise
     return Gallery.open(store, chain, root=args.root, work=work)
+
+
+def lasting(place: str) -> str:
+    """Return the place of a gallery to make, which must outlive the program.
+
+    Raises:
+      UserError: it is in memory.
+    """
+    if place.startswith("memory:"):
+        raise UserError(
+            f"{place} would end with this program: give a table of LanceDB, e.g. runs/shop.lance, or "
+            "qdrant:ADDRESS/NAME",
+            "store",
+        )
+    return place
 
 
 def _work():
@@ -298,6 +323,21 @@ def _shares(shares: Mapping[int, float]) -> str:
     return f"answers: rows embedded {', '.join(parts)}" if parts else "no answers"
 
 
+def need_labels(pictures: Sequence["Picture"]) -> None:
+    """Refuse --labels for pictures without labels.
+
+    Raises:
+      UserError: there is none, or one that has no label.
+    """
+    bare = next((picture.path for picture in pictures if picture.label is None), None)
+    if bare or not pictures:
+        raise UserError(
+            f"--labels needs the classes of --pictures{f', and {bare} has none' if bare else ''}: give "
+            "class folders, or a table with a column label",
+            "pictures",
+        )
+
+
 def first_answers(gallery: "Gallery", pictures: Sequence["Picture"]) -> float:
     """Measure the share of queries whose nearest row, but their own, is of their class.
 
@@ -307,12 +347,23 @@ def first_answers(gallery: "Gallery", pictures: Sequence["Picture"]) -> float:
     found = gallery.search([picture.path for picture in pictures], 2)
     right = []
     for picture, keys, payloads in zip(pictures, found.keys, found.payloads, strict=True):
-        own = gallery.originals.key(picture.path)
+        own = _own_key(gallery, picture.path)
         labels = [row.get("label") for key, row in zip(keys, payloads, strict=True) if key != own]
         if labels and labels[0] is None:
-            raise UserError("the rows have no labels: index them with --labels, or from a table")
+            raise UserError(
+                "the rows have no labels: index --replace --labels gives them those of class folders, "
+                "index --replace those of a table with a column label; nothing is embedded for it"
+            )
         right.append(bool(labels) and labels[0] == picture.label)
     return float(np.mean(right))
+
+
+def _own_key(gallery: "Gallery", path: str) -> str | None:
+    """Return the key that a picture's row would have; None for one outside the root, which has none."""
+    try:
+        return gallery.originals.key(path)
+    except UserError:
+        return None
 
 
 def read_keys(path: str) -> list[str]:
@@ -322,12 +373,11 @@ def read_keys(path: str) -> list[str]:
       UserError: no such file, or no text in UTF-8.
     """
     try:
-        lines = (
-            absolute(path).read_text(encoding="utf-8").split("\n")
-        )  # names may hold other breaks
+        text = absolute(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "no text in UTF-8"
         raise UserError(f"the list {path} cannot be read ({reason})", "list") from error
+    lines = text.split("\n")  # names may hold other breaks
     return [line.removesuffix("\r") for line in lines if line.strip()]
 
 

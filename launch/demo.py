@@ -15,7 +15,9 @@ default they are the configuration's queries, or pictures of the rows.
 
 The page is served on this machine only, until Ctrl-C. --host=ADDRESS serves it on another address,
 without a password, to everybody who reaches it; --names are names by which they may call it. Pictures
-that are sent are read in memory and not kept; more than --megabytes or --megapixels are refused.
+that are sent are read in memory and not kept; more than --megabytes or --megapixels are refused. It has
+32 connections and waits for requests that are half sent: for strangers put a proxy with time limits
+before it.
 Needs pip install 'compat_jax[demo]'.
 """
 

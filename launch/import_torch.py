@@ -85,19 +85,20 @@ def main(_) -> None:
 def _import_folder(path, chain, run, *, images, config):
     """Make a chain of the checkpoints of a folder."""
     from compat_jax import config as configs
-    from compat_jax.interop import chains
+    from compat_jax.interop import chains, start
 
     numbers, tasks = range(len(chains.checkpoints(path))), run.tasks
     has_tasks = config is not None and "tasks" in config
-    replace_at = configs.own_field(flags.FLAGS.config, "tasks.replace_at") if has_tasks else ()
+    replaced = configs.own_field(flags.FLAGS.config, "tasks.replace_at") if has_tasks else ()
+    seen = [tasks.initial + tasks.increment * n for n in numbers if has_tasks]
     chains.import_folder(
         path,
         chain,
         run,
         image_shape=(images.size, images.size, len(images.mean)),
-        classes_seen=[tasks.initial + tasks.increment * n for n in numbers if has_tasks],
-        replace_at=replace_at,
+        course=chains.Course(seen, replaced),
         config=config,
+        preparation=start.preparation(images),
     )
     print(f"{len(chain)} versions in {chain.path}; next:")
     print(f"  python -m launch.evaluate --chain={chain.path}")

@@ -45,8 +45,9 @@ Pictures are those of the chain's configuration, or --query and --gallery: folde
 with --labels folders of one folder per class. Versions that share no space are refused. Others are tried
 by querying: today, after the switch, with a fiftieth, a tenth, half and all rows embedded again, and
 with the old version asking again, which a rollback meets. Without labels answers are compared with those
-that the new version would give had it embedded everything. What launch.evaluate has embedded is not
-embedded again. A table of labels has a column label.
+that the new version would give had it embedded everything, and a gallery of fewer than 2 * --k pictures
+is refused. What launch.evaluate has embedded is not embedded again. A table of labels has a column
+label.
 
 Exit code: 0 go: no stage loses more than --margin, by its 95 % interval;
            3 go with loss: something is lost, or too few queries asked to exclude it;
@@ -63,11 +64,12 @@ Exit code: 0 go: no stage loses more than --margin, by its 95 % interval;
       --pictures=photos/shop --root=photos
 
 A store that is not there is made. Pictures that have a row are passed over: killed at any time, or with
-more pictures, run the same command again. --replace also reads those and writes a row anew if its file
-has changed. Rows are of the version in force, the chain's last one for a new store, unless --version
-says otherwise. A table's column label is kept beside the row; with --labels the names of class folders
-are. On several hosts give each the same command with its --shard=I/N; when all have ended, give it once
-without: it embeds what a host has left, and has the store build its index.
+more pictures, run the same command again. --replace also looks at those: a row whose file has changed is
+embedded anew, one whose label differs gets the label. The version in force embeds; --version chooses it
+for a new store, the chain's last one by default, and another one is refused afterwards. A table's column
+label is kept beside the row; with --labels the names of class folders are. On several hosts give each
+the same command with its --shard=I/N; when all have ended, give it once without: it embeds what a host
+has left, and has the store build its index.
 
 A row's key is the picture's absolute path, or with --root its path below that folder, which then may
 move: give every command the same --root.
@@ -204,11 +206,11 @@ def _define_work() -> None:
 def _define_index() -> None:
     _define_store("folder, pattern, file or table of the pictures")
     _define_work()
-    flags.DEFINE_integer("version", None, "version that embeds them; the one in force by default")
+    flags.DEFINE_integer("version", None, "version in force in a new store; the last by default")
     flags.DEFINE_bool(
         "labels", False, "whether the folder is of class folders, to keep their names"
     )
-    flags.DEFINE_bool("replace", False, "write rows anew whose pictures have changed")
+    flags.DEFINE_bool("replace", False, "write rows anew whose pictures or labels have changed")
     flags.DEFINE_string("shard", "0/1", "share of this host, I/N")
     flags.DEFINE_string("on_bad", "stop", "files that are no pictures: stop or skip")
 

@@ -231,6 +231,15 @@ def test_drawn_images_become_a_gallery_in_memory_that_takes_any_picture(tmp_path
     assert len(shown.ask(inside)) == 2
 
 
+def test_classes_of_any_json_are_shown_as_text(folder):
+    made = small_gallery.made(Chain(folder / "chain"), folder / "photos")
+    photos = folder / "photos"
+    made.put(photos, payload=lambda key: {"label": ["fruit", key.partition("/")[0]]})
+    shown = prepare(made, old=0, new=1)
+    assert {pick.label for pick in shown.picks} == {'["fruit", "pear"]', '["fruit", "plum"]'}
+    assert shown.quality.queries == len(made)
+
+
 def test_files_become_a_gallery_in_memory(folder):
     from compat_jax.data import from_folder
 
@@ -315,6 +324,8 @@ def noise(width, height, kind="PNG"):
         ("/answers", {"method": "OPTIONS"}, 405, "cannot be asked in this way"),
         ("/picks/12.png", {}, 404, "no picture of this number"),
         ("/rows/-1.png", {}, 404, "There is no such page here."),
+        ("/rows/" + "9" * 5000 + ".png", {}, 404, "There is no such page here."),
+        ("/picks/" + "9" * 5000 + "/answers", {}, 404, "There is no such page here."),
         ("/../../etc/passwd", {}, 404, "There is no such page here."),
         ("/docs", {}, 404, "There is no such page here."),
     ],

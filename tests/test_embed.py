@@ -294,7 +294,9 @@ def test_a_picture_that_changed_is_not_answered_with_its_old_feature(version, ex
     with pytest.raises(UserError, match="were computed in float32, not in bfloat16"):
         EmbeddingJob(version, files, out).run(dtype="bfloat16")
     Image.new("RGB", (31, 40), "green").save(files[1])  # after all were embedded
-    with pytest.raises(UserError, match=r"of pictures that have changed since: choose another file"):
+    with pytest.raises(
+        UserError, match=r"of pictures that have changed since: choose another file"
+    ):
         EmbeddingJob(version, files, out).run()
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -247,6 +248,17 @@ def test_a_picture_in_query_and_gallery_is_not_its_own_answer(chain, overlap):
         assert note in str(results[name]) and note in results[name].summary()["notes"]
 
 
+def test_the_result_says_of_how_many_queries_the_gallery_has_further_copies(chain):
+    twice = np.r_[: len(GALLERY), 0, 0, 3]
+    gallery = Dataset(GALLERY.images[twice], GALLERY.labels[twice], GALLERY.class_names)
+    (note,) = evaluate(chain, GALLERY, gallery, versions=[0]).main.notes
+    n = len(GALLERY)
+    assert note == (
+        f"{n} of {n} query pictures are in the gallery: each leaves itself out; 2 of them have "
+        "further copies there, which answer."
+    )
+
+
 def test_queries_whose_only_match_is_themselves_are_left_out(chain):
     lonely = np.flatnonzero(GALLERY.labels == 0)[1:]
     keep = np.setdiff1d(np.arange(len(GALLERY)), lonely)
@@ -417,6 +429,17 @@ def test_the_versions_of_a_chain_may_be_chosen(chain):
     np.testing.assert_array_equal(last.matrix, whole[2:, 2:])
     assert last.summary()["backward_compatibility"] is None
     assert last.summary()["average_accuracy"] == pytest.approx(whole[2, 2])
+
+
+def test_a_replacement_between_chosen_versions_counts(chain, tmp_path):
+    chosen = {(0, 1): (False, True), (0, 2): (False, True), (1, 2): (False, False), (2,): (False,)}
+    results = {v: evaluate(chain, QUERY, GALLERY, versions=v).main for v in chosen}
+    assert {v: result.replaced for v, result in results.items()} == chosen
+    assert "after a replacement" in results[0, 2].sentence()
+    damaged = shutil.copytree(chain.path, tmp_path / "chain") / "0001" / "record.json"
+    damaged.write_text("{")
+    again = evaluate(Chain(tmp_path / "chain"), QUERY, GALLERY, versions=[0, 2]).main
+    np.testing.assert_array_equal(again.matrix, results[0, 2].matrix)
 
 
 def test_a_chain_with_a_gap_is_refused_unless_versions_are_chosen(chain, tmp_path, extractions):

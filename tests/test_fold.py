@@ -103,9 +103,7 @@ class Odd(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
         if self.form == "stacked":
-            many = nn.scan(
-                Stage, length=3, variable_axes={True: 0}, split_rngs={"params": True}
-            )
+            many = nn.scan(Stage, length=3, variable_axes={True: 0}, split_rngs={"params": True})
             return many()(x, None)[0].mean((1, 2))
         conv = Conv(2, 1)
         norm = BatchNorm(epsilon=0.5) if self.form == "epsilon" else BatchNorm()
@@ -151,9 +149,7 @@ def test_only_a_norm_that_alone_reads_its_convolution_is_folded(form):
         jax.eval_shape(lambda: network.init(jax.random.key(0), images)),
     )
     folded = fold_batch_norm(network, variables, shape)
-    plain, quick = (
-        jax.tree.leaves(network.apply(v, images, **run)) for v in (variables, folded)
-    )
+    plain, quick = (jax.tree.leaves(network.apply(v, images, **run)) for v in (variables, folded))
     for one, other in zip(plain, quick, strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-5)
     names = [path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(folded)]

@@ -27,7 +27,8 @@ def test_the_status_counts_rows_and_answers_by_version(gallery, photos):
     assert (status.query, status.previous, status.total, status.left) == (1, 0, COUNT, COUNT - 3)
     assert (status.share, status.answers) == (0.25, {0: 0.75, 1: 0.25})
     assert status.row_bytes == 64 and status.seconds_left > 0
-    assert "version 1 embeds queries; 12 rows:" in status.sentence()
+    model = gallery.manifest().members[1].model
+    assert status.sentence().startswith(f"version 1 ({model}) embeds queries; 12 rows:\n")
     assert "3 rows, 25.0%, 25.0% of answers" in status.sentence()
     assert status.describe()["bytes_left"] == 64 * 9
 

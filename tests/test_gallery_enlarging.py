@@ -82,6 +82,36 @@ def test_it_resumes_and_takes_rows_that_came_meanwhile(own, larger, store):
     assert new.manifest().query == 2  # it is in use: left as it is
 
 
+def test_a_switch_and_a_new_picture_meanwhile_come_along(own, larger, store):
+    def meanwhile():
+        own.switch(1)
+        small_gallery.repaint(own, "pear/late.png")
+        own.delete(own.store.rows(limit=COUNT).keys[-2:])  # whose rows have not been copied yet
+        own.index(own.originals.root)
+
+    done = enlarge(small_gallery.during(own, meanwhile), larger, store)
+    new = done.gallery.manifest()
+    assert (new.query, new.previous, done.query) == (1, 0, 1)
+    assert store.counts()[1] >= 2
+    assert enlarge(own, larger, store).differing == 0
+    assert len(done.gallery) == COUNT + 1 and done.gallery.verify().passes
+
+
+def test_what_changed_between_two_calls_is_followed_or_said(gallery, larger, store):
+    new = enlarge(gallery, larger, store).gallery
+    gallery.switch(1)
+    gallery.backfill(budget=5)
+    done = enlarge(gallery, larger, store)
+    assert (new.manifest().query, new.manifest().previous) == (1, 0)
+    assert (done.moved, done.present, done.differing) == (0, COUNT, 5)
+    assert "5 rows are of another version than in the old gallery" in done.sentence()
+    assert new.backfill().rows == {1: COUNT}
+    new.switch(2)
+    said = enlarge(gallery, larger, store).sentence()
+    assert "version 2 embeds queries; 7 rows are" in said
+    assert said.endswith("in the old gallery version 1 does: switch one of them")
+
+
 def test_no_backfill_moves_rows_under_it(gallery, larger, store):
     small_gallery.lend(gallery, "elsewhere/1/x", 60)
     with pytest.raises(UserError, match="another backfill of this gallery is running"):

@@ -8,6 +8,7 @@ import time
 import urllib.request
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from plain_store import (
     MODELS,
@@ -52,6 +53,16 @@ def test_lance_has_no_index_below_its_number_of_rows_and_none_on_ids(tmp_path, c
         small.refresh()
         assert indexes(tmp_path)[0].num_unindexed_rows == 0
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_row_that_another_program_wrote_under_an_id_of_its_own_is_refused(tmp_path):
+    own = lance.LanceStore(tmp_path, "rows", D)
+    own.insert(make(names(2), 1))
+    table = lance.lancedb.connect(tmp_path).open_table("rows")
+    row = table.search().limit(1).to_arrow().select(table.schema.names)
+    table.add(row.set_column(0, table.schema.field("id"), pa.array([42])))
+    with pytest.raises(UserError, match=r"row 42 of .*rows\.lance has not the id .*Gallery\.put"):
+        own.rows()
 
 
 def test_lance_removes_an_index_that_finds_too_little(tmp_path, monkeypatch):

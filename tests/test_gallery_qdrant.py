@@ -28,7 +28,11 @@ def test_a_folder_of_qdrant_holds_few_rows_only(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("one", "left_out", "message"),
     [
-        (42, ["key", "write"], r"row 42 of .*rows lacks key, write: another program wrote it. Delete"),
+        (
+            42,
+            ["key", "write"],
+            r"row 42 of .*rows lacks key, write: another program wrote it. Delete",
+        ),
         (42, [], "row 42 of .* has not the id that rows get from their keys"),
         ("8" * 32, [], "row 88888888-8888-.* has not the id"),
     ],
@@ -45,7 +49,9 @@ def test_points_of_others_are_refused_by_name(server, one, left_out, message):
     for name in left_out:
         del payload[name]
     vector = np.full(8, 100.0)
-    engine.upsert("rows", [qdrant_client.models.PointStruct(id=one, vector=vector, payload=payload)])
+    engine.upsert(
+        "rows", [qdrant_client.models.PointStruct(id=one, vector=vector, payload=payload)]
+    )
     with pytest.raises(UserError, match=message):
         remote.rows(vectors=True)
     with pytest.raises(UserError, match=message):

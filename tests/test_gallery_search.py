@@ -7,7 +7,9 @@ import pytest
 import small_gallery
 import tiny
 
+from compat_jax.data.listing import list_labelled
 from compat_jax.errors import Stopped, UserError
+from compat_jax.gallery import gallery as galleries
 from compat_jax.gallery.gallery import Gallery
 from compat_jax.gallery.memory import MemoryStore
 from compat_jax.gallery.store import Where
@@ -74,14 +76,31 @@ def test_replaced_pictures_are_written_anew_on_demand(own):
     small_gallery.repaint(own, SOME)
     folder = own.originals.root
     assert own.index(folder).replaced == 0
-    done = own.index(folder, replace=True, payload=lambda key: {"from": "camera"})
+    done = own.index(folder, replace=True, payload={SOME: {"from": "camera"}})
     assert (done.inserted, done.replaced, done.present) == (0, 1, COUNT - 1)
-    assert small_gallery.content(own.store)[SOME][3] == {"from": "camera"}
+    assert small_gallery.content(own.store)[SOME][3] == {"label": "pear", "from": "camera"}
     assert own.put(folder + SOME, payload={SOME: {"stars": 3}}).replaced == 1
     assert small_gallery.content(own.store)[SOME][3] == {"stars": 3}
     small_gallery.assert_consistent(own)
     with pytest.raises(UserError, match=r"the payload of pear/003\.jpg must be a mapping"):
         own.put(folder + SOME, payload=lambda key: "red")
+
+
+def test_labels_that_differ_are_written_without_embedding(chain, photos, monkeypatch):
+    gallery = Gallery.create(
+        MemoryStore(tiny.K - 1), chain, version=0, root=photos, work=small_gallery.work()
+    )
+    gallery.index(photos)
+    before = small_gallery.content(gallery.store)
+    gallery.switch(1)
+    labelled = list_labelled(photos)
+    assert gallery.index(labelled).present == COUNT
+    monkeypatch.setattr(galleries, "embed", None)
+    assert gallery.index(labelled, replace=True).replaced == COUNT
+    for key, row in small_gallery.content(gallery.store).items():
+        assert row[3] == {"label": key.partition("/")[0]}
+        assert (*row[:3], row[4].tolist()) == (*before[key][:3], before[key][4].tolist())
+    assert gallery.index(labelled, replace=True).present == COUNT
 
 
 def test_queries_of_a_new_version_search_rows_of_an_old_one(gallery, photos):
@@ -115,6 +134,17 @@ def test_deleted_rows_are_gone(gallery, photos):
     assert gallery.delete(SOME) == 0
     assert gallery.delete([]) == 0
     assert len(gallery) == COUNT - 2
+
+
+def test_a_file_whose_name_begins_with_a_tilde_has_a_key(own):
+    small_gallery.repaint(own, "~late.png")
+    own.index(own.originals.root)
+    assert own.delete("~late.png") == 1
+    for wrong in ([1], 1, [b"a.png"], None):
+        with pytest.raises(UserError, match="the key of a picture is a text or a path"):
+            own.delete(wrong)
+    with pytest.raises(UserError, match="give a root that all pictures are in"):
+        own.delete("~/late.png")
 
 
 def test_pictures_that_are_no_files_have_a_mapping(tmp_path):

@@ -2,6 +2,7 @@
 
 import hypothesis
 import hypothesis.strategies as st
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -10,6 +11,7 @@ import compat_jax as cj
 from compat_jax.chain import Chain
 from compat_jax.errors import UserError
 from compat_jax.retrieval import ExactIndex, Index, SearchOptions, embed
+from compat_jax.retrieval.blocks import check_finite
 from compat_jax.retrieval.index import check_comparable
 
 GALLERY = tiny.dataset(classes=4, per_class=5, seed=2)
@@ -147,6 +149,18 @@ def test_what_cannot_be_added_changes_nothing(features, ids, message):
         index.add(features, ids)
     assert index.ids.tolist() == [0, 1, 2]
     assert_same_answers(index, plain_of(whole_numbers(3)), whole_numbers(2, seed=1), k=3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("place", [np.asarray, jnp.asarray])
+def test_large_values_are_finite_though_their_sum_may_not_be(place, dtype):
+    large = 0.9 * float(jnp.finfo(dtype).max)
+    features = np.array([[1, 2], [large, large], [3, 4], [large, -large]], dtype)
+    check_finite("gallery", place(features))
+    for broken in ((np.nan, 1), (np.inf, -np.inf)):
+        features[2] = broken
+        with pytest.raises(UserError, match=r"gallery features .* not finite in row 12"):
+            check_finite("gallery", place(features), start=10)
 
 
 def plain_of(features):

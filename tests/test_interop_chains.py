@@ -85,7 +85,8 @@ def test_a_folder_of_checkpoints_becomes_a_chain_in_the_order_of_the_tasks(tmp_p
         write(tmp_path / "files" / f"ckpt_{task}.safetensors", variables)
     chain = Chain(tmp_path / "chain")
     seen = [10 + 5 * t for t in range(11)]
-    import_folder(tmp_path / "files", chain, run(), classes_seen=seen, replace_at=(0, 4))
+    course = chains.Course(seen, replace_at=(0, 4))
+    import_folder(tmp_path / "files", chain, run(), course=course)
     assert chain.require_whole().numbers() == list(range(11))
     for task in (0, 3, 4, 10):
         version = chain.open(task)
@@ -349,6 +350,21 @@ def test_the_same_import_again_changes_nothing_and_another_is_refused(folder, tm
         import_file(folder / "ckpt_1.safetensors", other, run())
 
 
+def test_how_the_pictures_of_a_folder_are_prepared_is_recorded(folder, tmp_path):
+    """A chain of an earlier release, which does not say, stays as it is."""
+    for other in (1, 2):
+        (folder / f"ckpt_{other}.safetensors").unlink()
+    cut = Preparation(32, "crop", "bilinear", 0.8).describe()
+    chain, earlier = Chain(tmp_path / "chain"), Chain(tmp_path / "earlier")
+    import_folder(folder, chain, run(), preparation=cut)
+    assert [chain.record(n).preparation for n in chain.numbers()] == [cut]
+    with pytest.raises(UserError, match=r"version 0 is another than .* \(other: preparation\)"):
+        import_folder(folder, chain, run(), preparation={**cut, "crop": 0.9})
+    import_folder(folder, earlier, run())
+    import_folder(folder, earlier, run(), preparation=cut)
+    assert not earlier.record(0).preparation
+
+
 def test_a_model_of_another_normalisation_does_not_replace_one(tmp_path):
     sequence = tiny.run().tasks.sequence(tiny.CLASSES)
     shape = (tiny.SIZE, tiny.SIZE, 3)
@@ -508,6 +524,7 @@ def test_a_version_is_exported_to_a_bucket_and_read_there(folder, tmp_path):
 
 NETWORK = ["--backbone=resnet_small", "--backbone_arguments=width=4", "--num_prototypes=10"]
 IMAGES = ["--size=32", "--mean=0.5,0.4,0.3", "--std=0.2,0.2,0.2"]
+CUT = ["--crop=0.8", "--filter=bilinear"]
 CONFIG = ["--config=configs/iamcl2r.py:tasks=7"]
 REFUSED = [
     ([], "give size, mean and std, for weights of ImageNet mostly mean 0.485,0.456,0.406"),
@@ -577,7 +594,7 @@ def programs(tmp_path_factory):
             *CONFIG,
         ],
         "folder": [*every, f"--out={here / 'folder'}"],
-        "flags": [*every, f"--out={here / 'flags'}", *IMAGES, "--method=sce"],
+        "flags": [*every, f"--out={here / 'flags'}", *IMAGES, *CUT, "--method=sce"],
         **{f"refused {n}": [*one, f"--out={here / 'no'}", *f] for n, (f, _) in enumerate(REFUSED)},
     }
     done = subprocess.run(
@@ -637,6 +654,8 @@ def test_the_program_takes_the_images_of_a_configuration_and_flags_over_it(progr
     assert (a.method, a.mean, a.classes_seen) == ("hoc", (0.5071, 0.4867, 0.4408), 40)
     assert (b.method, b.mean, b.config["data"]["query"]["size"]) == ("sce", (0.5, 0.4, 0.3), 32)
     assert a.replaced_by and a.config["num_prototypes"] == 10
+    prepared = [(r.preparation["size"], r.preparation["crop"]) for r in (a, b)]
+    assert prepared == [(32, 1.0), (32, 0.8)] and b.preparation["filter"] == "bilinear"
 
 
 @pytest.mark.parametrize("number", range(len(REFUSED)))

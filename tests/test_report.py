@@ -133,9 +133,11 @@ def test_numbers_are_to_the_right_and_tables_sorted(chains, page):
     for cell in re.findall(r"<td([^>]*)>([−+]?[\d.,]+)</td>", tables_of_figures):
         assert cell[0] == ' class="n"', cell
     rows = read_csv(page / "averages.csv")
-    assert rows[0][:4] == ["chain", "metric", "AA, %", "AA from"] and len(set(rows[0])) == len(
-        rows[0]
-    )
+    assert rows[0][:4] == ["chain", "metric", "AA", "AA from"] and "AA,&nbsp;%" in text
+    for path in page.glob("*.csv"):
+        head = read_csv(path)[0]
+        assert len(set(head)) == len(head), path.name
+        assert not any(re.search(", (%|points)", name) for name in head), path.name
     assert [row[1] for row in rows[1:]] == ["recall@1"] * 2 + ["map"] * 2
     for pair in (rows[1:3], rows[3:]):
         assert float(pair[0][2]) >= float(pair[1][2])
@@ -153,20 +155,43 @@ def test_json_and_csv_hold_the_matrices(chains, page):
     for number, chain in enumerate(chains):
         summary = content[chain.name]
         assert summary["evaluations"]["recall@1"]["matrix"] == chain.main.matrix.tolist()
+        assert summary["evaluations"]["recall@1"]["scale"] == "shares in 0..1"
         assert [v["sha256"] for v in summary["versions"]] == list(chain.sha256)
         assert [curve["order"] for curve in summary["backfills"]] == [
             "random",
             "farthest",
             "oracle",
         ]
-        cells = read_csv(page / f"{number}-{style.file_name(chain.name)}-cells.csv")
-        assert len(cells) == 1 + 6
-        verdicts = {(row[0], row[1]): row[-1] for row in cells[1:]}
+        path = page / f"{number}-{style.file_name(chain.name)}-cells.csv"
+        cells = list(csv.DictReader(io.StringIO(path.read_text())))
+        assert len(cells) == 6
+        verdicts = {(row["query version"], row["gallery version"]): row["verdict"] for row in cells}
+        for row in cells:
+            t, k = int(row["query version"]), int(row["gallery version"])
+            assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
+            ends = [chain.main.intervals.differences[n][t, k] for n in (0, 1)]
+            read = [float(row[f"difference {name}"]) for name in ("low", "high")]
+            assert read == ends and ends[0] <= float(row["difference"]) <= ends[1]
         for t, k in ((1, 0), (2, 0), (2, 1)):
             noise = chain.main.within_noise[t, k]
             better = chain.main.matrix[t, k] > chain.main.matrix[k, k]
             expected = "within noise" if noise else "compatible" if better else "not compatible"
             assert verdicts[str(t), str(k)] == expected
+
+
+def test_a_row_has_a_value_a_column():
+    columns = tuple(map(tables.Column, ("a", "b")))
+    for row in ((1,), (1, 2, 3)):
+        with pytest.raises(ValueError, match=r"row 1: . values, 2 columns"):
+            tables.Table(columns, [(1, 2), row])
+
+
+def test_losses_below_zero_are_drawn(chains):
+    lines = [{"task": 0, "step": n, "loss": 1 - n} for n in range(4)]
+    below = dataclasses.replace(chains[0], log=tuple(lines))
+    low, _ = figures.training_curves([below, chains[1]]).axes[0].get_ylim()
+    assert low < -2
+    assert figures.training_curves(chains).axes[0].get_ylim()[0] == 0
 
 
 def test_the_ends_of_a_backfill_are_cells_of_the_matrix(chains):

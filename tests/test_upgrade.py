@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import drawn_photos
+import grain  # noqa: F401  # defines flags, which would go with those of the command that imports it
 import numpy as np
 import pytest
 import tiny
@@ -27,8 +28,8 @@ from compat_jax.gallery.stages import overlap
 from compat_jax.gallery.verdict import GO, LOSS, NO_GO, STAGES, Figure, Stage
 from compat_jax.report.answers import Answer, answers_wall, versions_of, write_answers
 from compat_jax.session import never
-from launch import _cli, upgrade
-from launch._upgrade import at_share
+from launch import _cli, _upgrade, upgrade
+from launch._upgrade import at_share, lasting
 
 DATA = tiny.dataset(classes=4, per_class=20, seed=3)
 QUERY, GALLERY = DATA.take(range(24)), DATA.take(range(24, 80))
@@ -136,6 +137,17 @@ def test_without_labels_agreement_is_measured_and_the_rest_is_said_to_be_unknown
     assert 0.85 < found.at_threshold["today"].accepted <= 0.9
     assert "there are no labels" in verdict.not_known[0] and "Not known" in verdict.text()
     assert '"falsely": null' in json.dumps(verdict.summary(), allow_nan=False)
+
+
+@pytest.mark.parametrize(("count", "k", "most"), [(10, 10, 5), (19, 10, 9), (2, 2, 1)])
+def test_without_labels_a_gallery_of_few_pictures_is_refused(count, k, most):
+    """Of k pictures all versions would have the same k nearest, and every stage would agree."""
+    few = unlabelled(GALLERY.take(range(count)))
+    with pytest.raises(UserError, match=rf"only {count}, of which.* k of at most {most}, or lab"):
+        checked(query=unlabelled(QUERY), gallery=few, k=k)
+    assert checked(query=unlabelled(QUERY), gallery=few, k=most).word != GO
+    with pytest.raises(UserError, match="needs at least 2 pictures that answer"):
+        checked(query=unlabelled(QUERY), gallery=few.take([0]), k=1)
 
 
 def test_a_query_in_the_gallery_is_not_its_own_answer():
@@ -281,10 +293,17 @@ def run(*arguments) -> Ended:
 
 @pytest.fixture(scope="module", autouse=True)
 def no_signals():
-    """Commands of this process do not take over its signals."""
+    """Commands of this process do not take over its signals, and may meet in its memory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cli, "StopSignal", lambda: never)
+        patch.setattr(_upgrade, "lasting", lambda place: place)
         yield
+
+
+def test_a_program_makes_no_gallery_that_ends_with_it():
+    with pytest.raises(UserError, match="memory:x would end with this program"):
+        lasting("memory:x")
+    assert lasting("runs/shop.lance") == "runs/shop.lance"
 
 
 @pytest.fixture(scope="module")
@@ -377,10 +396,12 @@ def checks(shop, *flags):
 def test_check_says_by_its_exit_code_what_it_found(shop):
     go = checks(shop, "--old=0", "--new=2", "--labels")
     assert go.code == 0 and go.out.startswith("go: version 2 in the place of version 0"), go
-    loss = checks(shop, "--old=0", "--new=1", "--limit=1")
+    loss = checks(shop, "--old=0", "--new=1", "--limit=1", "--k=4")
+    few = checks(shop, "--old=0", "--new=2")
+    assert few.code == 2 and "k of at most 8, or labels (flag --k)" in few.err, few
     assert loss.code == 3 and loss.out.startswith("go with loss"), loss
     assert "Not known: whether the answers are right" in loss.out
-    no = checks(shop, "--old=0", "--new=1", "--json", "--margin=0", "--limit=0")
+    no = checks(shop, "--old=0", "--new=1", "--json", "--margin=0", "--limit=0", "--k=4")
     found = json.loads(no.out)
     assert no.code == 4 and found["verdict"] == "no-go" and not found["refused"]
     assert list((shop / "evaluation" / "cache").glob("features*"))
@@ -428,7 +449,8 @@ def test_an_upgrade_from_end_to_end(shop, store, tmp_path):
     assert again.out == "1 row inserted, 15 there before\n"
     enlarge.enlarge(Chain(f"{shop}/chain"), Chain(tmp_path / "larger"), 21)
     moved = [f"--larger={tmp_path}/larger", f"--target=memory:{tmp_path}/larger", "--noprogress"]
-    assert json.loads(run("enlarge", *store, *moved, "--json").out) == {"moved": 16, "present": 0}
+    done = json.loads(run("enlarge", *store, *moved, "--json").out)
+    assert done == {"moved": 16, "present": 0, "differing": 0, "query": 0}
 
 
 @pytest.mark.parametrize(
@@ -490,6 +512,34 @@ def test_shards_share_out_the_pictures(shop, tmp_path):
     assert done.out == "0 rows inserted, 16 there before\n", done
 
 
+def test_new_pictures_are_of_the_version_in_force_whatever_the_first_command_said(shop, store):
+    again = ["index", *store, f"--pictures={shop}/photos", "--noprogress"]
+    assert run(*again, "--version=0").code == 0
+    assert run("switch", *store, "--to=1").code == 0
+    done = run(*again, "--version=0")
+    assert done.code == 2 and "version 1 embeds queries and new pictures" in done.err, done
+    assert "leave --version out" in done.err and run(*again).code == 0
+    assert run(*again, "--version=-2").code == 0
+
+
+def test_status_measures_with_labels_only_and_with_pictures_from_elsewhere(shop, store, tmp_path):
+    bare = tmp_path / "bare.csv"
+    bare.write_text(f"path\n{shop}/asked/pear/020.jpg\n")
+    for pictures in ([], [f"--pictures={bare}"]):
+        done = run("status", *store, *pictures, "--labels")
+        assert done.code == 2 and "--labels needs the classes of --pictures" in done.err, done
+    drawn_photos.draw(tmp_path / "asked", ["pear", "plum"], 1, first=30)  # outside --root
+    done = run("status", *store, f"--pictures={tmp_path}/asked", "--labels", "--json")
+    assert 0 <= json.loads(done.out)["measured"] <= 1
+    where = [store[0], f"--store=memory:{tmp_path}/bare", store[2]]
+    filled = ["index", *where, f"--pictures={shop}/photos", "--noprogress"]
+    assert run(*filled).code == 0
+    done = run("status", *where, f"--pictures={shop}/asked", "--labels")
+    assert done.code == 2 and "index --replace --labels" in done.err, done
+    assert run(*filled, "--replace", "--labels").out.startswith("0 rows inserted, 16 replaced")
+    assert run("status", *where, f"--pictures={shop}/asked", "--labels").code == 0
+
+
 def test_verify_says_by_its_exit_code_that_a_claim_does_not_hold(shop, store, tmp_path):
     moved = [store[0], store[1], f"--root={tmp_path}"]
     done = run("verify", *moved, "--sample=4")
@@ -505,7 +555,8 @@ def test_a_table_gives_its_labels_and_a_list_its_keys(shop, tmp_path):
     done = run("status", *where, f"--pictures={table}", "--labels", "--json")
     assert 0 <= json.loads(done.out)["measured"] <= 1
     gone = tmp_path / "gone.txt"
-    gone.write_text(rows[0].partition(",")[0] + "\r\n/with a\u2028break.jpg\n\n")
+    listed = rows[0].partition(",")[0] + "\r\n/with a\u2028break.jpg\n\n"
+    gone.write_text(listed, encoding="utf-8-sig")  # with a byte order mark, as Windows writes it
     done = run("delete", *where, f"--list={gone}")
     assert done.out == "1 row deleted, 1 not there\n", done
     done = run("delete", *where, f"--list={shop}/photos/pear/000.jpg")

@@ -13,7 +13,7 @@ from compat_jax.gallery.gallery import Gallery
 from compat_jax.gallery.memory import MemoryStore
 from compat_jax.gallery.opened import DEFAULT_WORK
 from compat_jax.gallery.originals import Work
-from compat_jax.gallery.reembed import LABEL
+from compat_jax.gallery.store import LABEL
 
 PICKS = 24  # pictures to ask with, where none are given
 

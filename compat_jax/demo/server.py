@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import importlib.resources
 import io
+import re
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -30,6 +31,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _THUMBNAIL = 192  # pixels of the long side
 _NAME = 60  # letters of a file's name that an error repeats
 _BYTES = "application/octet-stream"  # other sites must ask before they may send it, and none may
+_NUMBER = re.compile("[0-9]{1,9}")  # Python reads no number of thousands of digits
 _FILES = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -91,9 +93,9 @@ def application(
     routes = [Route(path, pages.file) for path in _FILES]
     routes += [
         Route("/about", pages.about),
-        Route("/rows/{number:int}.png", pages.row),
-        Route("/picks/{number:int}.png", pages.pick),
-        Route("/picks/{number:int}/answers", pages.pick_answers),
+        Route("/rows/{number}.png", pages.row),
+        Route("/picks/{number}.png", pages.pick),
+        Route("/picks/{number}/answers", pages.pick_answers),
         Route("/answers", pages.answers, methods=["POST"]),
     ]
     trusted = Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
@@ -215,8 +217,11 @@ def _described(answer: Answer) -> dict[str, Any]:
 
 
 def _below(request: Request, count: int) -> int:
-    number = request.path_params["number"]
-    if number >= count:
+    """Return the number in an address."""
+    text = request.path_params["number"]
+    if not _NUMBER.fullmatch(text):
+        raise HTTPException(404)
+    if (number := int(text)) >= count:
         raise HTTPException(404, "There is no picture of this number.")
     return number
 

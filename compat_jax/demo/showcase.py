@@ -14,8 +14,7 @@ import numpy as np
 from compat_jax.demo.picks import Pick
 from compat_jax.gallery.gallery import Gallery
 from compat_jax.gallery.originals import content_of
-from compat_jax.gallery.reembed import LABEL
-from compat_jax.gallery.store import Rows
+from compat_jax.gallery.store import LABEL, Rows, label_text
 
 SHARES = tuple(percent / 100 for percent in range(101))
 NEAREST = 10  # answers to a picture
@@ -91,8 +90,10 @@ class Showcase:
         return [round(share * len(self.rows)) for share in SHARES]
 
     def label(self, row: int) -> str | None:
-        """Return the class of a row; None where it is not known."""
-        return self.rows.payloads[row].get(LABEL)
+        """Return the class of a row, as JSON if it is no text; None where it is not known."""
+        payload = self.rows.payloads[row]
+        label = payload.get(LABEL)
+        return label if label is None or isinstance(label, str) else label_text(payload)
 
     def picture(self, row: int) -> Any:
         """Return the picture of a row, see `Originals.find`."""

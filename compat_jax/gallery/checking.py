@@ -3,6 +3,7 @@
 from compat_jax.chain import Version
 from compat_jax.data.dataset import Dataset
 from compat_jax.data.roles import check_same_classes
+from compat_jax.errors import UserError
 from compat_jax.gallery.comparing import differences
 from compat_jax.gallery.rule import DEFAULT_TERMS, Terms, judge
 from compat_jax.gallery.stages import Asked, measure
@@ -56,7 +57,7 @@ def check(
       `Verdict`. Intervals are of a paired bootstrap over the queries.
 
     Raises:
-      UserError: unknown metric, no pictures, classes of query and gallery that differ.
+      UserError: unknown metric, classes that differ, or too few pictures: without labels 2 `terms.k`.
     """
     session, metric = session or Session(), metrics.get(metric)
     numbers, digests = (old.number, new.number), (old.sha256, new.sha256)
@@ -65,11 +66,29 @@ def check(
     labelled = query.labels is not None and gallery.labels is not None
     if labelled:
         check_same_classes(query, gallery)
+    else:
+        _refuse_few(len(gallery), terms.k)
     asked = Asked.embedded((old, new), query, gallery, terms=terms, session=session)
     found = measure(asked, metric if labelled else None, terms)
     word, reasons = judge(found.stages, terms)
     unknown = _not_known(new, asked, found)
     return Verdict(word, reasons, *numbers, sha256=digests, not_known=unknown, measured=found)
+
+
+def _refuse_few(count: int, k: int) -> None:
+    """Refuse a gallery without labels of which all versions would have much the same k nearest."""
+    if count < 2:
+        raise UserError(
+            "without labels a check needs at least 2 pictures that answer: give more, or labels",
+            "gallery",
+        )
+    if 2 * k > count:
+        raise UserError(
+            f"without labels a version's {k} nearest pictures are compared, and the gallery has only "
+            f"{count}, of which so many are much the same for every version: give at least {2 * k} "
+            f"pictures, k of at most {count // 2}, or labels",
+            "k",
+        )
 
 
 def _not_known(new: Version, asked: Asked, found: Measured) -> tuple[str, ...]:

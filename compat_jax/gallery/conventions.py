@@ -170,7 +170,9 @@ def refuse_clashes(keys: Iterable[str], ids: Iterable[int], present: Mapping[int
 
 def foreign(one: int | str, place: str, lacking: Sequence[str] = ()) -> str:
     """Return the message for a row that no store has written, by its id and the fields that it lacks."""
-    what = f"lacks {', '.join(lacking)}" if lacking else "has not the id that rows get from their keys"
+    what = (
+        f"lacks {', '.join(lacking)}" if lacking else "has not the id that rows get from their keys"
+    )
     return (
         f"row {one} of {place} {what}: another program wrote it. Delete it there, and write the picture "
         "through Gallery.put"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -28,19 +29,31 @@ class Enlarged:
       gallery: the new gallery.
       moved: rows that were written into it.
       present: rows that were there.
+      differing: how many of these are of another version than in the old gallery.
+      query: number of the version that embeds the old gallery's queries.
     """
 
     gallery: Gallery
     moved: int
     present: int
+    differing: int
+    query: int
 
     def sentence(self) -> str:
         """Say it in a line."""
         manifest = self.gallery.manifest()
-        return (
-            f"{counted(self.moved, 'row')} moved, {self.present:,} there before; features have "
-            f"{manifest.feature_size:,} numbers, version {manifest.query} embeds queries"
-        )
+        parts = [
+            f"{counted(self.moved, 'row')} moved, {self.present:,} there before",
+            f"features have {manifest.feature_size:,} numbers, version {manifest.query} embeds queries",
+        ]
+        if self.differing:
+            parts.append(
+                f"{self.differing:,} rows are of another version than in the old gallery: they stay; "
+                "backfill the new one"
+            )
+        if self.query != manifest.query:
+            parts.append(f"in the old gallery version {self.query} does: switch one of them")
+        return "; ".join(parts)
 
 
 def enlarge(gallery: Gallery, chain: Chain, store: Store | str | os.PathLike[str]) -> Enlarged:
@@ -49,7 +62,8 @@ def enlarge(gallery: Gallery, chain: Chain, store: Store | str | os.PathLike[str
     Every feature is multiplied by the map that its version's projection was, so that scores stay what
     they are; keys, contents and payloads are copied. The old gallery goes on answering and stays as it
     is. Call again to resume, or for rows that came meanwhile; rows that were deleted or replaced
-    meanwhile must be so in both. Backfills of the old gallery are refused meanwhile.
+    meanwhile must be so in both. Backfills of the old gallery are refused meanwhile. A switch of it is
+    followed at the end, unless the new gallery was switched itself.
 
     Args:
       gallery: to copy.
@@ -74,27 +88,62 @@ def enlarge(gallery: Gallery, chain: Chain, store: Store | str | os.PathLike[str
             "chain",
         )
     for number in manifest.members:
-        _check_enlarged(gallery, manifest, chain, number)
+        _check_enlarged(gallery, manifest, chain, number)  # before a store is made
     if isinstance(store, str | os.PathLike):
         store = open_store(store, larger - 1)
     if store.manifest() is None:
         begin(store, chain, manifest.query, manifest.preprocessing.preparation)
     target = Gallery.open(store, chain, root=gallery.originals.root, work=gallery.work)
-    for number in manifest.members:
-        target.admit(number)
-    moved = present = 0
+    copy = _Copy(gallery, target, manifest.members)
     meter = Meter(gallery.work.label("move"), len(gallery), units="rows")
-    with Holder(gallery, manifest.query) as holder, meter:
+    with Holder(gallery, None) as holder, meter:
         for page in gallery.pages(vectors=True):
             if gallery.work.should_stop():
                 raise Stopped("the rows that were written stay: call it again to resume")
             holder.renew()
-            count = store.insert(_moved(page, gallery, target.manifest()))
-            moved, present = moved + count, present + len(page) - count
+            copy.insert(page)
             meter.update(len(page))
-    target.change(lambda now: _with_previous(now, manifest))
+        last = gallery.manifest()
+        copy.admit(last)
+    target.change(lambda now: _following(now, last))
     target.refresh()
-    return Enlarged(target, moved, present)
+    return Enlarged(target, copy.moved, copy.present, differing=copy.differing, query=last.query)
+
+
+class _Copy:
+    """Writes pages of rows into the larger gallery, and counts them.
+
+    Args:
+      gallery: the old one.
+      target: the larger one.
+      checked: numbers of versions that were checked; the larger gallery gets them now.
+    """
+
+    def __init__(self, gallery: Gallery, target: Gallery, checked: Iterable[int]):
+        self.gallery, self.target = gallery, target
+        self.moved = self.present = self.differing = 0
+        self._admitted = set(checked)
+        for number in self._admitted:
+            target.admit(number)
+
+    def admit(self, manifest: Manifest) -> None:
+        """Check and admit those versions of the old gallery that the larger one has not yet."""
+        for number in sorted(set(manifest.members) - self._admitted):
+            _check_enlarged(self.gallery, manifest, self.target.chain, number)
+            self.target.admit(number)
+            self._admitted.add(number)
+
+    def insert(self, page: Rows) -> None:
+        """Write a page of the old gallery's rows; those that are there stay."""
+        if set(page.versions.tolist()) - self._admitted:  # another program switched meanwhile
+            self.admit(self.gallery.manifest())
+        count = self.target.store.insert(_moved(page, self.gallery, self.target.manifest()))
+        self.moved, self.present = self.moved + count, self.present + len(page) - count
+        if count < len(page):
+            known = self.target.has(page.ids)
+            versions = dict(zip(known.keys, known.versions.tolist(), strict=True))
+            own = zip(page.keys, page.versions.tolist(), strict=True)
+            self.differing += sum(versions.get(key, number) != number for key, number in own)
 
 
 def _check_enlarged(gallery: Gallery, manifest: Manifest, chain: Chain, number: int) -> None:
@@ -118,6 +167,10 @@ def _moved(page: Rows, gallery: Gallery, target: Manifest) -> Rows:
     vectors = np.empty((len(page), target.feature_size), np.float32)
     models: list[Any] = list(page.models)
     for number in np.unique(page.versions).tolist():
+        if number not in target.members:
+            raise UserError(
+                f"the gallery has rows of version {number}, which its manifest does not have: verify it"
+            )
         of_it = np.flatnonzero(page.versions == number)
         record = gallery.chain.record(number)
         vectors[of_it] = enlarge_features(page.vectors[of_it], record, target.num_prototypes)
@@ -126,8 +179,8 @@ def _moved(page: Rows, gallery: Gallery, target: Manifest) -> Rows:
     return dataclasses.replace(page, vectors=vectors, models=models)
 
 
-def _with_previous(now: Manifest, old: Manifest) -> Manifest | None:
-    """Return the manifest with the old gallery's way back, where nothing was switched since."""
-    if now.query != old.query or now.previous is not None or old.previous is None:
+def _following(now: Manifest, old: Manifest) -> Manifest | None:
+    """Return the manifest with the old gallery's version and way back, unless it has one of its own."""
+    if now.previous is not None or (now.query, now.previous) == (old.query, old.previous):
         return None
-    return now.replaced(previous=old.previous)
+    return now.replaced(query=old.query, previous=old.previous)

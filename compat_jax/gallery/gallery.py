@@ -12,9 +12,10 @@ switch in one of them is followed by all.
 """
 
 import collections
+import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,11 @@ from compat_jax.gallery.originals import Listed, Work, content_of, embed
 from compat_jax.gallery.outcome import Answers, Indexed, Status, answers_of
 from compat_jax.gallery.places import open_store
 from compat_jax.gallery.reembed import Backfilled, backfill
-from compat_jax.gallery.store import EVERY, Store, Where, row_id
+from compat_jax.gallery.store import EVERY, Rows, Store, Where, row_id
 from compat_jax.meter import Meter
 
 _PICTURES = Field("measure", int, Rule("pictures to embed", low=0), 0)
+_STOPPED = "the rows that were written stay: call it again to resume"
 
 Payload = Mapping[str, Mapping[str, Any]] | Callable[[str], Mapping[str, Any]]
 
@@ -127,7 +129,9 @@ class Gallery(Opened):
           version: number of the version that embeds them; the one that embeds queries by default, as
             the manifest says at each write.
           payload: {key: JSON mapping}, or a function of the key, kept beside the row.
-          replace: whether to read those that have a row too, and write it anew if their content differs.
+          replace: whether to look at those that have a row too. If their content differs, they are
+            embedded and the row is written anew; if only the payload does, nothing is embedded. Fields
+            of the row's payload that the new one lacks stay.
           shard: (number of this host, number of hosts): each embeds its share of the list.
 
         Raises:
@@ -142,13 +146,14 @@ class Gallery(Opened):
             for start in range(0, len(listed), self.work.part):
                 some = listed[start : start + self.work.part]
                 known = self.has(np.array([row_id(one.key) for one in some], np.int64))
-                contents = dict(zip(known.keys, known.contents, strict=True))
-                fresh = [one for one in some if one.key not in contents]
-                old = [one for one in some if one.key in contents]
-                changed = _changed(old, contents) if replace else []
-                writer.present += len(old) - len(changed)
+                there = set(known.keys)
+                fresh = [one for one in some if one.key not in there]
+                old = [one for one in some if one.key in there]
+                changed, payloads = writer.differing(old, known) if replace else ([], {})
+                writer.present += len(old) - len(changed) - len(payloads)
                 meter.skip(len(some) - len(fresh) - len(changed))
                 writer.add(fresh, changed, meter)
+                writer.annotate(payloads)
             writer.flush(meter)
         return writer.report()
 
@@ -173,8 +178,13 @@ class Gallery(Opened):
         return writer.report()
 
     def delete(self, keys: str | Sequence[str]) -> int:
-        """Delete rows by the keys or paths of their pictures; returns how many were there."""
-        given = [keys] if isinstance(keys, str | os.PathLike) else list(keys)
+        """Delete rows by the keys or paths of their pictures; returns how many were there.
+
+        Raises:
+          UserError: what is neither, see `originals.Originals.key`.
+        """
+        several = isinstance(keys, Iterable) and not isinstance(keys, str | bytes)
+        given: list[Any] = list(keys) if several else [keys]
         if not given:
             return 0
         ids = [row_id(self.originals.key(key)) for key in given]
@@ -340,6 +350,42 @@ class _Writer:
             while len(queue) >= self.gallery.work.part:
                 self._write(queue, meter)
 
+    def differing(
+        self, listed: Sequence[Listed], rows: Rows
+    ) -> tuple[list[Listed], dict[str, Mapping[str, Any]]]:
+        """Compare pictures with their rows.
+
+        Args:
+          listed: pictures that have a row.
+          rows: theirs, in any order.
+
+        Returns:
+          Those of another content, with what their rows' payloads had besides, and {key: payload} of
+          others whose payload differs.
+        """
+        contents = dict(zip(rows.keys, rows.contents, strict=True))
+        known = dict(zip(rows.keys, rows.payloads, strict=True))
+        merged = [
+            one._replace(payload={**known[one.key], **self._payload_of(one)}) for one in listed
+        ]
+        changed = _changed(merged, contents)
+        keys = {one.key for one in changed}
+        others = {one.key: one.payload for one in merged if one.key not in keys}
+        return changed, {key: new for key, new in others.items() if new != known[key]}
+
+    def annotate(self, payloads: Mapping[str, Mapping[str, Any]]) -> None:
+        """Give rows that are there other payloads, {key: payload}; nothing is embedded."""
+        if not payloads:
+            return
+        gallery = self.gallery
+        if gallery.work.should_stop():
+            raise Stopped(_STOPPED)
+        ids = np.array([row_id(key) for key in payloads], np.int64)
+        rows = gallery.store.rows(Where(ids=ids), limit=len(ids), vectors=True)
+        new = [payloads[key] for key in rows.keys]
+        gallery.store.put(dataclasses.replace(rows, payloads=new))
+        self.replaced += len(rows)
+
     def flush(self, meter: Meter) -> None:
         """Write the rest."""
         for queue in (self._fresh, self._changed):
@@ -353,7 +399,7 @@ class _Writer:
     def _write(self, queue: collections.deque[Listed], meter: Meter) -> None:
         gallery = self.gallery
         if gallery.work.should_stop():
-            raise Stopped("the rows that were written stay: call it again to resume")
+            raise Stopped(_STOPPED)
         some = [queue.popleft() for _ in range(min(len(queue), gallery.work.part))]
         manifest = gallery.manifest()
         number = manifest.query if self.version is None else self.version

@@ -1,9 +1,12 @@
 """The lease of a backfill: one process at a time, whose right ends by itself if the process does."""
 
+import contextlib
+import hashlib
 import os
 import socket
 import time
 import uuid
+from pathlib import Path
 
 from compat_jax.errors import Stopped, UserError
 from compat_jax.gallery.manifest import Lease, Manifest
@@ -16,21 +19,22 @@ SECONDS = 600.0
 class Holder:
     """Takes the lease of a gallery, renews it, gives it back; a context manager.
 
-    A lease that has run out, or whose process on this host has ended, is taken over. Hosts compare
-    their clocks: they must agree to within a few minutes.
+    A lease that ran out, or whose process on this host and in this container has ended, is taken over.
+    Hosts compare their clocks: they must agree to within a few minutes.
 
     Args:
       gallery: the gallery.
-      query: version that embeds queries while the lease is held; a switch ends the work.
+      query: version that embeds queries while the lease is held; a switch ends the work. None for
+        work that goes on after one.
       seconds: how long it lasts unless it is renewed.
 
     Raises:
       UserError: another process has it.
     """
 
-    def __init__(self, gallery: Opened, query: int, seconds: float = SECONDS):
+    def __init__(self, gallery: Opened, query: int | None, seconds: float = SECONDS):
         self.gallery, self.query, self.seconds = gallery, query, seconds
-        self.owner = f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex[:8]}"
+        self.owner = owner(os.getpid(), uuid.uuid4().hex[:8])
         self._due = 0.0
 
     def __enter__(self) -> "Holder":
@@ -87,7 +91,7 @@ class Holder:
         self._check_query(now)
 
     def _check_query(self, now: Manifest) -> None:
-        if now.query != self.query:
+        if self.query not in (None, now.query):
             raise Stopped(
                 f"version {now.query} embeds queries since a switch: the rows that were embedded stay; "
                 "start the backfill again to go on to that version"
@@ -102,14 +106,38 @@ class Holder:
         return Lease(self.owner, now + self.seconds)
 
 
-def _has_ended(owner: str) -> bool:
+def owner(process: int, token: str) -> str:
+    """Return the owner of a lease that a process of this host and container holds.
+
+    Args:
+      process: its number.
+      token: that tells its leases apart.
+    """
+    return f"{socket.gethostname()}/{process}/{_numbering()}/{token}"
+
+
+def _numbering() -> str:
+    """Return a text that is the same where numbers of processes mean the same: one boot, one container.
+
+    Containers may share a name of host; what a system does not say counts as equal.
+    """
+    found = []
+    with contextlib.suppress(OSError):
+        found.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
+    with contextlib.suppress(OSError):
+        found.append(str(os.stat("/proc/self/ns/pid").st_ino))
+    return hashlib.blake2b(" ".join(found).encode(), digest_size=6).hexdigest()
+
+
+def _has_ended(holder: str) -> bool:
     """Return whether the process of a lease is known to have ended: only on its own host."""
-    host, _, rest = owner.partition("/")
-    pid = rest.partition("/")[0]
-    if host != socket.gethostname() or not pid.isdecimal() or not 0 < int(pid[:10]) < 2**31:
+    host, _, rest = holder.partition("/")
+    number, _, rest = rest.partition("/")
+    here = (host, rest.partition("/")[0]) == (socket.gethostname(), _numbering())
+    if not here or not number.isdecimal() or not 0 < int(number[:10]) < 2**31:
         return False
     try:
-        os.kill(int(pid), 0)
+        os.kill(int(number), 0)
     except ProcessLookupError:
         return True
     except OSError:  # of another user

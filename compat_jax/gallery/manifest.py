@@ -43,7 +43,7 @@ class Lease:
     """The right to embed rows again; one process has it at a time.
 
     Attributes:
-      owner: host, process and a token: HOST/PID/TOKEN.
+      owner: host, process and a token, see `lease.owner`.
       until: when it ends unless it is renewed, in seconds since 1970.
     """
 

@@ -105,17 +105,21 @@ class Originals:
     def key(self, path: str | os.PathLike) -> str:
         """Return the key of a picture: its path within the root, else its absolute path.
 
-        A path that is not absolute is a key already where there is a root.
+        A path that is not absolute is a key already where there is a root; ~/ is the home folder.
 
         Raises:
-          UserError: outside the root, or not UTF-8.
+          UserError: no path, outside the root, or not UTF-8.
         """
-        text = os.fspath(path)
+        if not isinstance(path, str | os.PathLike):
+            raise UserError(
+                f"the key of a picture is a text or a path, got {path!r:.80}", "pictures"
+            )
+        text = os.fsdecode(path)
         if self.given is not None:
             return _checked(text)
         if self.root is None:
             return _checked(str(absolute(text)))
-        if not (os.path.isabs(text) or "://" in text or text.startswith("~")):
+        if not (os.path.isabs(text) or "://" in text or text.startswith("~/")):
             return _checked(text)
         full = str(absolute(text))
         if not full.startswith(self.root):

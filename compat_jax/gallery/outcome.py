@@ -124,7 +124,8 @@ class Status:
 
     def sentence(self) -> str:
         """Say it in lines."""
-        lines = [f"version {self.query} embeds queries; {counted(self.total, 'row')}:"]
+        asking = f"version {self.query} ({self.models[self.query]}) embeds queries"
+        lines = [f"{asking}; {counted(self.total, 'row')}:"]
         for number, count in sorted(self.rows.items()):
             part = f"  version {number} ({self.models.get(number, 'unknown')}): {counted(count, 'row')}"
             answered = (

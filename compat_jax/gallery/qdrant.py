@@ -35,7 +35,8 @@ _QUERIES = 64
 _STRONG = models.WriteOrdering.STRONG
 _INSERT, _UPDATE = models.UpdateMode.INSERT_ONLY, models.UpdateMode.UPDATE_ONLY
 _ALL_BUT_FACTS = models.PayloadSelectorExclude(exclude=["facts"])
-_FIELDS = ("key", "version", "model", "content", "payload", "write")  # and facts, which are derived
+_NAMING = ["key", "write"]
+_FIELDS = [*_NAMING, "version", "model", "content", "payload"]  # and facts, which are derived
 _INDEXED = {
     "version": models.PayloadSchemaType.INTEGER,
     "facts": models.PayloadSchemaType.KEYWORD,
@@ -164,10 +165,9 @@ class QdrantStore:
         count = 0
         for points, ids in self._points(rows):
             with self._engine() as client:
-                known = client.retrieve(self._rows, ids, with_payload=False)
-                self._check_room(len(ids) - len(known))
+                self._check_room(ids)
                 client.upsert(self._rows, points, ordering=_STRONG, update_mode=_INSERT)
-                there = client.retrieve(self._rows, ids, with_payload=list(_FIELDS))
+                there = client.retrieve(self._rows, ids, with_payload=_NAMING)
             self._refuse_clashes(points, there)
             token = points[0].payload["write"]
             count += sum(one.payload["write"] == token for one in there)
@@ -177,8 +177,8 @@ class QdrantStore:
         """See `Store`."""
         for points, ids in self._points(rows):
             with self._engine() as client:
-                there = client.retrieve(self._rows, ids, with_payload=list(_FIELDS))
-                self._check_room(len(ids) - len(there))
+                self._check_room(ids)
+                there = client.retrieve(self._rows, ids, with_payload=_NAMING)
                 self._refuse_clashes(points, there)
                 client.upsert(self._rows, points, ordering=_STRONG)
 
@@ -291,11 +291,11 @@ class QdrantStore:
         conventions.check_ids(rows, [one.id for one in found], self.place)
         return rows
 
-    def _check_fields(self, points: Sequence[Any]) -> None:
+    def _check_fields(self, points: Sequence[Any], names: Sequence[str] = _FIELDS) -> None:
         """Refuse points of others: without some field of a row, or with another one's in its place."""
         for one in points:
             payload = one.payload or {}
-            lacking = [name for name in _FIELDS if name not in payload]
+            lacking = [name for name in names if name not in payload]
             if lacking or not isinstance(payload["key"], str):
                 raise UserError(conventions.foreign(one.id, self.place, lacking))
 
@@ -341,16 +341,18 @@ class QdrantStore:
             yield [models.PointStruct(**one._asdict()) for one in some], [one.id for one in some]
 
     def _refuse_clashes(self, points: Sequence[Any], there: Sequence[Any]) -> None:
-        self._check_fields(there)
+        self._check_fields(there, _NAMING)
         keys = [conventions.key_of(point.payload["key"]) for point in points]
         present = {one.id: conventions.key_of(one.payload["key"]) for one in there}
         conventions.refuse_clashes(keys, [point.id for point in points], present)
 
-    def _check_room(self, more: int) -> None:
-        if self._connection.is_server or not more:
+    def _check_room(self, ids: Sequence[int]) -> None:
+        """Refuse rows that a folder has no room for; those that are there take none."""
+        if self._connection.is_server:
             return
-        count = self._connection.client.count(self._rows).count
-        if count + more > MOST_IN_FOLDER:
+        client = self._connection.client
+        more = len(ids) - len(client.retrieve(self._rows, ids, with_payload=False))
+        if more and client.count(self._rows).count + more > MOST_IN_FOLDER:
             raise UserError(
                 f"{self.place} is a folder of Qdrant's, which holds {MOST_IN_FOLDER:,} rows at most: "
                 "use a server, or a folder of LanceDB's"

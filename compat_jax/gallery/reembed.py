@@ -7,7 +7,6 @@ keeps its own feature.
 """
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,10 +23,9 @@ from compat_jax.gallery.lease import SECONDS, Holder
 from compat_jax.gallery.member import LEARNT, Member
 from compat_jax.gallery.opened import Opened, rows_of, select
 from compat_jax.gallery.originals import embed
-from compat_jax.gallery.store import Rows, Where
+from compat_jax.gallery.store import LABEL, Rows, Where, label_text
 from compat_jax.meter import Meter, counted, duration
 
-LABEL = "label"  # field of the payload that names a row's class
 RANDOM, WORST, BEST = "random", "worst", "best"
 _NAMED = 10
 _BUDGET = Field("budget", int | None, Rule("pictures to embed at most", low=1), None)
@@ -296,7 +294,7 @@ class _Run:
         for page in self._left(vectors=True):
             for vector, payload in zip(_vectors(page), page.payloads, strict=True):
                 labelled &= payload.get(LABEL) is not None
-                label = _label(payload)
+                label = label_text(payload)
                 sums[label] = sums.get(label, 0.0) + vector.astype(np.float64)
         manifest = self.gallery.manifest()
         if not labelled and manifest.order == LEARNT:
@@ -306,22 +304,19 @@ class _Run:
                 "order",
             )
         means = {label: vector / (np.linalg.norm(vector) or 1.0) for label, vector in sums.items()}
+        unknown = np.inf if order == WORST else -np.inf  # of a class that came since: ranked last
         ids, scores = [], []
         for page in self._left(vectors=True):
             if labelled:
-                near = np.stack([means[_label(payload)] for payload in page.payloads])
-                scores.append(np.einsum("nd,nd->n", _vectors(page), near))
+                near = zip(_vectors(page), map(label_text, page.payloads), strict=True)
+                found = [v @ means[label] if label in means else unknown for v, label in near]
+                scores.append(np.array(found))
             else:
                 body, last = simplex.split_logits(jnp.asarray(_vectors(page)))
                 scores.append(np.maximum(np.asarray(body).max(axis=1), np.asarray(last)))
             ids.append(page.ids)
         ranked = _joined(ids)[np.argsort(_joined(scores, np.float64), kind="stable")]
         return ranked if order == WORST else ranked[::-1]
-
-
-def _label(payload: Mapping[str, Any]) -> str:
-    """Return a row's class as a text, whatever JSON it is."""
-    return json.dumps(payload.get(LABEL), sort_keys=True)
 
 
 def _as_they_are(rows: Rows) -> Iterator[tuple[str, int, str]]:

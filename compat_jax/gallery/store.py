@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -11,12 +12,18 @@ from compat_jax.errors import UserError
 
 # Answers take 12 bytes each before any is found: a k of a thousand million would take all memory.
 MOST_ANSWERS = 10_000
+LABEL = "label"  # field of a payload that names a row's class
 
 
 def row_id(key: str) -> int:
     """Return the id of the row of a key: 63 bits of its BLAKE2, which every engine takes."""
     digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def label_text(payload: Mapping[str, Any]) -> str:
+    """Return a row's class as a text, whatever JSON its payload's "label" is; "null" without one."""
+    return json.dumps(payload.get(LABEL), sort_keys=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -83,6 +83,18 @@ class Imported(NamedTuple):
     notes: tuple[str, ...]
 
 
+class Course(NamedTuple):
+    """The course of a task sequence, which its checkpoints do not tell.
+
+    Attributes:
+      classes_seen: after each task, for a fixed simplex; a learnable head shows it.
+      replace_at: tasks that started from a pre-trained model.
+    """
+
+    classes_seen: Sequence[int] = ()
+    replace_at: Sequence[int] = ()
+
+
 def checkpoints(folder: PathLike) -> list[Path]:
     """List the files `ckpt_0.pt`, `ckpt_1.pt`, ... of a folder, as the reference writes them.
 
@@ -240,9 +252,9 @@ def import_folder(
     run: Run,
     *,
     image_shape: tuple[int, int, int],
-    classes_seen: Sequence[int] = (),
-    replace_at: Sequence[int] = (),
+    course: Course | None = None,
     config: Mapping[str, Any] | None = None,
+    preparation: Mapping[str, Any] | None = None,
 ) -> None:
     """Make the checkpoints of a task sequence the versions of a chain, in their order.
 
@@ -254,14 +266,14 @@ def import_folder(
       chain: empty, or begun by this call before.
       run: see `adopt`.
       image_shape: (height, width, channels) of the network's input.
-      classes_seen: after each task, for a fixed simplex; a learnable head shows it.
-      replace_at: tasks that started from a pre-trained model.
+      course: of the sequence; by default, nothing was replaced, and K classes may have been seen.
       config: JSON values for the records; the run's settings by default.
+      preparation: of the pictures, see `data.pictures.Preparation`.
 
     Raises:
       UserError: the chain has other versions, or a file does not fit.
     """
-    files = checkpoints(folder)
+    files, course = checkpoints(folder), course or Course()
     _check_others(chain, range(len(files)))
     chain.sweep()
 
@@ -270,8 +282,8 @@ def import_folder(
         made = adopt_file(weights, run, image_shape)
         if made.fresh:
             raise UserError(f"{weights.path} holds a backbone alone, without {_and(made.fresh)}")
-        replaced = task in replace_at
-        seen = classes_seen[task] if task < len(classes_seen) else run.num_prototypes
+        replaced, told = task in course.replace_at, course.classes_seen
+        seen = told[task] if task < len(told) else run.num_prototypes
         record = _record(
             made,
             run,
@@ -282,6 +294,7 @@ def import_folder(
             replaced_by="pre-trained file of the reference" if replaced else None,
             data_fingerprint=weights.sha256,
             config=run.describe() if config is None else config,
+            preparation=preparation or {},
         )
         return made.variables, record
 

@@ -50,7 +50,7 @@ class Geometry(NamedTuple):
     """Where a version puts the classes of the gallery.
 
     Attributes:
-      collapse: of its features; None with fewer than two classes.
+      collapse: of its features, which have length 1; None with fewer than two classes.
       prototype_angle: mean angle between a class's mean and its prototype, in degrees; NaN where the
         version was trained on none of the classes, or has no prototypes.
     """

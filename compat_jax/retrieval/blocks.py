@@ -110,11 +110,18 @@ def check_finite(name: str, features, start: int = 0) -> None:
     Raises:
       UserError: a value is not finite; names the first such row.
     """
-    # A row's sum is finite exactly when its entries are, and cheaper to test than each entry.
-    finite = np.isfinite(np.asarray(features.sum(axis=1)))
+    # A row with a value that is not finite has no finite sum, and sums are cheaper to test than values.
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = np.asarray(features.sum(axis=1))
+    doubted = np.flatnonzero(~np.isfinite(sums))
+    if not len(doubted):
+        return
+    # The sum of finite values may be beyond the type: of float16 from 65520 on.
+    finite = np.isfinite(np.asarray(features[doubted])).all(axis=1)
     if not finite.all():
+        row = start + doubted[np.argmin(finite)]
         raise UserError(
-            f"{name} features have a value that is not finite in row {start + np.argmin(finite)}: "
+            f"{name} features have a value that is not finite in row {row}: "
             "look for a diverged version or a broken image there"
         )
 
