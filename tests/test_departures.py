@@ -7,6 +7,7 @@ import os
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 from reference_weights import zero_variables
@@ -52,6 +53,22 @@ def test_each_pair_of_one_class_adds_one_to_the_denominator(pieces, features):
     with_two_more = np.log(np.exp(paper + positive) + 2) - positive
     np.testing.assert_allclose(theirs, with_two_more.mean(), rtol=1e-5)
     assert theirs > paper.mean() + 0.05
+
+
+@pytest.mark.torch
+def test_a_feature_of_norm_zero_ends_its_training_and_counts_as_zero_here(pieces, features):
+    """A picture that no unit of the backbone answers to: one is enough."""
+    new, old = features
+    new[0] = 0
+    labels = np.arange(8)
+    theirs, gradient = pieces.contrast(new, old, labels, mu=10.0)
+    assert np.isnan(theirs) and np.isnan(gradient).any()
+
+    def loss(new):
+        return losses.info_nce(new, old, labels, mu=10.0).mean()
+
+    ours, gradient = jax.value_and_grad(loss)(new)
+    assert np.isfinite(ours) and np.isfinite(gradient).all() and not gradient[0].any()
 
 
 @pytest.mark.torch

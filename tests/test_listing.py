@@ -249,6 +249,11 @@ def test_a_table_may_name_its_columns_and_have_no_labels(folder):
     assert from_table(table(folder, "path,price\ncat/a.png,3\n")).labels is None
 
 
+def test_addresses_in_buckets_stay_as_they_are(folder):
+    found = list_table(table(folder, "path,label\ngs://shop/a.png,x\n"))
+    assert found == [Picture("gs://shop/a.png", "x")]
+
+
 def test_a_table_of_a_spreadsheet(folder):
     text = '\ufeffpath, label\r\n"cat/a.png",x\r\n"d,g/a.png","a\nb"\r\n'
     found = list_table(table(folder, text))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from compat_jax.data.huggingface import is_saved, open_saved, saved_splits
 from compat_jax.errors import UserError, unknown
-from compat_jax.files import absolute
+from compat_jax.files import absolute, in_bucket
 
 # Which folders are classes, and what names them: see `list_folder`.
 CLASS_FOLDERS = ("top", "path", "name")
@@ -284,7 +284,8 @@ def list_table(path: str | os.PathLike, columns: Sequence[str] = COLUMNS) -> lis
             raise UserError(f"the path in row {row} of {path} has a NUL: mend the table", "path")
         label = None if labels is None else _label(labels[row - 1], row, path)
         split = None if splits is None else (splits[row - 1] or "").strip() or None
-        found.append(Picture(os.path.join(base, os.path.expanduser(file)), label, split))
+        place = file if in_bucket(file) else os.path.join(base, os.path.expanduser(file))
+        found.append(Picture(place, label, split))
     if not found:
         raise UserError(f"{path} has no rows", "path")
     return found
