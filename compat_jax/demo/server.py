@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import importlib.resources
 import io
+import os
 import re
 import secrets
 from collections.abc import Callable, Sequence
@@ -113,6 +114,7 @@ class _Pages:
         # Pictures have other addresses at every start: a browser keeps those of the gallery before.
         self._about = {"title": title, "start": secrets.token_hex(8), **_about(shown, limits)}
         self._turn = asyncio.Lock()  # one picture at a time takes the memory of one
+        self._drawing = asyncio.Semaphore(os.cpu_count() or 1)  # photos are large when decoded
 
     async def file(self, request: Request) -> Response:
         """Send a part of the page itself."""
@@ -127,12 +129,12 @@ class _Pages:
     async def row(self, request: Request) -> Response:
         """Send the picture of a row."""
         number = _below(request, len(self.shown.rows))
-        return await _thumbnail(lambda: self.shown.picture(number))
+        return await self._thumbnail(lambda: self.shown.picture(number))
 
     async def pick(self, request: Request) -> Response:
         """Send a picture to ask with."""
         number = _below(request, len(self.shown.picks))
-        return await _thumbnail(lambda: self.shown.picks[number].picture)
+        return await self._thumbnail(lambda: self.shown.picks[number].picture)
 
     async def pick_answers(self, request: Request) -> Response:
         """Ask with one of the pictures that are there."""
@@ -165,6 +167,21 @@ class _Pages:
             "rows": {int(row): self._row(int(row)) for row in named if row >= 0},
         }
         return JSONResponse(content, headers=_HEADERS | _NOT_KEPT)
+
+    async def _thumbnail(self, find: Callable[[], Any]) -> Response:
+        def draw():
+            with Image.fromarray(decode(find())) as image:
+                image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+                buffer = io.BytesIO()
+                image.save(buffer, "PNG")
+            return buffer.getvalue()
+
+        try:
+            async with self._drawing:
+                content = await run_in_threadpool(draw)
+        except (BadPictures, OSError) as error:
+            raise HTTPException(404, "This picture is not there any more.") from error
+        return Response(content, media_type="image/png", headers=_HEADERS | _KEPT)
 
     def _row(self, row: int) -> dict[str, Any]:
         rows = self.shown.rows
@@ -243,21 +260,6 @@ async def _body(request: Request, most: int) -> bytes:
     except ClientDisconnect as error:  # nobody is there to read the answer
         raise HTTPException(400, "The file did not arrive whole.") from error
     return bytes(content)
-
-
-async def _thumbnail(find: Callable[[], Any]) -> Response:
-    def draw():
-        with Image.fromarray(decode(find())) as image:
-            image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG")
-        return buffer.getvalue()
-
-    try:
-        content = await run_in_threadpool(draw)
-    except (BadPictures, OSError) as error:
-        raise HTTPException(404, "This picture is not there any more.") from error
-    return Response(content, media_type="image/png", headers=_HEADERS | _KEPT)
 
 
 async def _refused(_: Request, error: Exception) -> Response:
