@@ -361,11 +361,9 @@ class StopSignal:
             raise KeyboardInterrupt
 
     def __call__(self) -> bool:
-        """Return whether a signal came, to any of the hosts: they stop at the same step."""
-        from compat_jax import hosts
-
+        """Return whether a signal came to this process; a `Session` asks all hosts."""
         self._asked = True
-        return hosts.any_process(self.received)
+        return self.received
 
 
 def _is_distributed():

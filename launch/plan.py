@@ -6,12 +6,13 @@
   python -m launch.plan --topology=v6e:2x4 --config=configs/iamcl2r.py --images=30000 --classes=100 \\
       --config.mesh=data:-1,model:4 --config.num_prototypes=1000000
 
-Compiles the training step, the feature extraction and the search step of that run for the chips of the
-topology: v2 to v6e and tpu7x with the TPU compiler (libtpu, `pip install 'jax[tpu]'`), h100:1 to
-h100:8 and a100:1 to a100:8 with JAX's CUDA plugin (`pip install jax-cuda13-plugin`, of the release of
-jaxlib; no CUDA libraries). Prints the memory that each needs on every device, its collectives, whether
-it fits and what to change if not; a lower bound of a step's time from FLOP, memory and links; and what
-the compiled program wastes: products in float32 where bfloat16 was asked for, kernels that only reorder,
+Compiles the training step, the feature extraction and the search step of that run (step and extraction
+also of the network of tasks.fresh_at, where it is another) for the chips of the topology: v2 to v6e
+and tpu7x with the TPU compiler (libtpu, `pip install 'jax[tpu]'`), h100:1 to h100:8 and a100:1 to
+a100:8 with JAX's CUDA plugin (`pip install jax-cuda13-plugin`, of the release of jaxlib; no CUDA
+libraries). Prints the memory that each needs on every device, its collectives, whether it fits and
+what to change if not; a lower bound of a step's time from FLOP, memory and links; and what the
+compiled program wastes: products in float32 where bfloat16 was asked for, kernels that only reorder,
 convert or copy, kernels that compute the same in every step, collectives that nothing runs beside,
 transfers to the host. Reads the data for its sizes; with --images and --classes it needs none.
 

@@ -39,6 +39,8 @@ for failure in scenario["fail"]:
         answer(failure["words"], 1)
 if argv[:2] == ["storage", "cat"] and argv[2].endswith("/exit"):
     code = scenario["exit"].pop(0) if scenario["exit"] else None
+    if str(code).startswith("ERROR"):
+        answer(code, 1)
     answer("ERROR: matched no objects" if code is None else str(code), int(code is None))
 if "describe" in argv or "list-instances" in argv:
     state = scenario["states"].pop(0)
@@ -71,7 +73,7 @@ class Cloud:
         shutil.copy(file, self.folder / "bucket" / address.replace("/", "_"))
 
     def scenario(self, states: list, exits: tuple = (), fail: tuple = ()) -> None:
-        """Answers to come; a failure is (part of the command, words, how often)."""
+        """Answers to come, also errors; a failure is (part of the command, words, how often)."""
         fail = [{"match": match, "words": words, "times": times} for match, words, times in fail]
         scenario = {"states": states, "exit": list(exits), "fail": fail}
         (self.folder / "scenario.json").write_text(json.dumps(scenario))

@@ -148,6 +148,7 @@ FAKES = {
     "uv": """[ "$1" = venv ] && mkdir -p "$4/bin" && cp "$HERE/bin/fake-python" "$4/bin/python"
 echo "uv $*" >> "$HERE/others" """,
     "git": 'echo "git $*" >> "$HERE/others"; mkdir -p "${@: -1}"',
+    "hostname": 'echo "$HOST"',
     "curl": """case "${@: -1}" in */agent-worker-number) [ -n "$WORKER" ] && echo "$WORKER" ;;
 */worker-network-endpoints) echo "$ENDPOINTS" ;; esac""",
     # Waits only for the end of the slice's time, shortened; all other pauses end at once.
@@ -159,7 +160,9 @@ echo "uv $*" >> "$HERE/others" """,
 }
 
 
-def run_host(fake, codes: str, accelerator="v6e-16", program=PROGRAM, fail=(), **env):
+def run_host(
+    fake, codes: str, accelerator="v6e-16", program=PROGRAM, fail=(), long_run="1200", **env
+):
     """Run the startup script of a job; return the finished process and the runs of the program."""
     job = cloud.Job(
         *("tpu-a", "us-east5-b", "my-project", cloud.shape_of(accelerator), WORKDIR),
@@ -168,7 +171,9 @@ def run_host(fake, codes: str, accelerator="v6e-16", program=PROGRAM, fail=(), *
         setup="""echo "$(basename "$TFDS_DATA_DIR") 'here'" > fetched""",
     )
     script = fake.folder / "startup.sh"
-    script.write_text(cloud.startup_script(job))
+    text = cloud.startup_script(job)
+    assert text.count("-gt 1200 ") == 1
+    script.write_text(text.replace("-gt 1200 ", f"-gt {long_run} "))
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     fake.scenario([], fail=fail)
     fake.command("fake-python", FAKE_PYTHON.replace("{python}", sys.executable))
@@ -179,11 +184,12 @@ def run_host(fake, codes: str, accelerator="v6e-16", program=PROGRAM, fail=(), *
         "PATH": f"{fake.bin}:/usr/bin:/bin",
         "HERE": str(fake.folder),
         "COMPAT_JAX_ROOT": str(fake.folder / "opt"),
-        **{"WORKER": "0", "ENDPOINTS": "10.0.0.1", "SHORTENED": "-"},
+        **{"WORKER": "0", "ENDPOINTS": "10.0.0.1", "SHORTENED": "-", "HOST": "tpu-a-x7k2"},
         **env,
     }
     done = subprocess.run(["bash", script], capture_output=True, text=True, env=env, timeout=60)
-    runs = (fake.folder / "runs.jsonl").read_text().splitlines()
+    path = fake.folder / "runs.jsonl"
+    runs = path.read_text().splitlines() if path.exists() else []
     return done, [json.loads(run) for run in runs]
 
 
@@ -234,6 +240,39 @@ def test_a_program_that_fails_again_and_again_gives_the_slice_back(
     assert (len(runs), done.returncode) == (runs_expected, code)
     assert (fake.folder / "opt/exit").read_text() == f"{code}\n"
     assert fake.calls()[-1] == DELETE_GROUP
+
+
+def test_failures_with_a_long_run_before_each_do_not_add_up(fake):
+    done, runs = run_host(fake, "1 1 1 1 0", long_run="-1")  # seconds: every run is a long one
+    assert (len(runs), done.returncode) == (5, 0)
+
+
+def test_storing_the_exit_code_is_tried_again_before_the_slice_goes(fake):
+    run_host(fake, "0", fail=[(f"{LOGS}/exit", "ERROR: HTTPError 503", 3)])
+    *stores, delete = fake.calls("/exit", " delete ")
+    assert [call.endswith(f"{LOGS}/exit") for call in stores] == [True] * 4
+    assert delete == DELETE_GROUP
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "env", "worker"),
+    [
+        ("v5e-16", {"HOST": "t1v-n-1a2b-w-3"}, 3),
+        ("v6e-1", {}, 0),
+        ("v6e-16", {"HOST": "tpu-a-w-3"}, None),
+        ("v5e-8", {"ENDPOINTS": "h0,h1"}, None),
+    ],
+)
+def test_a_host_without_a_number_is_not_taken_for_the_first(fake, accelerator, env, worker):
+    done, runs = run_host(fake, "0", accelerator=accelerator, WORKER="", **env)
+    if worker is None:
+        assert (done.returncode, runs) == (1, [])
+        assert "the VM has no agent-worker-number to say which" in done.stdout
+        assert [call.split()[-1] for call in fake.calls("/exit")] == [f"{LOGS}/exit"]
+        assert " delete tpu-a " in fake.calls()[-1]
+        return
+    assert (done.returncode, len(runs)) == (0, 1)
+    assert fake.calls(f"/worker-{worker}.log") and bool(fake.calls("/exit")) == (worker == 0)
 
 
 def test_only_the_first_host_ends_the_run(fake):

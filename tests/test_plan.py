@@ -53,8 +53,18 @@ def modules(folder, name):
     return {location.sub("", text) for text in texts}
 
 
-def test_planned_programs_are_those_that_run(config, tmp_path):
+def with_fresh(config, name):
+    """Train the second task from fresh weights of a network."""
+    with config.unlocked():
+        config.tasks.fresh_at = (1,)
+        config.fresh_backbone = {"name": name, "arguments": {}}
+
+
+@pytest.mark.parametrize("fresh", ["", pytest.param("one_conv", marks=pytest.mark.slow)])
+def test_planned_programs_are_those_that_run(config, tmp_path, fresh):
     """JAX lowers the same texts in training and evaluation as in the plan."""
+    if fresh:
+        with_fresh(config, fresh)
     jax.config.update("jax_dump_ir_to", str(tmp_path / "run"))
     try:
         session = Session(mesh=config.mesh, batch_size=16)
@@ -66,10 +76,38 @@ def test_planned_programs_are_those_that_run(config, tmp_path):
     labels, shape = planning.sizes_of_data(config, None, None)
     sizes = {"gallery": 258, "k": 1, "batch_size": 16}
     planned = planning.programs(config, mesh, labels=labels, image_shape=shape, **sizes)
-    functions = ("_planned_step", "features", "search_block")
-    for name, function in zip(planned, functions, strict=True):
-        ran = modules(tmp_path / "run", function)
-        assert ran == {planned[name].as_text()}, name
+    functions = {"training": "_planned_step", "features": "features", "search": "search_block"}
+    for kind, function in functions.items():
+        texts = {p.as_text() for name, p in planned.items() if name.startswith(kind)}
+        assert len(texts) == (2 if fresh and kind != "search" else 1)
+        assert modules(tmp_path / "run", function) == texts, kind
+
+
+def test_the_network_of_fresh_weights_is_planned_beside_that_of_the_run(config):
+    sizes = {"gallery": 258, "k": 1, "batch_size": 16}
+    sizes |= {"labels": np.arange(60) % 6, "image_shape": (8, 8, 3)}
+    mesh = meshes.make_mesh(config.mesh)
+    with_fresh(config, "one_conv")
+    planned = planning.programs(config, mesh, **sizes)
+    assert [*planned] == [
+        *("training step", "features", "training step (one_conv)", "features (one_conv)"),
+        "search",
+    ]
+    # The old model that teaches, a layer of 192 x 16, is an argument of the new one's step.
+    assert "tensor<192x16xf32>" in planned["training step (one_conv)"].as_text()
+    assert "tensor<192x16xf32>" not in planned["features (one_conv)"].as_text()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [("batch_size", 15, "batch_size 15"), ("num_prototypes", 5, "num_prototypes 5 is too small")],
+)
+def test_what_training_refuses_is_not_planned(config, field, value, words):
+    config[field] = value
+    sizes = {"gallery": 258, "k": 1, "batch_size": 16}
+    sizes |= {"labels": np.arange(60) % 6, "image_shape": (8, 8, 3)}
+    with pytest.raises(UserError, match=words):
+        planning.programs(config, meshes.make_mesh(config.mesh), **sizes)
 
 
 @pytest.mark.parametrize(

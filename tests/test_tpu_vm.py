@@ -11,8 +11,9 @@ import pytest
 from fake_gcloud import PLACE, PROGRAM, ROOT, WORKDIR, Cloud, group, instance
 
 from launch import PROGRAMS, tpu_vm
-from launch.tpu import cloud, source, wheel
+from launch.tpu import cloud, slices, source, wheel
 from launch.tpu.errors import Mistake
+from launch.tpu.shell import Answer, Shell
 
 LOGS = f"{WORKDIR}/logs/tpu-a"
 
@@ -211,6 +212,13 @@ def test_a_failed_run_is_reported_deleted_and_can_be_run_again(fake):
     assert fake.calls("storage rm") == [f"storage rm {LOGS}/exit"]
 
 
+def test_an_old_exit_code_that_stays_is_not_taken_for_that_of_a_new_try(fake):
+    fake.scenario(["MISSING"], exits=(3,), fail=[("storage rm", DOWN_503, 1)])
+    done = fake.up("v5e-8")
+    assert (done.returncode, fake.calls(" create ")) == (1, [])
+    assert "the exit code of the last try was not deleted: ERROR: HTTPError 503" in done.stderr
+
+
 def test_out_of_time_exits_with_75(fake):
     fake.scenario(["MISSING", "ACTIVE"], exits=(None, 75))
     done = fake.up("v5e-8")
@@ -225,6 +233,62 @@ def test_an_unreadable_answer_never_deletes(fake):
     assert done.returncode == 1
     assert "tpu-a may still exist: ERROR: (gcloud) There was a problem" in done.stderr
     assert (len(fake.calls(" create ")), fake.calls(" delete ")) == (1, [])
+
+
+DOWN_503 = "ERROR: HTTPError 503: Service Unavailable"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "is_known"),
+    [
+        ("7", 7, True),
+        ("ERROR: (gcloud.storage.cat) The following URLs matched no objects or files:", None, True),
+        ("CommandException: No URLs matched: gs://my-bucket/exit", None, True),
+        (f"ERROR: (gcloud.storage.cat) {LOGS}/exit not found: 404.", None, True),
+        ("ERROR: (gcloud.storage.cat) gs://my-bucket not found: 404.", None, False),
+        (DOWN_503, None, False),
+        ("ERROR: gcloud crashed (ServerNotFoundError): Unable to find the server", None, False),
+        ("", None, False),
+    ],
+)
+def test_only_a_missing_object_means_that_the_run_goes_on(words, code, is_known):
+    class Storage(Shell):
+        def run(self, command, question=False, feed=""):
+            failed = not (words.isdigit() or words == "")
+            return Answer(int(failed), "" if failed else words, words if failed else "")
+
+    job = cloud.Job("tpu-a", "us-east5-b", "my-project", cloud.shape_of("v5e-8"), WORKDIR)
+    found = slices.stored_exit(Storage(), job)
+    assert (found.code, not found.unreadable) == (code, is_known)
+
+
+def test_a_network_that_is_down_is_no_missing_slice():
+    assert Answer(1, "", "ERROR: NOT_FOUND: Resource 'x' was not found").missing
+    assert not Answer(1, "", "ERROR: gcloud crashed (ServerNotFoundError): Unable to find").missing
+
+
+def test_a_finished_run_whose_exit_code_cannot_be_read_is_not_rented_again(fake):
+    fake.scenario(["MISSING", "ACTIVE", "MISSING", "MISSING"], exits=(None, None, DOWN_503, 0))
+    done = fake.up("v5e-8")
+    assert (done.returncode, len(fake.calls(" create "))) == (0, 1)
+    assert (
+        "does not exist; whether the run has ended is unknown, asking again: ERROR" in done.stdout
+    )
+    fake.scenario(["MISSING"], exits=(DOWN_503, 0))
+    done = fake.up("v5e-8")
+    assert (done.returncode, len(fake.calls(" create "))) == (0, 1)
+    assert "asking again: ERROR: HTTPError 503" in done.stdout
+    assert "has already ended well" in done.stdout
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_an_exit_code_that_stays_unreadable_ends_the_watching(fake, before):
+    """Before anything is rented, and while a slice is watched."""
+    fake.scenario(["MISSING"] * 6, exits=[None] * before + [DOWN_503] * 5)
+    done = fake.up("v5e-8")
+    assert (done.returncode, len(fake.calls(" create "))) == (1, before)
+    assert "503" in done.stderr and done.stderr.count("\n") == 1
+    assert not fake.calls(" delete ")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +309,10 @@ def test_resources_of_others_are_left_alone(fake, verb, accelerator, found):
 def test_down_deletes_all_that_up_made_and_stops_an_up_that_watches(fake):
     fake.scenario([RUNS[2]])
     assert fake.verb("down", "v6e-16").returncode == 0
-    assert fake.calls(" delete ", " cp ") == [f"storage cp - {LOGS}/exit", *DELETE_GROUP]
+    assert fake.calls(" delete ", " cp ") == [
+        f"storage cp --no-clobber - {LOGS}/exit",
+        *DELETE_GROUP,
+    ]
     fake.scenario(["MISSING", "MISSING"], exits=(None, 130))
     done = fake.up("v6e-16")
     assert (done.returncode, len(fake.calls("managed create"))) == (130, 1)
@@ -444,6 +511,25 @@ def test_a_misspelt_program_is_refused_and_one_of_a_fork_is_not():
     assert source.check_program(["launch.mine"], foreign=True).folder == "workdir"
     with pytest.raises(Mistake, match="--workdir comes before the lone --"):
         source.check_program(["launch.train", "--workdir=/tmp/x"], foreign=True)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *("--out=evaluation", "-out=/tmp/x", "--chain=runs/a/chain", "--chain=", "--out=s3://b/x"),
+        *("--config.tensorboard=/tmp/x", "--out evaluation"),
+    ],
+)
+def test_an_output_on_the_disk_of_a_host_is_refused(argument):
+    flag = argument.lstrip("-").replace(" ", "=").partition("=")[0]
+    words = f"--{flag}=.* would be deleted with the slice: .*--{flag}=gs://BUCKET/RUN/"
+    with pytest.raises(Mistake, match=words):
+        source.check_program(["launch.evaluate", *argument.split(), "--k=1"], foreign=False)
+
+
+def test_outputs_in_a_bucket_or_by_default_are_taken():
+    good = ["--chain=gs://b/c", "--out", "gs://b/o", "--config.tensorboard=", "--outer=x", "-x"]
+    assert source.check_program(["launch.evaluate", *good], foreign=False).folder == "chain"
 
 
 # --- wheels

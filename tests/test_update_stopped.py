@@ -71,7 +71,9 @@ def test_a_start_given_after_the_month_began_is_refused(shop):
     with pytest.raises(UserError, match=r"trained from one_conv with fresh weights, now from") as e:
         month(shop, work="new", start=start)
     assert e.value.argument == "start"
+    assert (shop / "new" / "begun.json").exists()
     assert month(shop, work="new").version == 0
+    assert not (shop / "new" / "begun.json").exists()
 
 
 def test_a_stopped_replacement_leaves_later_pictures_for_the_next_version(shop):

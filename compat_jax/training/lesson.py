@@ -73,6 +73,11 @@ class Begun:
         """Write it into the folder of a run."""
         write_json(folder / _FILE, dataclasses.asdict(self))
 
+    @staticmethod
+    def remove(folder: epath.Path) -> None:
+        """Remove it from the folder of a run, whose version is done."""
+        (folder / _FILE).unlink(missing_ok=True)
+
     def check(self, start: Mapping[str, Any], folder: epath.Path) -> None:
         """Refuse another start than the one it was begun with.
 

@@ -138,6 +138,7 @@ def update(
             fit = Fit(data, session, folder, validation=validation)
             with _located(run, task):
                 fit.publish(task, data, recorded, meter=meter, longest=task.steps)
+            hosts.on_first(lambda: Begun.remove(folder.path))
     return Update(folder.chain, month.number, month.news, month.grown)
 
 

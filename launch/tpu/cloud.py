@@ -403,8 +403,8 @@ def exit_command(job: Job) -> list[str]:
 
 
 def store_exit_command(job: Job) -> list[str]:
-    """Return the command that stores an exit code, given as its input, in place of the run's."""
-    return ["gcloud", "storage", "cp", "-", f"{job.logs}/exit"]
+    """Return the command that stores an exit code, given as its input, unless the run has one."""
+    return ["gcloud", "storage", "cp", "--no-clobber", "-", f"{job.logs}/exit"]
 
 
 def log_command(job: Job, worker: int) -> list[str]:
@@ -451,6 +451,7 @@ def startup_script(job: Job) -> str:
         "REVISION": revision,
         "SETUP": job.setup,
         "BACKEND": job.shape.backend,
+        "HOSTS": str(job.shape.hosts),
         "LIMIT": str(limit - 300 if limit > 1200 else limit * 3 // 4),
     }
     lines = [f"{key}={shlex.quote(value)}" for key, value in values.items()]

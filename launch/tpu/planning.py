@@ -15,9 +15,12 @@ from compat_jax import config as configs
 from compat_jax import mesh as meshes
 from compat_jax.errors import UserError
 from compat_jax.files import absolute, write_json
+from compat_jax.models import Backbone
 from compat_jax.retrieval.exact import lower as lower_search
 from compat_jax.training import make_trainer
-from compat_jax.training.task import lower_step
+from compat_jax.training.sequence import check_replacements
+from compat_jax.training.step import DeviceData, Feed
+from compat_jax.training.task import longest_plan, lower_step
 
 
 def sizes_of_data(
@@ -67,23 +70,61 @@ def programs(
       batch_size: images in a batch of the feature extraction.
 
     Returns:
-      {name: lowered program}.
+      {name: lowered program}; also those of the network of tasks.fresh_at, where it is another: its
+      step is that of the first such task.
 
     Raises:
       UserError: training would refuse the configuration.
     """
     run, num_classes = configs.run_of(config), int(labels.max()) + 1
-    configs.located(lambda: run.check(run.tasks.sequence(num_classes), labels, mesh))
+    sequence = run.tasks.sequence(num_classes)
+    fresh_at = configs.own_field(config, "tasks.fresh_at")
+    fresh = configs.fresh_backbone(config, run) if fresh_at else run.given_backbone
+    with configs.located():
+        run.check(sequence, labels, mesh)
+        check_replacements(run, sequence, dict.fromkeys(fresh_at, fresh), image_shape)
+
+    def features_of(embedder):
+        return slice_cost.lower_features(
+            embedder, run.preprocess, mesh, batch_size=batch_size, image_shape=image_shape
+        )
+
     embedder = make_trainer(run, num_classes, mesh).embedder
-    features = slice_cost.lower_features(
-        embedder, run.preprocess, mesh, batch_size=batch_size, image_shape=image_shape
-    )
-    size = embedder.projection_size or features.out_info.shape[1]
-    return {
+    features = features_of(embedder)
+    found = {
         "training step": lower_step(run, labels, image_shape, mesh=mesh),
         "features": features,
-        "search": lower_search(gallery, size, k, mesh=mesh),
     }
+    if fresh != run.given_backbone:
+        begun = dataclasses.replace(run, backbone=fresh)
+        teacher = None if 0 in fresh_at or run.given_method.fresh_start else run.given_backbone
+        step = _lower_fresh_step(begun, teacher, mesh, labels=labels, image_shape=image_shape)
+        found[f"training step ({fresh.name})"] = step
+        other = make_trainer(begun, num_classes, mesh).embedder
+        found[f"features ({fresh.name})"] = features_of(other)
+    size = embedder.projection_size or features.out_info.shape[1]
+    return found | {"search": lower_search(gallery, size, k, mesh=mesh)}
+
+
+def _lower_fresh_step(
+    run: Run,
+    teacher: Backbone | None,
+    mesh: Mesh,
+    *,
+    labels: np.ndarray,
+    image_shape: tuple[int, int, int],
+) -> jax.stages.Lowered:
+    """Lower the step of a task from fresh weights, against a model of another network or none."""
+    if teacher is None:
+        return lower_step(run, labels, image_shape, mesh=mesh)
+    sequence, shape = run.tasks.sequence(int(labels.max()) + 1), jax.ShapeDtypeStruct
+    images = shape((len(labels), *image_shape), np.uint8)
+    data = DeviceData(images, shape((len(labels),), np.int32))
+    plan = shape(longest_plan(run, sequence, labels), np.int32)
+    trainer = make_trainer(run, sequence.num_classes, mesh, teacher=teacher)
+    before = make_trainer(run, sequence.num_classes, mesh, backbone=teacher)
+    (state, _), (_, frozen) = (one.shapes(image_shape) for one in (trainer, before))
+    return trainer.lower(state, frozen, Feed(data, plan))
 
 
 def remedies(
@@ -108,7 +149,8 @@ def remedies(
             advice.append(f"search: a smaller block, SearchOptions(gallery_block={rows})")
             continue
         smaller = "--batch_size"
-        if cost.name == "training step":
+        is_step = cost.name.startswith("training step")
+        if is_step:
             smaller = f"--config.batch_size={max(config.batch_size // 2, 1)}"
             if images > 0.3 * hbm:
                 smaller = (
@@ -118,7 +160,7 @@ def remedies(
         advice.append(f"{cost.name}: a smaller {smaller}; or more chips, or larger ones")
         if config.dtype == "float32":
             advice.append(f"{cost.name}: --config.dtype=bfloat16 halves the activations")
-        if cost.name == "training step" and config.get("remat", "none") == "none":
+        if is_step and config.get("remat", "none") == "none":
             advice.append(
                 f"{cost.name}: --config.remat=blocks keeps the results of blocks only, and computes "
                 "their insides again"
@@ -279,8 +321,9 @@ def plan(
         run=run,
         image_shape=shape,
         batches={
-            "training step": run.batch_size,
-            "features": meshes.round_up(mesh, batch_size),
+            name: run.batch_size if "step" in name else meshes.round_up(mesh, batch_size)
+            for name in lowered
+            if name != "search"
         },
         costs=costs,
     )

@@ -25,7 +25,14 @@ class Answer:
     @property
     def missing(self) -> bool:
         """True if the resource does not exist, False if the question itself failed."""
-        return self.code != 0 and bool(re.search(r"not.?found", self.err, re.I))
+        # Whole words: ServerNotFoundError is a network that is down.
+        return self.code != 0 and bool(re.search(r"\bnot[ _]?found\b", self.err, re.I))
+
+    @property
+    def no_object(self) -> bool:
+        """True if a bucket has no such object, False if the question itself failed."""
+        words = r"matched no objects|no urls matched|gs://[^/\s]+/\S+ not found"
+        return self.code != 0 and bool(re.search(words, self.words, re.I))
 
     @property
     def tail(self) -> str:

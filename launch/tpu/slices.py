@@ -15,6 +15,19 @@ STUBBORN = 5  # this many unreadable answers in a row end the watching
 
 
 @dataclass(frozen=True)
+class Exit:
+    """What the bucket says of the end of a run.
+
+    Attributes:
+      code: exit code that the first host has stored; None if there is none, or it is not known.
+      unreadable: why it is not known, in the cloud's words; empty if it is.
+    """
+
+    code: int | None = None
+    unreadable: str = ""
+
+
+@dataclass(frozen=True)
 class Rental:
     """A run to rent a slice for.
 
@@ -105,10 +118,40 @@ def look(shell: Shell, job: cloud.Job, was_running: bool) -> tuple[str, str]:
     return state, words
 
 
-def stored_exit(shell: Shell, job: cloud.Job) -> int | None:
-    """Return the exit code that the first host has stored; None while the run has not ended."""
+def stored_exit(shell: Shell, job: cloud.Job) -> Exit:
+    """Ask for the exit code of the run; only an object that is missing means that it goes on."""
     answer = shell.run(cloud.exit_command(job), question=True)
-    return int(answer.out) if answer.code == 0 and answer.out.strip().isdigit() else None
+    if answer.no_object:
+        return Exit()
+    if answer.code:
+        return Exit(unreadable=answer.words)
+    if re.fullmatch(r"[0-9]{1,3}", answer.out.strip()):
+        return Exit(int(answer.out))
+    return Exit(unreadable=f"{job.logs}/exit holds {answer.out!r:.80}, which is no exit code")
+
+
+def settled_exit(shell: Shell, job: cloud.Job, pause: float) -> int | None:
+    """Return the exit code of the run, None while it goes on; ask again where it is not known.
+
+    Args:
+      shell: runs the commands.
+      job: the run.
+      pause: seconds between two questions.
+
+    Raises:
+      Refused: it stays unknown.
+    """
+    for left in reversed(range(STUBBORN)):
+        ended = stored_exit(shell, job)
+        if not ended.unreadable:
+            return ended.code
+        if left:
+            print(f"{job.name}: whether it has ended is unknown, asking again: {ended.unreadable}")
+            time.sleep(pause)
+    raise Refused(
+        f"{job.name} may have ended, so nothing is rented: {ended.unreadable}. Remedy: see "
+        "`status`; `gcloud auth login` if the login has expired"
+    )
 
 
 def up(shell: Shell, rental: Rental) -> int:
@@ -118,16 +161,18 @@ def up(shell: Shell, rental: Rental) -> int:
       0 if the program ended well, 75 if the same command resumes the run, else its failure.
 
     Raises:
-      Refused: the cloud refused a command.
+      Refused: the cloud refused a command, or does not say whether the run has ended.
       Mistake: a downloaded wheel is not for the hosts; nothing has been rented.
     """
     job = rental.job
-    ended = stored_exit(shell, job)
+    ended = settled_exit(shell, job, min(rental.poll, 10))
     if ended == 0:
         print(f"{job.name} has already ended well; another run needs another --name")
         return down(shell, job)
     if ended is not None:
-        shell.run(["gcloud", "storage", "rm", f"{job.logs}/exit"])
+        answer = shell.run(["gcloud", "storage", "rm", f"{job.logs}/exit"])
+        if answer.code and not answer.no_object:  # `watch` would take it for the end of this try
+            raise Refused(f"the exit code of the last try was not deleted: {answer.words}")
     state, words = look(shell, job, was_running=False)
     if state == "unknown":
         raise Refused(words)
@@ -164,11 +209,17 @@ def watch(shell: Shell, rental: Rental) -> int:
         # In this order: a slice that has deleted itself has stored its exit code before.
         state, words = look(shell, job, was_running)
         ended = stored_exit(shell, job)
-        if ended is not None:
-            return end(shell, job, ended)
+        if ended.code is not None:
+            return end(shell, job, ended.code)
+        was_running = was_running or state == "running"
+        if ended.unreadable:  # then a slice that is gone may have ended well
+            words = (
+                f"{words}; whether the run has ended is unknown, asking again: {ended.unreadable}"
+            )
+            state = "unknown"
         if words != said:
             print(f"{time.strftime('%H:%M:%S')} {job.name}: {words}", flush=True)
-        said, was_running = words, was_running or state == "running"
+        said = words
         unreadable = unreadable + 1 if state == "unknown" else 0
         if unreadable == STUBBORN:
             raise Refused(f"{job.name} may still exist: {words}. Remedy: see `status`")
@@ -197,8 +248,10 @@ def end(shell: Shell, job: cloud.Job, code: int) -> int:
 def down(shell: Shell, job: cloud.Job) -> int:
     """Delete everything that `up` has made, and no other resource of that name; return 0."""
     look(shell, job, was_running=False)
-    if stored_exit(shell, job) is None:
-        shell.run(cloud.store_exit_command(job), feed=f"{DOWN}\n")
+    if stored_exit(shell, job).code is None:  # the command keeps a code that could not be read
+        answer = shell.run(cloud.store_exit_command(job), feed=f"{DOWN}\n")
+        if answer.code:
+            print(f"{job.name}: an `up` that still watches will make it again: {answer.words}")
     unmake(shell, job)
     return 0
 
@@ -208,7 +261,8 @@ def status(shell: Shell, job: cloud.Job) -> int:
     state, words = look(shell, job, was_running=False)
     ended = stored_exit(shell, job)
     print(f"slice {job.name}: {state}, {words}")
-    print(f"run: {'has not ended' if ended is None else f'ended with exit code {ended}'}")
+    run = "has not ended" if ended.code is None else f"ended with exit code {ended.code}"
+    print(f"run: {f'unknown, {ended.unreadable}' if ended.unreadable else run}")
     return 0 if state in ("running", "waiting") else 1
 
 

@@ -4,12 +4,20 @@ import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from launch import PROGRAMS, Program
 from launch.tpu import wheel
 from launch.tpu.errors import Mistake, unknown
 
+# What a program writes, and what to give in place of a folder on a host.
+_BUCKET = "which outlives the slice: --{flag}=gs://BUCKET/RUN/"
+OUTPUTS = {
+    "chain": f"leave it out for --workdir's chain, or give one in a bucket, {_BUCKET}chain",
+    "out": f"leave it out for the folder beside the chain, or give one in a bucket, {_BUCKET}results",
+    "config.tensorboard": f"give a folder in a bucket, {_BUCKET}tensorboard",
+}
 ROOT = Path(__file__).resolve().parents[2]  # the clone; site-packages where a wheel is installed
 
 
@@ -36,8 +44,8 @@ def check_program(program: list[str], foreign: bool) -> Program:
       foreign: the hosts get other code than this clone's, which may have programs of its own.
 
     Raises:
-      Mistake: no such program, one that does not run on a slice, or a --workdir among its
-        arguments.
+      Mistake: no such program, one that does not run on a slice, a --workdir among its
+        arguments, or an output that is not in a bucket.
     """
     if not program:
         raise Mistake("no program: end the command with -- launch.train --config=...")
@@ -52,7 +60,21 @@ def check_program(program: list[str], foreign: bool) -> Program:
             raise unknown("program", name, known)
     if any(re.fullmatch(r"--?workdir(=.*)?", argument, re.S) for argument in program[1:]):
         raise Mistake("--workdir comes before the lone --: the hosts are given it from there")
+    _check_outputs(program[1:])
     return known.get(name, Program(name, "", "workdir"))
+
+
+def _check_outputs(arguments: list[str]) -> None:
+    """Refuse outputs on the disk of a host, which is deleted with the slice."""
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        match = re.fullmatch(r"--?([\w.]+)(?:=(.*))?", argument, re.S)
+        if match is None or match[1] not in OUTPUTS:
+            continue
+        flag, value = match[1], following if match[2] is None else match[2]
+        unset = value in ("", "None") and flag != "chain"  # then the program has its default
+        if not unset and not value.startswith("gs://"):
+            remedy = OUTPUTS[flag].format(flag=flag)
+            raise Mistake(f"--{flag}={value} would be deleted with the slice: {remedy}")
 
 
 def pick(

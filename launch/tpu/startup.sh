@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154
 # Startup script of a TPU host, as root at every boot; launch/tpu/cloud.py puts the values in front of
-# it (NAME LOGS KIND SOURCE REVISION SETUP BACKEND LIMIT PROGRAM DELETE). What it prints goes to the
-# serial console, to /opt/compat_jax/run.log and, once a minute, to $LOGS/worker-N.log.
+# it (NAME LOGS KIND SOURCE REVISION SETUP BACKEND HOSTS LIMIT PROGRAM DELETE). What it prints goes to
+# the serial console, to /opt/compat_jax/run.log and, once a minute, to $LOGS/worker-N.log.
 set -uo pipefail
 export HOME="${HOME:-/root}" PYTHONUNBUFFERED=1
 ROOT="${COMPAT_JAX_ROOT:-/opt/compat_jax}"
@@ -16,6 +16,19 @@ trap 'kill $(jobs -p) 2>/dev/null' EXIT
 attribute() {  # a value of the VM's metadata, nothing if there is none
   curl -sf -H 'Metadata-Flavor: Google' \
     "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
+}
+
+several() {  # whether the slice has several hosts; some sizes only the VM knows
+  [ "$HOSTS" -gt 1 ] || case "$(attribute worker-network-endpoints)" in *,*) ;; *) false ;; esac
+}
+
+number() {  # of this host in the slice, nothing if it cannot be known
+  for attempt in 1 2 3 4 5; do
+    attribute agent-worker-number && return
+    several || return
+    sleep 5
+  done
+  [ "$BACKEND" = tpu_api ] && hostname -s | sed -n 's/.*-w-\([0-9][0-9]*\)$/\1/p'
 }
 
 store_log() { gcloud storage cp --quiet "$LOG" "$LOGS/worker-$WORKER.log" >/dev/null 2>&1; }
@@ -44,7 +57,11 @@ finish() {  # stores the exit code for `up` to read, then gives the slice back
   store_log
   if [ "$WORKER" = 0 ]; then
     echo "$1" > "$ROOT/exit"
-    gcloud storage cp --quiet "$ROOT/exit" "$LOGS/exit"
+    for attempt in 1 2 3 4 5 6; do  # without it, `up` takes the slice for lost and rents another
+      gcloud storage cp --quiet "$ROOT/exit" "$LOGS/exit" && break
+      echo "=== $NAME: storing the exit code, attempt $attempt of 6 failed"
+      sleep 20
+    done
     sleep 60  # time for the other hosts to store their logs
     # If that is refused (no permission): a stopped VM of Compute Engine costs no TPU time.
     "${DELETE[@]}" || { [ "$BACKEND" = gce ] && shutdown -h now; }
@@ -53,8 +70,9 @@ finish() {  # stores the exit code for `up` to read, then gives the slice back
 }
 
 command -v gcloud >/dev/null || snap install google-cloud-cli --classic
-WORKER="$(attribute agent-worker-number)"
-WORKER="${WORKER:-0}"
+WORKER="$(number)"
+UNNUMBERED=""
+[ -n "$WORKER" ] || { WORKER=0; several && UNNUMBERED=yes; }
 # A recreated host continues the log of its predecessor.
 [ -e "$LOG" ] || gcloud storage cp --quiet "$LOGS/worker-$WORKER.log" "$LOG" >/dev/null 2>&1
 exec > >(tee -a "$LOG") 2>&1
@@ -63,6 +81,11 @@ while sleep 60; do store_log; done >/dev/null 2>&1 &
 # Shortly before the slice's time is over, SIGTERM makes the program save and stop.
 ( sleep "$LIMIT" && touch "$ROOT/time-is-over" && kill -TERM "$(cat "$ROOT/pid")" &&
   sleep 240 && kill -KILL "$(cat "$ROOT/pid")" ) >/dev/null 2>&1 &
+
+if [ -n "$UNNUMBERED" ]; then  # every host would act as the first, and JAX could not join them
+  echo "=== $NAME: one of several hosts, and the VM has no agent-worker-number to say which"
+  finish 1
+fi
 
 for attempt in 1 2 3 4 5; do
   [ -e "$ROOT/installed" ] && break
@@ -78,12 +101,13 @@ if [ "$KIND" = wheel ]; then  # where launch is installed, so that configs/... i
   cd "$("$PYTHON" -c 'import launch, os; print(os.path.dirname(os.path.dirname(launch.__file__)))')"
 fi
 case " ${PROGRAM[*]} " in *' --multihost '*) ;; *)
-  case "$(attribute worker-network-endpoints)" in *,*) PROGRAM+=(--multihost) ;; esac ;;
+  several && PROGRAM+=(--multihost) ;;
 esac
 
 failures=0
 while :; do
   [ -e "$ROOT/time-is-over" ] && finish 75
+  began=$SECONDS
   "$PYTHON" "${PROGRAM[@]}" &
   echo $! > "$ROOT/pid"
   wait $!
@@ -95,6 +119,8 @@ while :; do
     0 | 2) finish "$code" ;;  # ended well, or a mistake in the command, which no retry can fix
     75) sleep 5 ;;  # "resume me"
     *)
+      # Failures of a long life, such as lost hosts, do not add up.
+      [ $((SECONDS - began)) -gt 1200 ] && failures=0
       failures=$((failures + 1))
       # One host decides: the others keep trying until the slice is given back.
       [ "$failures" -ge 3 ] && [ "$WORKER" = 0 ] && finish "$code"
