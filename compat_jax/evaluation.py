@@ -81,8 +81,8 @@ def evaluate(
 
     Raises:
       Stopped: the session asked to stop, before a version.
-      UserError: unknown metric, classes of query and gallery that differ, a chain with gaps, corrupt
-        versions.
+      UserError: unknown metric, one whose scores have another shape or range than `Metric` says, classes
+        of query and gallery that differ, a chain with gaps, corrupt versions.
 
     Source: `evaluate` in `src/iamcl2r/eval.py`, which extracts T + T(T+1)/2 times.
     """
@@ -346,7 +346,9 @@ class _Table:
     """The matrix of one metric, row by row."""
 
     def __init__(self, metric: Metric, own: np.ndarray | None, cache: "Cache", query: Dataset):
-        self.metric, self.own, self.cache, self.query = metric, own, cache, query
+        self.metric, self.own, self.query = metric, own, query
+        # Of a metric of the user's, its name does not say what it computes.
+        self.cache = cache if metrics_by_name.is_own(metric) else Cache(None, "")
         self.galleries: list[tuple[np.ndarray, ...]] = []
         self.made_of: list[str] = [metric.name]  # the versions whose galleries a row is made of
         self.rows: list[list[np.ndarray | None]] = []
@@ -373,10 +375,12 @@ class _Table:
             queries = Queries(features, query.labels, self.own, mesh=mesh)
             if mapper is not None:
                 pairs = zip(mapper.queries(), self.galleries, strict=True)
-                cells = [self.metric.score(queries._replace(features=f), [g])[0] for f, g in pairs]
+                cells = [
+                    self.metric.checked(queries._replace(features=f), [g])[0] for f, g in pairs
+                ]
                 return (np.stack(cells), np.array(features.shape))
             fit = [g for g in self.galleries if g[0].shape[1] == features.shape[1]]
-            return (self.metric.score(queries, fit), np.array([len(features), features.shape[1]]))
+            return (self.metric.checked(queries, fit), np.array([len(features), features.shape[1]]))
 
         made_of = self.made_of if mapper is None else [*self.made_of, str(mapper.maps)]
         scores, (_, size) = self.cache.get(f"row{version.number:04d}", made_of, row)
@@ -435,7 +439,7 @@ class Cache:
         made_of: Sequence[str],
         compute: Callable[[], tuple[np.ndarray, ...]],
     ) -> tuple[np.ndarray, ...]:
-        """Read arrays, or compute and keep them.
+        """Read arrays if every process can, or compute and keep them.
 
         Args:
           kind: begins the name of the file.
@@ -447,8 +451,8 @@ class Cache:
         key = "\n".join([self.settings, *made_of])
         path = self.folder / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
         content = read_sealed(path, key)
-        if hosts.broadcast(content is not None):
-            assert content is not None, f"{path} cannot be read on every host"
+        is_missing = hosts.any_process(content is None)
+        if content is not None and not is_missing:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 return tuple(arrays[name] for name in sorted(arrays.files))
         parts = compute()

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -123,7 +124,7 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     """
     columns, everywhere = NamedSharding(mesh, PartitionSpec(None, "model")), replicated(mesh)
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: columns if is_projection(path) else everywhere, tree
+        lambda path, leaf: columns if is_projection(path, leaf) else everywhere, tree
     )
 
 
@@ -154,7 +155,7 @@ def shard(tree: Any, mesh: Mesh, size: int | None = None) -> Any:
     """
 
     def put(path, leaf, sharding):
-        return _put(_with_columns(leaf, size) if is_projection(path) else leaf, sharding)
+        return _put(_with_columns(leaf, size) if is_projection(path, leaf) else leaf, sharding)
 
     return jax.tree_util.tree_map_with_path(put, tree, shardings(mesh, tree))
 
@@ -163,7 +164,7 @@ def shard_like(tree: Any, like: Any) -> Any:
     """Put a tree on the devices of `like`, with as many projection columns as `like` has."""
 
     def put(path, leaf, old):
-        size = old.shape[1] if is_projection(path) else None
+        size = old.shape[1] if is_projection(path, old) else None
         return _put(_with_columns(leaf, size), old.sharding)
 
     return jax.tree_util.tree_map_with_path(put, tree, like)
@@ -208,15 +209,32 @@ def unpad_projection(tree: Any, size: int | None) -> Any:
     """Cut every projection back to its first `size` columns, undoing the padding of `shard`."""
 
     def cut(path, leaf):
-        return _with_columns(leaf, size) if is_projection(path) else leaf
+        return _with_columns(leaf, size) if is_projection(path, leaf) else leaf
 
     return jax.tree_util.tree_map_with_path(cut, tree)
 
 
-def is_projection(path: tuple) -> bool:
-    """Return whether a leaf is an embedder's projection kernel; layers of a backbone never are."""
+def resize_projection(tree: Any, size: int) -> Any:
+    """Cut or zero-pad every projection to `size` columns on its devices, also in a compiled program."""
+
+    def resize(path, leaf):
+        if not is_projection(path, leaf) or leaf.shape[1] == size:
+            return leaf
+        own = jnp.asarray(leaf)[:, :size]
+        return jnp.pad(own, ((0, 0), (0, size - own.shape[1])))
+
+    return jax.tree_util.tree_map_with_path(resize, tree)
+
+
+def is_projection(path: tuple, leaf: Any) -> bool:
+    """Return whether a leaf is an embedder's projection kernel, or has its rows and columns.
+
+    Layers of a backbone never are, nor what an optimiser keeps of rows or columns alone. A leaf without
+    dimensions, which stands for an array, goes by its path.
+    """
     names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
-    return names[-2:] == ["projection", "kernel"] and "backbone" not in names
+    is_named = names[-2:] == ["projection", "kernel"] and "backbone" not in names
+    return is_named and getattr(leaf, "ndim", 2) == 2
 
 
 def check_batch(mesh: Mesh, batch_size: int) -> None:

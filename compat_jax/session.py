@@ -19,6 +19,16 @@ def never() -> bool:
     return False
 
 
+@dataclasses.dataclass(frozen=True)
+class _AnyHost:
+    """Whether `own` says so on any of the hosts, which all ask at the same time."""
+
+    own: Callable[[], bool]
+
+    def __call__(self) -> bool:
+        return hosts.any_process(bool(self.own()))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Session:
     """Where and how a run is carried out.
@@ -29,7 +39,8 @@ class Session:
       device_budget: bytes of images that may lie on a device; larger data stay on the host and
         batches are put on the devices ahead of their use, which changes no bit. 0 for no limit.
       should_stop: asked between dispatches; when it returns True, the state is saved and `Stopped`
-        is raised.
+        is raised. Each of several hosts gives a function of its own, or none does: as soon as one
+        returns True, all stop at the same step.
       validate_every: steps between validations; 0 validates after each epoch. Without validation
         data there are none.
       log_every: steps between lines of the log within an epoch; 0 for a line every ten seconds.
@@ -74,6 +85,9 @@ class Session:
             raise UserError(
                 f"should_stop must be a function, got {self.should_stop!r:.80}", "should_stop"
             )
+        # Hosts that stopped at different steps would wait for each other for ever.
+        if self.should_stop is not never and not isinstance(self.should_stop, _AnyHost):
+            object.__setattr__(self, "should_stop", _AnyHost(self.should_stop))
 
     def devices(self) -> Mesh:
         """Return the mesh of devices.

@@ -1,9 +1,11 @@
 """Backbones against the reference's own outputs, and against NumPy in double precision."""
 
+import contextlib
 import functools
 import math
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -357,3 +359,52 @@ def test_a_bridged_nnx_module_trains_and_is_recorded_by_its_own_name(tmp_path):
     assert again.record.backbone_arguments == {"width": 16}
     with pytest.raises(UserError, match=r"was trained with the backbone .*NnxConv \{'width': 16\}"):
         Chain(chain.path, backbone=nnx.bridge.to_linen(NnxConv, width=8)).open(0)
+
+
+# --- the mode of a backbone
+
+
+class OtherMode(nn.Module):
+    """Takes `training`, and so would never hear of it."""
+
+    @nn.compact
+    def __call__(self, images, training=False):
+        return images.mean((1, 2))
+
+
+class NoMode(nn.Module):
+    """Takes no mode, with or without running statistics."""
+
+    has_stats: bool
+
+    @nn.compact
+    def __call__(self, images):
+        x = images.mean((1, 2))
+        return nn.BatchNorm(use_running_average=True)(x) if self.has_stats else x
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        (
+            OtherMode(),
+            r"backbone OtherMode takes 'training' in place of 'train': call the argument",
+        ),
+        (NoMode(True), r"backbone NoMode has running statistics, but is not told when to update"),
+        (NoMode(False), None),
+    ],
+)
+def test_a_backbone_that_would_not_hear_that_it_is_trained_is_refused(backbone, message):
+    embedder, images = Embedder(backbone, 3), jnp.ones((2, 4, 4, 3))
+    variables = jax.eval_shape(lambda: embedder.init(jax.random.key(0), images))
+
+    def apply(variables, train):
+        found, _ = embedder.apply(variables, images, train=train, mutable=["batch_stats"])
+        return found.features
+
+    assert jax.eval_shape(lambda v: apply(v, False), variables).shape == (2, 3)
+    refused = (
+        contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message)
+    )
+    with refused:
+        assert jax.eval_shape(lambda v: apply(v, True), variables).shape == (2, 3)

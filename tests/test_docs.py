@@ -15,12 +15,15 @@ import runpy
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import drawn_photos
 import numpy as np
 import pytest
 from PIL import Image
+
+import compat_jax as cj
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")))
@@ -103,6 +106,42 @@ def test_the_blocks_of_a_page_run(page, tmp_path, cache_folder):
         timeout=300,
     )
     assert not done.returncode, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def defined(name):
+    """The function that a listing of extending.md defines; what the listing does with it is left out."""
+    text = next(text for _, text, *_ in blocks("docs/extending.md") if f"def {name}(" in text)
+    unregistered = types.SimpleNamespace(register=lambda *_: lambda function: function)
+    stand_in = types.SimpleNamespace(methods=unregistered, Method=cj.Method, metrics=cj.metrics)
+    found = {"cj": stand_in, "np": np}
+    exec(re.split(r"^\w+ = ", text, flags=re.M)[0], found)
+    return found[name]
+
+
+@pytest.mark.parametrize(("num_old", "known"), [(0, 0), (2, 2), (2, 0), (2, 4)])
+def test_the_old_classifier_of_the_page_is_that_of_the_library(num_old, known):
+    rng = np.random.default_rng(0)
+    kernel, means = rng.normal(size=(3, 5)), rng.normal(size=(5, 3))
+    variables = {"params": {"head": {"kernel": kernel.astype(np.float32)}}}
+    start = cj.methods.TaskStart(variables, num_old, 4, lambda: means, num_known=known)
+    theirs, ours = defined("my_bct")().freeze(start), cj.methods.bct().freeze(start)
+    assert theirs["weight"] == ours["weight"] == (num_old > 0)
+    if num_old:  # of no weight before there is an old model
+        np.testing.assert_allclose(
+            theirs["old_head"][:, :4], ours["old_head"][:, :4], rtol=1e-6, atol=1e-7
+        )
+
+
+def test_the_metric_of_the_page_leaves_a_querys_own_picture_out():
+    features = np.eye(4, dtype=np.float32)[[0, 0, 1, 2]]
+    labels, own = np.array([0, 0, 1, 1]), np.array([0, 1, -1, 3])
+    galleries = [(features, labels)]
+    found = defined("margin")(cj.metrics.Queries(features, labels, own), galleries)
+    np.testing.assert_array_equal(found, [[1, 1, 1, 0]])  # the last has the other of its class only
+    alone = cj.metrics.Queries(features[2:3], labels[2:3], np.array([0]))
+    np.testing.assert_array_equal(
+        defined("margin")(alone, [(features[2:], np.array([1, 0]))]), [[np.nan]]
+    )
 
 
 def test_readme_fits_and_begins_with_what_to_do():

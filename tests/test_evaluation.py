@@ -1,6 +1,7 @@
 """The matrix of a chain against every pair computed by hand; the table, the sentence, the pictures."""
 
 import dataclasses
+import functools
 import io
 import json
 import logging
@@ -159,16 +160,49 @@ def test_the_matrix_is_the_mean_of_the_scores_of_all_queries(chain, metric):
 
 def test_a_metric_of_ones_own_is_given_as_an_object(chain):
     def score(queries, galleries):
-        return np.stack([(queries.features @ features.T).max(axis=1) for features, _ in galleries])
+        best = [(queries.features @ features.T).max(axis=1) for features, _ in galleries]
+        return (1 + np.stack(best)) / 2  # cosines as shares
 
     own = metrics.Metric("nearest", "mean similarity of the nearest", score)
     results = evaluate(chain, QUERY, GALLERY, metrics=[own, "map"])
-    expected = by_hand(chain, lambda q, _, g, __: (q @ g.T).max(axis=1).mean())
+    expected = by_hand(chain, lambda q, _, g, __: (1 + (q @ g.T).max(axis=1).mean()) / 2)
     np.testing.assert_allclose(results.matrix, expected, atol=1e-6)
     assert results.main.unit == "mean similarity of the nearest"
     np.testing.assert_array_equal(
         results["map"].matrix, evaluate(chain, QUERY, GALLERY, metrics="map").matrix
     )
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (np.ones((36, 1)), r"returns float64 \[36, 1\] for 1 galleries and 36 queries: return one"),
+        (np.ones(1), r"returns float64 \[1\] for 1 galleries"),
+        (np.ones((1, 3)), r"returns float64 \[1, 3\] for 1 galleries"),
+        (np.full((1, 36), "a"), r"returns <U1 \[1, 36\]"),
+        (np.full((1, 36), 50.0), "returns 50: scores are shares from 0 to 1, shown times 100; NaN"),
+        (np.full((1, 36), -np.inf), "returns -inf: scores are shares"),
+    ],
+)
+def test_scores_of_another_shape_or_range_are_refused(scores, message):
+    odd = metrics.Metric("odd", "%", lambda queries, galleries: scores)
+    queries = metrics.Queries(np.ones((36, 2), np.float32), QUERY.labels)
+    with pytest.raises(UserError, match=f"metric 'odd' {message}"):
+        odd.score_features(queries, np.ones((5, 2), np.float32), np.zeros(5, int))
+
+
+def test_an_evaluation_checks_the_scores_and_takes_those_that_leave_queries_out(chain):
+    def score(value, queries, galleries):
+        found = np.full((len(galleries), len(queries.labels)), value)
+        found[:, 1:] = np.nan
+        return found
+
+    half, fifty = (
+        metrics.Metric("own", "%", functools.partial(score, value)) for value in (0.5, 50.0)
+    )
+    assert evaluate(chain, QUERY, GALLERY, versions=[0], metrics=[half]).matrix == 0.5
+    with pytest.raises(UserError, match="metric 'own' returns 50"):
+        evaluate(chain, QUERY, GALLERY, versions=[0], metrics=[fifty])
 
 
 def test_each_version_embeds_twice(chain, extractions):
@@ -300,6 +334,42 @@ def test_another_metric_reads_no_image(chain, extractions, tmp_path):
     assert extractions == []
     evaluation.features(chain.open(0), QUERY)
     assert extractions == [0]  # nothing is kept without a cache
+
+
+def test_a_metric_of_ones_own_that_was_edited_is_computed_again(chain, extractions, tmp_path):
+    def edited(value):
+        def score(queries, galleries):
+            return np.full((len(galleries), len(queries.labels)), value)
+
+        # By the name of one of the library's as well.
+        return [metrics.Metric(name, "%", score) for name in ("own", "recall@7", "map")]
+
+    for value in (0.25, 0.5):
+        results = evaluate(
+            chain, QUERY, GALLERY, versions=[0], metrics=edited(value), session=cached(tmp_path)
+        )
+        assert [results[name].matrix for name in results] == [value] * 3
+    assert extractions == [0, 0]
+    assert all(path.name.startswith("features") for path in tmp_path.iterdir())
+
+
+def test_a_cache_that_another_process_lacks_is_computed_again(monkeypatch, tmp_path):
+    made = []
+
+    def value():
+        made.append(1)
+        return (np.ones(2),)
+
+    cache = evaluation.Cache(tmp_path, "")
+    for _ in range(2):
+        cache.get("kind", ["a"], value)
+    assert len(made) == 1
+    asked = []
+    monkeypatch.setattr(evaluation.hosts, "any_process", lambda own: asked.append(own) or True)
+    np.testing.assert_array_equal(cache.get("kind", ["a"], value)[0], np.ones(2))
+    assert len(made) == 2
+    cache.get("kind", ["b"], value)
+    assert asked == [False, True], "all processes are asked, whatever each has"
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(chain, monkeypatch, tmp_path, caplog):

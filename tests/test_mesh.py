@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -81,6 +82,14 @@ def test_shardings():
     assert meshes.along_data(mesh).shard_shape(array.shape) == (2, 12)
     assert meshes.along_data(mesh, axis=1).shard_shape(array.shape) == (8, 3)
     assert meshes.along_data(mesh, axis=1).spec == PartitionSpec(None, "data")
+
+
+def test_what_an_optimiser_keeps_of_a_projections_rows_is_no_projection():
+    mesh = meshes.make_mesh("data:1,model:2")
+    params = {"projection": {"kernel": np.ones((6, 3), np.float32)}}
+    state = optax.adafactor(0.1, min_dim_size_to_factor=2).init(params)
+    shapes = {leaf.shape for leaf in jax.tree.leaves(meshes.shard((params, state), mesh, 4))}
+    assert shapes == {(), (1,), (3,), (6,), (6, 4)}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import re
 
+import chex
 import flat  # noqa: F401, registers the backbone
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def four_steps(text, method):
     plan = np.random.default_rng(0).integers(0, 96, (4, 16)).astype(np.int32)
     plan = jax.device_put(plan, meshes.along_data(mesh, 1))
     feed = Feed(data, plan)
-    frozen = one.shard(one.method.freeze(TaskStart(variables, 2, 4, lambda: np.zeros((6, 11)))))
+    frozen = one.shard(one.adapted.freeze(TaskStart(variables, 2, 4, lambda: np.zeros((6, 11)))))
     history = []
     for stop in range(1, 5):
         state, metrics = one.run_steps(state, frozen, feed, stop=stop)
@@ -89,6 +90,56 @@ def test_initial_weights_are_the_same_on_every_mesh():
         for t in (trainer(meshes.make_mesh(text)) for text in ("data:1", "data:2,model:4"))
     ]
     jax.tree.map(np.testing.assert_array_equal, *variables)
+
+
+def written():
+    """A method of one's own that knows nothing of padding, and would be wrong with more columns."""
+
+    def freeze(start):
+        assert start.variables["params"]["projection"]["kernel"].shape == (16, K - 1)
+        return {"previous": start.variables, "means": start.mean_features().astype(np.float32)}
+
+    def teach(forward, frozen, carried):
+        return forward(frozen["previous"]).features + carried["mean"]
+
+    def loss(inputs):
+        features = inputs.outputs.features
+        away = jnp.square(features - inputs.frozen["means"][inputs.classes]).mean(-1)
+        spread = jax.nn.logsumexp(simplex.logits(features), axis=-1)
+        return losses.hoc(features, inputs.taught, inputs.targets) + away + spread
+
+    def init(variables):
+        return {"teacher": variables, "mean": jnp.zeros(K - 1)}
+
+    def update(carried, variables, inputs):
+        assert variables["params"]["projection"]["kernel"].shape == (16, K - 1)
+        teacher = jax.tree.map(lambda t, v: 0.9 * t + 0.1 * v, carried["teacher"], variables)
+        return {"teacher": teacher, "mean": inputs.outputs.features.mean(0)}
+
+    return methods.Method("written", loss, freeze=freeze, teach=teach, init=init, update=update)
+
+
+def test_a_method_of_ones_own_gives_the_same_on_a_model_axis():
+    expected, _, reference = four_steps("data:1", written())
+    history, one, state = four_steps("data:2,model:4", written())
+    np.testing.assert_allclose(history, expected, rtol=1e-5)
+    teacher = state.carried["teacher"]
+    assert teacher["params"]["projection"]["kernel"].sharding.spec == PartitionSpec(None, "model")
+    for ours, theirs in (
+        (one.stored(state.variables), reference.variables),
+        (one.stored(teacher), reference.carried["teacher"]),
+        (state.carried["mean"], reference.carried["mean"]),
+    ):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs
+        )
+    chex.assert_trees_all_equal_shapes(one.shapes((8, 8, 3))[0].carried, state.carried)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_of_the_library_gets_the_columns_as_they_are(name):
+    one = trainer(meshes.make_mesh("data:2,model:4"), name)
+    assert one.adapted is one.method
 
 
 # The losses

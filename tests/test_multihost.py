@@ -1,5 +1,6 @@
 """Two real processes over loopback, each with four CPU devices, against one with a single device."""
 
+import dataclasses
 import json
 import os
 import random
@@ -279,6 +280,17 @@ def test_hosts_that_come_too_late_are_no_mistake_of_the_user(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", wait)
     with pytest.raises(jax.errors.JaxRuntimeError, match="DEADLINE_EXCEEDED"):
         hosts.initialize()
+
+
+def test_hosts_stop_together_as_soon_as_one_is_asked_to(monkeypatch):
+    asked, answers = [], iter([False, True])
+    monkeypatch.setattr(hosts, "any_process", lambda own: asked.append(own) or next(answers))
+    session = Session(should_stop=lambda: False)
+    copy = dataclasses.replace(session, save_every=3)
+    assert copy == dataclasses.replace(session, save_every=3)
+    assert [session.should_stop(), copy.should_stop()] == [False, True]
+    assert asked == [False, False], "once a question, also after the session was copied"
+    assert not Session().should_stop() and len(asked) == 2, "nobody is asked where nobody can stop"
 
 
 def test_one_process_needs_no_other():

@@ -163,7 +163,7 @@ def _scores(asked: Asked, metric: Metric) -> dict[str, np.ndarray]:
     prepare = metric.prepare if asked.own is None else metrics.everything
     rows = [prepare(features, gallery.need_labels()) for features in asked.rows.values()]
     found = [
-        metric.score(Queries(features, query.need_labels(), asked.own, asked.mesh), rows)
+        metric.checked(Queries(features, query.need_labels(), asked.own, asked.mesh), rows)
         for features in asked.queries
     ]
     places = list(asked.rows)

@@ -30,8 +30,8 @@ class LossInputs(NamedTuple):
     """Everything that a loss may look at for one batch.
 
     Attributes:
-      outputs: of the model in training. Features of a fixed simplex may have more than K-1 columns,
-        zeros behind, where devices share them.
+      outputs: of the model in training. For a method that takes padding, features of a fixed simplex
+        may have more than K-1 columns, zeros behind, where devices share them.
       taught: result of `Method.teach`.
       frozen: result of `Method.freeze`.
       classes: int32[batch] class numbers, in the order in which classes appear in the sequence.
@@ -116,6 +116,9 @@ class Method:
         before, at this task or an earlier one, else from fresh weights of its own.
       all_data: True to train every task on all images of the classes seen so far, False on those of
         its new classes and the rehearsal memory.
+      takes_padding: True if loss and state give the same where features and projections of a fixed
+        simplex have columns of zeros behind their K-1, which they get where devices share the columns.
+        False never shows them to the method.
     """
 
     name: str
@@ -131,12 +134,13 @@ class Method:
     terms: tuple[str, ...] = ()
     fresh_start: bool = False
     all_data: bool = False
+    takes_padding: bool = False
 
     def losses(self, inputs: LossInputs) -> tuple[jax.Array, Mapping[str, jax.Array]]:
         """Return the loss, float32[batch], and {term: float32[batch] or a mean, float32[]}.
 
         Raises:
-          UserError: the loss returns other terms than `terms` names.
+          UserError: the loss returns other terms than `terms` names, or not one value per image.
         """
         result = self.loss(inputs)
         loss, terms = result if isinstance(result, tuple) else (result, {})
@@ -146,7 +150,33 @@ class Method:
                 f"{sorted(terms)}: name what it returns, Method(..., terms=(...)), and return "
                 "(loss, {term: values})"
             )
+        shape, batch = np.shape(loss), np.shape(inputs.classes)
+        if shape != batch:
+            raise UserError(
+                f"method {self.name!r}: its loss returns shape {list(shape)} for {batch[0]} images: "
+                f"return one value for each image, float32[{batch[0]}], and leave the mean to the step",
+                "method",
+            )
         return loss, {name: terms[name] for name in self.terms}
+
+    def updated(self, carried: Any, variables: Mapping[str, Any], inputs: LossInputs) -> Any:
+        """Return the carried state after a step, see `update`.
+
+        Raises:
+          UserError: it has other leaves, shapes or dtypes than before.
+        """
+        after = self.update(carried, variables, inputs)
+        old, new = _described(carried), _described(after)
+        for leaf in sorted(old.keys() | new.keys()):
+            was, became = old.get(leaf, "not there"), new.get(leaf, "not there")
+            if was != became:
+                raise UserError(
+                    f"method {self.name!r}: its update turns carried{leaf} from {was} into {became}: "
+                    "return every array of the carried state with the shape and dtype that `init` "
+                    "gave it",
+                    "method",
+                )
+        return after
 
     def head(self, num_prototypes: int, label_order: Any, num_classes: int) -> Head:
         """Return the head that the method trains.
@@ -159,6 +189,15 @@ class Method:
         if self.fixed_simplex:
             return FixedSimplex(num_prototypes, label_order)
         return GrowingClassifier(num_classes)
+
+
+def _described(tree):
+    """Return {path: dtype[shape]} of all leaves."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path): f"{jax.dtypes.result_type(leaf)}{list(np.shape(leaf))}"
+        for path, leaf in leaves
+    }
 
 
 def previous_variables(start: TaskStart) -> dict[str, Any]:

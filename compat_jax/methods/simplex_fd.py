@@ -50,4 +50,5 @@ def fd(
         freeze=freeze,
         teach=previous_features,
         terms=("cross_entropy", "distillation"),
+        takes_padding=True,
     )

@@ -50,4 +50,5 @@ def hoc(
         freeze=previous_variables,
         teach=previous_features,
         terms=("cross_entropy", "contrast"),
+        takes_padding=True,
     )

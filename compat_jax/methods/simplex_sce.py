@@ -7,4 +7,4 @@ from compat_jax.methods.registry import register
 @register("d-Simplex, cross-entropy only", "the same paper's ablation without the contrast")
 def sce() -> Method:
     """Train with the cross-entropy over the fixed simplex alone."""
-    return Method("sce", LossInputs.cross_entropy)
+    return Method("sce", LossInputs.cross_entropy, takes_padding=True)

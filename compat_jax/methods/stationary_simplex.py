@@ -13,4 +13,6 @@ def cores() -> Method:
 
     Source: `src/cores/train.py` of NiccoBiondi/cores-compatibility.
     """
-    return Method("cores", LossInputs.cross_entropy, fresh_start=True, all_data=True)
+    return Method(
+        "cores", LossInputs.cross_entropy, fresh_start=True, all_data=True, takes_padding=True
+    )

@@ -8,11 +8,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from compat_jax.errors import UserError
 from compat_jax.models.layers import linear_init
 
 # Linen derives initial weights from the names of modules. Drawing them under the names that these two
 # layers had in the first release keeps the weights of every seed.
 _DRAWN_AS = {"projection": "fc1", "head": "fc2"}
+# What other libraries call it; a backbone with one of these would be trained in its default mode.
+_OTHER_MODES = (
+    *("training", "is_training", "is_train", "train_mode", "deterministic", "inference"),
+    *("use_running_average", "use_running_stats", "eval_mode", "is_eval"),
+)
 # LLVM takes ten times longer to optimise the random numbers of an initialisation than they save.
 _QUICK_ON_CPU = {
     "xla_backend_optimization_level": 0,
@@ -55,8 +61,17 @@ class Embedder(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
-        """Embed float[batch, h, w, c] normalised images."""
-        features = self.backbone(images, **_mode(self.backbone, train))
+        """Embed float[batch, h, w, c] normalised images.
+
+        Raises:
+          UserError: in training, of a backbone that would not learn of it.
+        """
+        mode = _mode(self.backbone, train)
+        features = self.backbone(images, **mode)
+        if train and not mode and "batch_stats" in self.variables:
+            raise _untold(
+                self.backbone, "has running statistics, but is not told when to update them"
+            )
         projection, head = self.layer_names
         if self.projection_size is not None:
             features = self._linear(features, self.projection_size, projection)
@@ -69,10 +84,25 @@ class Embedder(nn.Module):
 
 
 def _mode(backbone, train):
-    """The keyword `train`, for backbones that take it."""
+    """The keyword `train`, for backbones that take it; others must have no mode."""
     # What flax.nnx.bridge.to_linen returns takes anything, and hands it to the class that it holds.
     call = getattr(backbone, "nnx_class", backbone).__call__
-    return {"train": train} if "train" in inspect.signature(call).parameters else {}
+    taken = inspect.signature(call).parameters
+    if "train" in taken:
+        return {"train": train}
+    if train and (named := [name for name in _OTHER_MODES if name in taken]):
+        raise _untold(backbone, f"takes {named[0]!r} in place of 'train'")
+    return {}
+
+
+def _untold(backbone, what):
+    """Return the error for a backbone that would be trained as if it only embedded."""
+    name = getattr(backbone, "nnx_class", type(backbone)).__name__
+    return UserError(
+        f"backbone {name} {what}: call the argument `train`, __call__(self, images, train), which is "
+        "True in training",
+        "backbone",
+    )
 
 
 def init_variables(

@@ -23,6 +23,9 @@ from compat_jax.retrieval.verification import pair_scores, query_pairs
 
 Prepared = tuple[np.ndarray, ...]
 
+# By which a share may leave 0..1: a cosine or a mean in float32 may round beyond 1.
+_ROUNDING = 1e-5
+
 
 class Queries(NamedTuple):
     """Queries of one version.
@@ -51,7 +54,9 @@ class Metric:
     """A retrieval metric.
 
     Attributes:
-      name: by which programs and caches refer to it; metrics of equal names must be equal.
+      name: by which programs and results refer to it; metrics of equal names must be equal. A cache
+        keeps scores of the library's own metrics only: those of yours are computed each time, so that
+        you may change the function.
       unit: of its values, for pictures, e.g. "% of queries identified"; values are shares in 0..1,
         shown times 100.
       score: (queries, prepared galleries) -> float[galleries, queries], one score per query; NaN leaves
@@ -65,6 +70,33 @@ class Metric:
     score: Callable[[Queries, Sequence[Prepared]], np.ndarray]
     prepare: Callable[[np.ndarray, np.ndarray], Prepared] = everything
 
+    def checked(self, queries: Queries, galleries: Sequence[Prepared]) -> np.ndarray:
+        """Return `score`, if it is one score for each gallery and query.
+
+        Returns:
+          float[galleries, queries] in 0..1, NaN where a query is left out.
+
+        Raises:
+          UserError: another shape, or values out of range.
+        """
+        found = np.asarray(self.score(queries, galleries))
+        wanted = (len(galleries), len(queries.labels))
+        if found.shape != wanted or found.dtype.kind not in "biuf":
+            raise UserError(
+                f"metric {self.name!r} returns {found.dtype} {list(found.shape)} for {wanted[0]} "
+                f"galleries and {wanted[1]} queries: return one score for each gallery and query, "
+                f"float{list(wanted)}",
+                "metric",
+            )
+        outside = found[(found < -_ROUNDING) | (found > 1 + _ROUNDING)]
+        if outside.size:
+            raise UserError(
+                f"metric {self.name!r} returns {outside.flat[0]:g}: scores are shares from 0 to 1, "
+                "shown times 100; NaN leaves a query out",
+                "metric",
+            )
+        return found
+
     def score_features(
         self, queries: Queries, features: np.ndarray, labels: np.ndarray
     ) -> np.ndarray:
@@ -72,9 +104,12 @@ class Metric:
 
         Returns:
           float[queries], see `score`.
+
+        Raises:
+          UserError: see `checked`.
         """
         prepare = self.prepare if queries.own is None else everything
-        return self.score(queries, [prepare(features, labels)])[0]
+        return self.checked(queries, [prepare(features, labels)])[0]
 
 
 def _identification(queries: Queries, galleries: Sequence[Prepared]) -> np.ndarray:
@@ -118,17 +153,20 @@ def _pairs(far: float | None, queries: Queries, galleries: Sequence[Prepared]) -
     return np.stack([pair_scores(queries.features, g[0], pairs, far=far) for g in galleries])
 
 
+@functools.cache
 def tar(far: str) -> Metric:
     """Make the metric tar@far: pairs of one class accepted at a false accept rate, e.g. "0.001"."""
     unit = f"% of pairs of a class accepted, {100 * float(far):g} % of others"
     return Metric(f"tar@{far}", unit, functools.partial(_pairs, float(far)))
 
 
+@functools.cache
 def cmc(rank: int) -> Metric:
     """Make the metric cmc@rank: recall@k under the name that re-identification gives it."""
     return dataclasses.replace(recall(rank), name=f"cmc@{rank}")
 
 
+@functools.cache
 def recall(k: int) -> Metric:
     """Make the metric recall@k: whether an image of the query's class is among the k nearest."""
 
@@ -178,13 +216,24 @@ def get(metric: Metric | str) -> Metric:
     """
     if isinstance(metric, Metric):
         return metric
-    if metric in _METRICS:
-        return _METRICS[metric]
-    if match := re.fullmatch(r"(recall|cmc)@([1-9][0-9]{0,5})", metric):
+    found = _METRICS.get(metric) or _numbered(metric)
+    if found is None:
+        raise unknown("metric", metric, _METRICS, "metric")
+    return found
+
+
+def _numbered(name: str) -> Metric | None:
+    """Return the library's metric of a name with a number, always the same object."""
+    if match := re.fullmatch(r"(recall|cmc)@([1-9][0-9]{0,5})", name):
         return {"recall": recall, "cmc": cmc}[match[1]](int(match[2]))
-    if match := re.fullmatch(r"tar@(0\.[0-9]{1,9}|[1-9]e-[1-9])", metric):
+    if match := re.fullmatch(r"tar@(0\.[0-9]{1,9}|[1-9]e-[1-9])", name):
         return tar(match[1])
-    raise unknown("metric", metric, _METRICS, "metric")
+    return None
+
+
+def is_own(metric: Metric) -> bool:
+    """Return whether a metric is the library's own, so that its name says all about it."""
+    return metric is (_OWN.get(metric.name) or _numbered(metric.name))
 
 
 identification = register(
@@ -207,3 +256,4 @@ verification = register(
 )
 for _far in ("0.01", "0.001"):
     register(tar(_far))
+_OWN = dict(_METRICS)

@@ -137,7 +137,7 @@ def _ranked(metric, searcher, rows, found):
         hits = np.take_along_axis(matches, found.argmax(axis=1)[:, None], 1)[:, 0]
         return np.where(has_match, hits, np.nan)
     units, columns = np.eye(len(rows), dtype=np.float32), np.ascontiguousarray(found.T)
-    return metric.score(Queries(units, labels, own), [(columns, answers)])[0]
+    return metric.checked(Queries(units, labels, own), [(columns, answers)])[0]
 
 
 class _Scores:

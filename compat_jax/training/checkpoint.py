@@ -173,7 +173,7 @@ class Checkpointer:
 
         def template(path, leaf):
             shape = functools.reduce(lambda t, key: t[key.key], path, metadata).shape
-            if shape != leaf.shape and not meshes.is_projection(path):
+            if shape != leaf.shape and not meshes.is_projection(path, leaf):
                 name = "/".join(key.key for key in path)
                 raise _DoesNotFit(f"{name} has shape {shape}, now {leaf.shape}")
             return np.empty(shape, leaf.dtype)

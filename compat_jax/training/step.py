@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from compat_jax import mesh as meshes
 from compat_jax.data.augment import Preprocess
 from compat_jax.methods import Head, LossInputs, Method, TaskStart
+from compat_jax.methods.padding import without_padding
 from compat_jax.models import Embedder, init_variables, rematerializing
 from compat_jax.training.optimizer import Optimizer, make_optimizer
 from compat_jax.training.state import TaskInfo, TrainState, create_state
@@ -117,13 +118,21 @@ class Trainer:
         """Make a state at step 0 of a task on the mesh; `variables` are copied, never donated."""
         variables = self.shard(variables)
         copies = jax.tree.map(jnp.copy, variables)
-        carried = jax.tree.map(jnp.copy, self.shard(self.method.init(variables)))
+        carried = jax.tree.map(jnp.copy, self.shard(self.adapted.init(variables)))
         return self.shard(create_state(copies, make_optimizer(self.optimizer), carried, task=task))
 
     @functools.cached_property
     def network(self) -> Embedder:
         """The embedder with the projection padded to a multiple of the model axis."""
         return meshes.pad_projection(self.embedder, self.mesh)
+
+    @functools.cached_property
+    def adapted(self) -> Method:
+        """The method as it works with `network`: one that does not take padding never sees any."""
+        own, padded = self.embedder.projection_size, self.network.projection_size
+        if own is None or padded is None or own == padded or self.method.takes_padding:
+            return self.method
+        return without_padding(self.method, own, padded)
 
     @functools.cached_property
     def teaching_network(self) -> Embedder:
@@ -167,7 +176,7 @@ class Trainer:
         def forward(variables):
             return self._split(self.teaching_network.apply(variables, images, train=False))
 
-        taught = lax.stop_gradient(self.method.teach(forward, frozen, state.carried))
+        taught = lax.stop_gradient(self.adapted.teach(forward, frozen, state.carried))
 
         def loss_fn(params):
             variables = {"params": params, "batch_stats": state.batch_stats}
@@ -186,7 +195,7 @@ class Trainer:
                 head=self.head,
                 classifier=params["head"]["kernel"] if not self.head.is_fixed else None,
             )
-            loss, terms = self.method.losses(inputs)
+            loss, terms = self.adapted.losses(inputs)
             # Of what the loss is made of anyway: watching changes no bit of it or of the gradient.
             means = {k: lax.stop_gradient(v).mean().astype(jnp.float32) for k, v in terms.items()}
             return loss.mean(), (inputs, updated, means)
@@ -210,7 +219,7 @@ class Trainer:
             params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
-            carried=self.method.update(state.carried, variables, inputs),
+            carried=self.adapted.updated(state.carried, variables, inputs),
         )
         right = self.head.predict(inputs.outputs, task.num_seen) == targets
         accuracy = right.mean(dtype=jnp.float32)
@@ -294,11 +303,11 @@ class Trainer:
 
         def make(key):
             variables = init_variables(self.network, key, image_shape)
-            carried, optimizer = self.method.init(variables), make_optimizer(self.optimizer)
+            carried, optimizer = self.adapted.init(variables), make_optimizer(self.optimizer)
             state = create_state(variables, optimizer, carried, task=TaskInfo.create(0, 0))
-            size = self.network.projection_size or 1
+            size = self.embedder.projection_size or 1
             means = np.zeros((1, size), np.float32)
-            frozen = self.method.freeze(TaskStart(variables, 0, 1, mean_features=lambda: means))
+            frozen = self.adapted.freeze(TaskStart(variables, 0, 1, mean_features=lambda: means))
             return state, frozen
 
         return jax.eval_shape(make, jax.random.key(0))

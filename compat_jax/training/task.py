@@ -134,7 +134,7 @@ class Task:
             num_known=self.num_known,
             steps_per_epoch=self.steps_per_epoch,
         )
-        return trainer.shard(trainer.method.freeze(start))
+        return trainer.shard(trainer.adapted.freeze(start))
 
     def record(self, trainer: Trainer, data: Dataset, config: Mapping[str, Any]) -> Record:
         """Describe the version that it ends as."""
