@@ -205,7 +205,7 @@ def _evaluate(chain, data, mapper, *, metrics, versions, dtype, session) -> Eval
 
 
 def _replaced(chain: Chain, before: int, version: Version) -> bool:
-    """Whether a version started from a replacement, or one between it and the version before."""
+    """Return whether a version started from a replacement, or one since the version before it."""
     if version.record.replaced_by is not None:
         return True
     low, high = sorted((before, version.number))

@@ -1,10 +1,12 @@
 """Normalisation and augmentation of images, inside the jitted step."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from compat_jax.data.augment_operations import MAX_MAGNITUDE, jitter, randaugment, resized_crops
 from compat_jax.errors import UserError
@@ -62,6 +64,11 @@ class Preprocess:
             raise UserError(f"mean must lie in 0..1, where 1 is white: got {self.mean}", "mean")
         if not all(0 < s <= 1 for s in self.std):
             raise UserError(f"std must lie in 0..1, above 0: got {self.std}", "std")
+
+    def normalizes_like(self, mean: Sequence[float], std: Sequence[float]) -> bool:
+        """Return whether mean and deviation are these, but for rounding."""
+        pairs = ((self.mean, mean), (self.std, std))
+        return all(len(a) == len(b) and np.allclose(a, b, rtol=0, atol=1e-6) for a, b in pairs)
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as JSON values; what release 0.2 did not have is named where it is on."""

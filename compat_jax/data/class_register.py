@@ -6,8 +6,9 @@ number decides the prototype (`simplex.prototype_rows`) or the column of a learn
 merged classes are aliases of a registered one.
 """
 
+import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from compat_jax.errors import UserError, nearest
@@ -35,9 +36,7 @@ class Register:
 
     def __post_init__(self):
         numbers = {name: number for number, name in enumerate(self.names)}
-        if len(numbers) < len(self.names):
-            twice = next(n for i, n in enumerate(self.names) if n in self.names[:i])
-            raise UserError(f"class {twice!r} is registered twice")
+        check_once(self.names)
         for other, name in self.aliases.items():
             if name not in numbers:
                 raise UserError(
@@ -135,6 +134,17 @@ class Register:
     def is_scarce(self) -> bool:
         """Return whether nine tenths of the prototypes are in use."""
         return self.num_prototypes is not None and len(self) >= _SCARCE * self.num_prototypes
+
+
+def check_once(names: Sequence[str]) -> None:
+    """Refuse class names of which one is there twice.
+
+    Raises:
+      UserError: naming the first.
+    """
+    for name, count in collections.Counter(names).items():
+        if count > 1:
+            raise UserError(f"class {name!r} is there twice: give every class a name of its own")
 
 
 def merged_aliases(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from compat_jax.data.class_register import check_once
 from compat_jax.data.pictures import Preparation
 from compat_jax.errors import UserError
 
@@ -65,9 +66,7 @@ class Dataset:
             raise UserError(f"{len(self.class_names)} class names but no labels: give both or none")
 
     def _check_labels(self):
-        if len(set(self.class_names)) < len(self.class_names):
-            twice = next(n for i, n in enumerate(self.class_names) if n in self.class_names[:i])
-            raise UserError(f"class {twice!r} is there twice: give every class a name of its own")
+        check_once(self.class_names)
         counts = np.bincount(np.clip(self.labels, 0, None), minlength=len(self.class_names))
         if len(self.labels) and (self.labels.min() < 0 or len(counts) > len(self.class_names)):
             raise UserError(

@@ -34,10 +34,8 @@ from compat_jax.training.workdir import Workdir
 _SAVE_SECONDS = 30.0
 # Seconds of a dispatch on an accelerator: between them the host asks, notes and logs.
 _FAST, _SLOW = 1.0, 4.0
-_SHARE, _STREAMED = (
-    0.5,
-    1 << 30,
-)  # of free memory that decoded files may take; bytes at once otherwise
+_SHARE = 0.5  # of the free memory, that decoded files may take
+_STREAMED = 1 << 30  # bytes of them on a device at once, where they would take more
 _SHOWN = 16  # pictures of a batch on TensorBoard
 
 

@@ -2,10 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from compat_jax.chain import Chain, Version
 from compat_jax.data.dataset import Dataset
@@ -187,7 +185,7 @@ def check_replacements(
                 "size",
             )
         mean, std = run.preprocess.mean, run.preprocess.std
-        if not is_close(record.mean, mean) or not is_close(record.std, std):
+        if not run.preprocess.normalizes_like(record.mean, record.std):
             raise UserError(
                 f"the model for task {task} was trained with mean {record.mean} and std {record.std}, "
                 f"the run has mean {mean} and std {std}: give both the same",
@@ -241,11 +239,6 @@ def _check_classes(run: Run, data: Dataset, replacements: Mapping[int, Version |
                     "update, which keeps its prototypes",
                     "start",
                 )
-
-
-def is_close(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Return whether two means or deviations are the same but for rounding."""
-    return len(a) == len(b) and np.allclose(a, b, rtol=0, atol=1e-6)
 
 
 class _Beginning(NamedTuple):

@@ -3,21 +3,18 @@
 import collections
 import contextlib
 import dataclasses
-import functools
-import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from compat_jax import hosts
-from compat_jax.chain import Chain, Record, Version
+from compat_jax.chain import Chain, Version
 from compat_jax.data.class_register import Register, merged_aliases
 from compat_jax.data.dataset import Dataset
-from compat_jax.data.ledger import LEDGER, PARTS, Ledger
-from compat_jax.data.photos import News, Photos, is_there, of_trained, refresh, to_learn
+from compat_jax.data.ledger import PARTS
+from compat_jax.data.photos import News, Photos, is_there, to_learn
 from compat_jax.data.tasks import batch_plan
 from compat_jax.errors import Diverged, Stopped, UserError
 from compat_jax.fields import check_types
@@ -27,8 +24,8 @@ from compat_jax.meter import Meter, counted
 from compat_jax.session import Session
 from compat_jax.training.fit import Fit
 from compat_jax.training.lesson import Begun, Lesson
+from compat_jax.training.month import Month, month_of, start_of
 from compat_jax.training.run import Run
-from compat_jax.training.sequence import is_close
 from compat_jax.training.task import Task, adopting
 from compat_jax.training.workdir import Workdir, recorded_settings
 
@@ -119,7 +116,7 @@ def update(
     with folder.claimed(identity, session.accept_changes), saved_on_interrupt(session) as session:
         known = merged_aliases(folder.aliases(), photos.aliases)
         photos = dataclasses.replace(photos, aliases=known)
-        month = _month(run, photos, folder, start=start, session=session)
+        month = month_of(run, photos, folder, start=start, session=session)
         hosts.on_first(lambda: folder.remember(known))
         if month.is_over:
             return Update(folder.chain, None, month.news, month.register)
@@ -130,7 +127,7 @@ def update(
         task = _task(run, adopt or run, month, lesson, data=data)
         _check_plan(task, session)
         if month.begun is None:
-            begun = Begun.of(month.number, _start_of(run, month), lesson)
+            begun = Begun.of(month.number, start_of(run, month), lesson)
             hosts.on_first(lambda: begun.write(folder.path))
         validation = _validation(photos, month, session)
         recorded, bar = recorded_settings(run, config), session.bar(task.run.given_method.name)
@@ -140,83 +137,6 @@ def update(
                 fit.publish(task, data, recorded, meter=meter, longest=task.steps)
             hosts.on_first(lambda: Begun.remove(folder.path))
     return Update(folder.chain, month.number, month.news, month.grown)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Month:
-    """The work of one call of `update`.
-
-    Attributes:
-      number: of the version to train.
-      start: version that it starts from; None for fresh weights.
-      origin: SHA-256 of the weights that its line of versions began with.
-      replaces: whether another model takes the place of the one before.
-      register: classes before it.
-      grown: classes with it.
-      ledger: with its pictures.
-      news: what was new; None for a version that was begun before.
-      begun: what a call that was stopped has begun; None for none.
-      is_over: whether there is nothing to do.
-    """
-
-    number: int
-    start: Version | None
-    origin: str | None
-    replaces: bool
-    register: Register
-    grown: Register
-    ledger: Ledger
-    news: News | None
-    begun: Begun | None
-    is_over: bool
-
-
-def _month(run: Run, photos: Photos, folder: Workdir, *, start, session) -> _Month:
-    """Find out what is new, and write the ledger before anything is trained."""
-    number, path = _next(folder.chain), folder.path / LEDGER
-    before = folder.chain.record(-1) if number else None
-    if before is not None and not path.exists():
-        raise UserError(
-            f"{folder.path} has {number} versions but no {LEDGER}, which says what they learnt: restore "
-            "it, or begin a new workdir that starts from the last version",
-            "workdir",
-        )
-    replaces = _check_start(run, start, before)
-    begins = before is None or replaces
-    if begins and not number and start is not None:
-        hosts.on_first(lambda: _take_over(start, path))
-    register, news, begun = _register(run, before, start), None, None
-    if number in folder.checkpointer.tasks():
-        begun = Begun.read(folder.path, number)
-    if begun is None and not hosts.broadcast(Ledger.read(path).pending(number)):
-        news = refresh(
-            photos,
-            Ledger.read(path),
-            register,
-            version=number,
-            progress=session.bar("checking pictures"),
-        )
-        hosts.on_first(functools.partial(news.ledger.write, path))
-    ledger = Ledger.read(path)
-    labels = {row.label for row in ledger.part("train") if row.version == number}
-    month = _Month(
-        number=number,
-        start=start if begins or run.given_method.fresh_start else folder.chain.open(-1),
-        origin=_origin(start, before, begins),
-        replaces=replaces,
-        register=register,
-        grown=register.extended(
-            (register.name(x) or x for x in labels), of_trained(photos.aliases, ledger)
-        ),
-        ledger=ledger,
-        news=news,
-        begun=begun,
-        is_over=news is not None and not news and not replaces,
-    )
-    if begun is not None:
-        begun.check(_start_of(run, month), folder.path)
-    _check_images(run, month)
-    return month
 
 
 @contextlib.contextmanager
@@ -229,43 +149,7 @@ def _located(run: Run, task: Task) -> Iterator[None]:
         raise Diverged(str(error), "adopt.lr" if own else error.argument) from error
 
 
-def _take_over(start: Version, ledger: epath.Path) -> None:
-    """Let a new run keep the parts of the pictures that the run had whose version it starts from."""
-    source = None if start.home is None else start.home.parent / LEDGER
-    if source is not None and source.exists() and not ledger.exists():
-        Ledger.read(source).learnt_before(start.number).write(ledger)
-
-
-def _next(chain: Chain) -> int:
-    """The number of the version to come; refuse a chain with a gap."""
-    return len(chain.require_whole()) if chain.numbers() else 0
-
-
-def _start_of(run: Run, month: _Month) -> dict[str, Any]:
-    """What a version starts from, as JSON values."""
-    backbone = month.start.backbone if month.start else run.given_backbone
-    found = {"name": backbone.name, "arguments": dict(backbone.arguments)}
-    return {"backbone": found, "weights": month.origin, "replaces": month.replaces}
-
-
-def _check_images(run: Run, month: _Month) -> None:
-    """Refuse another normalisation of the pictures than that of the version it starts from.
-
-    Raises:
-      UserError: with both.
-    """
-    if month.start is None:
-        return
-    record, mine = month.start.record, run.preprocess
-    if not (is_close(record.mean, mine.mean) and is_close(record.std, mine.std)):
-        raise UserError(
-            f"version {month.number} starts from weights that know pictures of mean {record.mean} and "
-            f"std {record.std}, the run has {mine.mean} and {mine.std}: give the former",
-            "preprocess.mean",
-        )
-
-
-def _lesson(photos: Photos, month: _Month, run: Run) -> Lesson:
+def _lesson(photos: Photos, month: Month, run: Run) -> Lesson:
     """The pictures to learn: those that were begun with, or what is new and what is rehearsed."""
     if month.begun is not None:
         return month.begun.lesson(month.ledger)
@@ -285,7 +169,7 @@ def _lesson(photos: Photos, month: _Month, run: Run) -> Lesson:
     return Lesson(new + old, len(new))
 
 
-def _task(run: Run, adopt: Run, month: _Month, lesson: Lesson, *, data: Dataset) -> Task:
+def _task(run: Run, adopt: Run, month: Month, lesson: Lesson, *, data: Dataset) -> Task:
     """The task of a month; one whose weights never met the simplex is put onto it."""
     start, number, total = month.start, month.number, len(lesson.rows)
     begins = month.replaces or not number
@@ -319,7 +203,7 @@ def _task(run: Run, adopt: Run, month: _Month, lesson: Lesson, *, data: Dataset)
     )
 
 
-def _learnt(month: _Month, lesson: Lesson, labels: np.ndarray) -> dict[str, Any]:
+def _learnt(month: Month, lesson: Lesson, labels: np.ndarray) -> dict[str, Any]:
     """Describe what is new in a version, for its record."""
     names = month.grown.names
     pictures = np.bincount(labels[: lesson.num_new], minlength=len(names))
@@ -342,90 +226,6 @@ def _identity(run: Run, photos: Photos, session: Session) -> dict[str, Any]:
     return {**found, "photos": photos.describe()}
 
 
-def _check_start(run: Run, start: Version | None, before: Record | None) -> bool:
-    """Return whether the model is replaced; refuse what does not fit the chain."""
-    backbone = start.backbone if start else run.given_backbone
-    if start is not None and start.record.head.is_fixed != run.given_method.fixed_simplex:
-        raise UserError(
-            f"the version to start from has another kind of head than method "
-            f"{run.given_method.name!r}: start from one of the same kind",
-            "start",
-        )
-    if start is not None and start.record.head.is_fixed:
-        own = start.record.num_prototypes
-        if own != run.num_prototypes:
-            raise UserError(
-                f"the version to start from has num_prototypes={own}, the run "
-                f"{run.num_prototypes}: all versions share one simplex",
-                "num_prototypes",
-            )
-    if before is None:
-        return False
-    mine = (backbone.name, json.dumps(dict(backbone.arguments), sort_keys=True))
-    theirs = (before.backbone, json.dumps(dict(before.backbone_arguments), sort_keys=True))
-    replaces = mine != theirs or (start is not None and _mark(start) != before.learnt.get("origin"))
-    if replaces and start is not None and not start.record.fresh:
-        _check_shared_simplex(run, before, start.record)
-    return replaces
-
-
-def _check_shared_simplex(run: Run, before: Record, start: Record) -> None:
-    """Refuse a replacement that has other classes on the prototypes of the chain's.
-
-    Raises:
-      UserError: naming the first class, or the numbers.
-    """
-    if not before.head.is_fixed or not start.class_names:
-        return
-    if start.label_order == before.label_order:
-        for number, (old, new) in enumerate(
-            zip(before.class_names, start.class_names, strict=False)
-        ):
-            if old != new:
-                raise UserError(
-                    f"prototype number {number} is {old!r} in the chain, but {new!r} in the version to "
-                    "start from: train it with the other label_order, or on the chain's classes",
-                    "start",
-                )
-    elif len(before.class_names) + len(start.class_names) > run.num_prototypes:
-        raise UserError(
-            f"{len(before.class_names)} classes of the chain and {len(start.class_names)} of the "
-            f"version to start from do not fit into {run.num_prototypes} prototypes",
-            "num_prototypes",
-        )
-
-
-def _register(run: Run, before: Record | None, start: Version | None) -> Register:
-    """The register so far: the chain's, or that of the version that a new chain starts from."""
-    room = run.num_prototypes if run.given_method.fixed_simplex else None
-    if before is not None:
-        return Register.of(before)
-    names: tuple[str, ...] = ()
-    aliases: dict[str, str] = {}
-    if start is not None and not start.record.fresh and start.record.class_names:
-        if start.record.label_order != run.label_order and room is not None:
-            raise UserError(
-                f"the version to start from writes classes in {start.record.label_order} order: "
-                f"give label_order={start.record.label_order!r}",
-                "label_order",
-            )
-        names, aliases = start.record.class_names, dict(start.record.aliases)
-    return Register(names, aliases, room)
-
-
-def _origin(start: Version | None, before: Record | None, begins: bool) -> str | None:
-    """SHA-256 of the weights that the line of versions began with, to know them again; None for none."""
-    if begins:
-        return None if start is None else _mark(start)
-    assert before is not None
-    return before.learnt.get("origin")
-
-
-def _mark(start: Version) -> str:
-    """A SHA-256 to know a start again: of the weight file, or of a trained version's variables."""
-    return start.record.data_fingerprint if start.record.fresh else start.sha256
-
-
 def _check_plan(task: Task, session: Session) -> None:
     size, devices = task.plan.shape[1], session.devices().shape["data"]
     if not size or size % devices:
@@ -443,7 +243,7 @@ def _replaced_by(start: Version | None, run: Run) -> str:
     return imported or f"version {start.number}"
 
 
-def _validation(photos: Photos, month: _Month, session: Session) -> Dataset | None:
+def _validation(photos: Photos, month: Month, session: Session) -> Dataset | None:
     rows = [
         row
         for row in month.ledger.part("validation")
