@@ -13,7 +13,7 @@ import tiny
 from PIL import Image
 
 import compat_jax as cj
-from compat_jax import evaluation, metrics, report, retrieval
+from compat_jax import array_cache, evaluation, metrics, report, retrieval
 from compat_jax.chain import Chain
 from compat_jax.data import Dataset
 from compat_jax.errors import Stopped, UserError
@@ -360,12 +360,12 @@ def test_a_cache_that_another_process_lacks_is_computed_again(monkeypatch, tmp_p
         made.append(1)
         return (np.ones(2),)
 
-    cache = evaluation.Cache(tmp_path, "")
+    cache = array_cache.Cache(tmp_path, "")
     for _ in range(2):
         cache.get("kind", ["a"], value)
     assert len(made) == 1
     asked = []
-    monkeypatch.setattr(evaluation.hosts, "any_process", lambda own: asked.append(own) or True)
+    monkeypatch.setattr(array_cache.hosts, "any_process", lambda own: asked.append(own) or True)
     np.testing.assert_array_equal(cache.get("kind", ["a"], value)[0], np.ones(2))
     assert len(made) == 2
     cache.get("kind", ["b"], value)
@@ -376,7 +376,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(chain, monkeypatch, tmp_
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(evaluation, "write_sealed", full)
+    monkeypatch.setattr(array_cache, "write_sealed", full)
     with caplog.at_level(logging.WARNING):
         result = evaluate(chain, QUERY, GALLERY, versions=[0], session=cached(tmp_path))
     assert result.matrix == evaluate(chain, QUERY, GALLERY, versions=[0]).matrix

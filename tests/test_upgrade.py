@@ -28,8 +28,9 @@ from compat_jax.gallery.stages import overlap
 from compat_jax.gallery.verdict import GO, LOSS, NO_GO, STAGES, Figure, Stage
 from compat_jax.report.answers import Answer, answers_wall, versions_of, write_answers
 from compat_jax.session import never
-from launch import _cli, _upgrade, upgrade
-from launch._upgrade import at_share, lasting
+from launch import _cli, _upgrade, _upgrade_inputs, upgrade
+from launch._upgrade import at_share
+from launch._upgrade_inputs import lasting
 
 DATA = tiny.dataset(classes=4, per_class=20, seed=3)
 QUERY, GALLERY = DATA.take(range(24)), DATA.take(range(24, 80))
@@ -296,7 +297,8 @@ def no_signals():
     """Commands of this process do not take over its signals, and may meet in its memory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cli, "StopSignal", lambda: never)
-        patch.setattr(_upgrade, "lasting", lambda place: place)
+        for module in (_upgrade, _upgrade_inputs):
+            patch.setattr(module, "lasting", lambda place: place)
         yield
 
 

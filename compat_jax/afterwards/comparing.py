@@ -9,11 +9,12 @@ from compat_jax import align, evaluation
 from compat_jax.afterwards.measuring import Spaces, measure
 from compat_jax.afterwards.plan import Plan
 from compat_jax.afterwards.results import Comparison, packed, unpacked
+from compat_jax.array_cache import Cache
 from compat_jax.chain import Chain, Version
 from compat_jax.data.dataset import Dataset
 from compat_jax.data.roles import check_same_classes
 from compat_jax.errors import Stopped, UserError
-from compat_jax.evaluation import Cache, Maps
+from compat_jax.evaluation import Maps
 from compat_jax.models import computed_in
 from compat_jax.retrieval import embed
 from compat_jax.retrieval import metric as metrics_by_name
