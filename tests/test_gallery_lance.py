@@ -1,11 +1,4 @@
-"""LanceDB: its index, and tables in a bucket."""
-
-import functools
-import shutil
-import socket
-import subprocess
-import time
-import urllib.request
+"""LanceDB: its index."""
 
 import numpy as np
 import pyarrow as pa
@@ -13,19 +6,13 @@ import pytest
 from plain_store import (
     MODELS,
     D,
-    Model,
-    at_once,
-    check_same,
-    contents_of,
     make,
     names,
-    step,
     vector,
 )
 
 from compat_jax.errors import UserError
 from compat_jax.gallery import lance, probe
-from compat_jax.gallery.places import open_store
 from compat_jax.gallery.store import Rows, Where, row_id
 
 
@@ -165,52 +152,3 @@ def test_a_large_lance_table_is_indexed_probed_and_stays_right(tmp_path, size, c
     found = large.search(queries, 10, Where(version=3)).ids
     assert (np.sort(found[:, :7]) == np.sort(ids[few])).all() and (found[:, 7:] == -1).all()
     assert capfd.readouterr() == ("", "")
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """Place in a bucket of moto's stand-in for S3."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    monkeypatch.setenv("AWS_ENDPOINT", url)
-    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "anyone")
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    command = ["moto_server", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(300):
-            assert process.poll() is None
-            try:
-                make = urllib.request.Request(f"{url}/bucket", method="PUT")
-                urllib.request.urlopen(make).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield "s3://bucket/folder/rows.lance"
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("moto_server") is None, reason="needs pip install moto[server]")
-def test_a_lance_table_in_a_bucket_keeps_the_same_promises(bucket):
-    with pytest.raises(UserError, match="there is no gallery"):
-        open_store(bucket)
-    inside, model, rng = open_store(bucket, D), Model(), np.random.default_rng(0)
-    for _ in range(20):
-        step(inside, model, rng, names(12))
-    check_same(inside, model, Where(), np.ones(D, np.float32))
-    stores = [open_store(bucket) for _ in range(4)]
-    rows = make(names(20, 12), 1)
-    assert sum(at_once(*(functools.partial(one.insert, rows) for one in stores))) == 20
-    assert len(contents_of(inside)) == len(model.rows) + 20
-    swaps = [
-        functools.partial(s.swap_manifest, {"generation": 1, "by": i}, 0)
-        for i, s in enumerate(stores)
-    ]
-    assert sorted(at_once(*swaps)) == [False, False, False, True]
