@@ -13,6 +13,7 @@ from compat_jax.config_schema import OWN, ROLES, schema
 from compat_jax.data import Preprocess, Tasks
 from compat_jax.data.ledger import Splits
 from compat_jax.data.photos import Photos
+from compat_jax.data.sources import LISTED
 from compat_jax.errors import UserError, unknown
 from compat_jax.fields import checked, describe
 from compat_jax.files import absolute
@@ -258,6 +259,17 @@ def source_of(config: ConfigDict, role: str) -> dict[str, Any]:
     if role not in data:
         raise UserError(f"the configuration has no data.{role}", f"data.{role}")
     return _plain_values(_section(data, role))
+
+
+def folders_of(config: ConfigDict) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """List the paths from which a configuration lists pictures, and the patterns to pass over there."""
+    data = _section(config, "data")
+    for name in ("photos", *ROLES):
+        section = _section(data, name)
+        path, exclude = section.get("path"), section.get("exclude")
+        is_listed = name == "photos" or section.get("source") in LISTED
+        if is_listed and path and isinstance(path, str):
+            yield path, tuple(exclude) if isinstance(exclude, list | tuple) else ()
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -58,8 +59,8 @@ def evaluate(
 ) -> Evaluations:
     """Compute the compatibility matrix of a chain, from two extractions a version.
 
-    Query pictures that are in the gallery as well (pixel by pixel) are not their own answers: each
-    leaves itself out, and the result says so. Further copies of a picture in the gallery stay; the
+    Query pictures that are in the gallery as well are not their own answers: each leaves itself out,
+    and the result says so, see `same_pictures`. Further copies of a picture in the gallery stay; the
     result says of how many.
 
     Args:
@@ -67,8 +68,9 @@ def evaluate(
       query: images that ask; embedded by the newer version of each pair.
       gallery: images that answer; embedded by the older one.
       metrics: names (see `metrics.names()`) or `Metric` objects, at least one.
-      versions: numbers of the versions to take; all by default. A version counts as replaced if it, or
-        one between it and the version taken before, started from a replacement.
+      versions: numbers of the versions to take, ascending; negative ones count from the end; all by
+        default. A version counts as replaced if it, or one between it and the version taken before,
+        started from a replacement.
       dtype: of the networks' computation: "float32", "bfloat16" or "auto"; see `Run`.
       session: devices, batch size, progress bars, and the cache from which an interrupted evaluation
         resumes.
@@ -172,12 +174,13 @@ def _evaluate(chain, data, mapper, *, metrics, versions, dtype, session) -> Eval
     if not found:
         raise UserError("no metric: name at least one", "metrics")
     check_same_classes(query, gallery)
-    numbers = list(chain.require_whole().numbers() if versions is None else versions)
+    numbers = _taken(chain, versions)
     own = same_pictures(query, gallery)
     cache = Cache(session.cache, f"{dtype} {query.fingerprint()} {gallery.fingerprint()}")
     tables = [_Table(metric, own, cache, query) for metric in found]
     records: list[Record] = []
     replaced: list[bool] = []
+    untrained: list[str] = []
     before = None
     bar = session.bar("evaluating" if mapper is None else f"evaluating with {mapper.maps.kind}")
     for number in track(numbers, bar, "versions"):
@@ -185,6 +188,7 @@ def _evaluate(chain, data, mapper, *, metrics, versions, dtype, session) -> Eval
             raise Stopped
         version = chain.open(number)
         records.append(version.record)
+        untrained += [f"{version.untrained}."] if version.untrained else []
         replaced.append(before is not None and _replaced(chain, before, version))
         before = version.number
         extraction = _Extraction(
@@ -194,11 +198,32 @@ def _evaluate(chain, data, mapper, *, metrics, versions, dtype, session) -> Eval
             mapper.add(extraction)
         for table in tables:
             table.add(version, extraction, mapper)
-    notes = [] if own is None else [_inside(own, gallery)]
+    notes = untrained if own is None else [*untrained, _inside(own, query, gallery)]
     notes += [] if mapper is None else [mapper.note()]
     return Evaluations(
         [table.result(numbers, records, replaced=replaced, more=notes) for table in tables]
     )
+
+
+def _taken(chain: Chain, versions: Sequence[int] | None) -> list[int]:
+    """Return the numbers of the versions to evaluate, ascending: newer versions ask older galleries."""
+    if versions is None:
+        return chain.require_whole().numbers()
+    try:
+        given = [operator.index(number) for number in versions]
+    except TypeError as error:
+        raise UserError(
+            f"versions must be whole numbers, several of them, got {versions!r:.80}", "versions"
+        ) from error
+    there = chain.numbers()
+    numbers = [there[n] if -len(there) <= n < 0 else n for n in given]
+    if not numbers or sorted(set(numbers)) != numbers:
+        raise UserError(
+            "versions must be at least one, each once, in ascending order, since newer versions ask in "
+            f"the galleries of older ones, got {given}",
+            "versions",
+        )
+    return numbers
 
 
 def _replaced(chain: Chain, before: int, version: Version) -> bool:
@@ -264,19 +289,29 @@ def _method(records: Sequence[Record]) -> str:
 
 
 def same_pictures(query: Dataset, gallery: Dataset) -> np.ndarray | None:
-    """Find the query pictures that are in the gallery, pixel by pixel.
+    """Find the query pictures that are in the gallery: the same files, or the same pixels.
+
+    Pixels are compared where one of the two does not come from files.
 
     Returns:
       int[q], the first gallery row of the same picture, -1 for none; None if no picture is in both.
     """
-    rows = {digest: row for row, digest in reversed(list(enumerate(gallery.picture_digests)))}
-    own = np.array([rows.get(digest, -1) for digest in query.picture_digests])
+    asking, answering = _digests(query, gallery)
+    rows = {digest: row for row, digest in reversed(list(enumerate(answering)))}
+    own = np.array([rows.get(digest, -1) for digest in asking])
     return own if (own >= 0).any() else None
 
 
-def _inside(own: np.ndarray, gallery: Dataset) -> str:
+def _digests(query: Dataset, gallery: Dataset) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+    """Digests of the pictures of both, of one kind."""
+    if query.digests is not None and gallery.digests is not None:
+        return query.digests, gallery.digests
+    return query.pixel_digests, gallery.pixel_digests
+
+
+def _inside(own: np.ndarray, query: Dataset, gallery: Dataset) -> str:
     """Say how many query pictures are in the gallery, and how many of them more than once."""
-    digests = gallery.picture_digests
+    digests = _digests(query, gallery)[1]
     copies, inside = collections.Counter(digests), own[own >= 0]
     several = sum(copies[digests[row]] > 1 for row in inside)
     note = f"{len(inside)} of {len(own)} query pictures are in the gallery: each leaves itself out"

@@ -53,7 +53,7 @@ def train(config: ConfigDict, workdir: Path, session: Session) -> Chain | Update
     if photos is not None:
         return _update(config, photos, workdir, session)
     run, replacements = configs.run_of(config), load_replacements(config)
-    _check_early(run, session, workdir)
+    _check_early(config, run, session, workdir)
     start = load_start(config, run, None)
     if start is not None and replacements.setdefault(0, start) is not start:
         raise UserError("tasks.replace_at has task 0 already: leave out start and weights", "start")
@@ -81,7 +81,7 @@ def train(config: ConfigDict, workdir: Path, session: Session) -> Chain | Update
 def _update(config, photos: Photos, workdir, session) -> Update:
     """Train the next version on what is new in the photos of a configuration."""
     run = configs.run_of(config)
-    _check_early(run, session, workdir)
+    _check_early(config, run, session, workdir)
     start = load_start(config, run, photos)
     if start is not None:
         run = _with_images(run, start.record.mean, start.record.std)
@@ -139,7 +139,9 @@ def load_start(config: ConfigDict, run: Run, photos: Photos | None) -> Version |
         return None
     given = ImageSettings()
     if photos is not None:
-        given = ImageSettings(photos.size, crop=photos.crop, filter=photos.filter)
+        given = ImageSettings(
+            photos.size, crop=photos.crop, filter=photos.filter, resize=photos.resize
+        )
     if configs.says_images(config):
         preprocess = run.preprocess
         given = dataclasses.replace(given, mean=preprocess.mean, std=preprocess.std)
@@ -167,7 +169,7 @@ def pretrain(config: ConfigDict, workdir: Path, session: Session) -> Chain:
     with configs.located():
         check_counts(counts)
     run = configs.run_of(config)
-    _check_early(run, session, workdir)
+    _check_early(config, run, session, workdir)
     data, settings = load_role(config, "train", session), configs.plain(config)
     with configs.located():
         return pretrain_run(
@@ -312,8 +314,11 @@ def _own_backbone(config):
     return name if ":" in name else None
 
 
-def _check_early(run: Run, session: Session, workdir: Path) -> None:
+def _check_early(config: ConfigDict, run: Run, session: Session, workdir: Path) -> None:
     """Refuse before reading data what can be known before."""
+    folder = Workdir(workdir)
     with configs.located():
-        Workdir(workdir).check_writable()
+        for path, exclude in configs.folders_of(config):
+            folder.check_apart(path, exclude)
+        folder.check_writable()
         check_batch(session.devices(), run.batch_size)

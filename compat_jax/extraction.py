@@ -1,6 +1,7 @@
 """From pictures to features by a model: files, PIL images or arrays, one or a stream of them."""
 
 import functools
+import glob
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from compat_jax.data.pictures import Preparation, decode
 from compat_jax.data.reading import LazyImages, block_size, in_order
 from compat_jax.errors import UserError
 from compat_jax.features import Extractor, at_once
+from compat_jax.files import absolute, in_bucket
 from compat_jax.meter import Meter
 from compat_jax.models.fold import fold_batch_norm
 
@@ -118,10 +120,11 @@ def embed_pictures(
       float32[n, feature_size], rows of norm 1.
 
     Raises:
-      UserError: pictures that cannot be read, or of another size without `prepare`.
+      UserError: pictures that cannot be read, or of another size without `prepare`; a batch size that
+        is no whole number of at least 1.
     """
-    pictures = _pictures(pictures)
     batch_size = at_once(embedding.mesh, batch_size, embedding.shape)
+    pictures = _pictures(pictures)
     known = len(pictures) if hasattr(pictures, "__len__") else 0
     found = []
     few = memory.shortage("take a smaller batch_size")
@@ -148,8 +151,19 @@ def checked_shard(shard: tuple[int, int]) -> tuple[int, int]:
 
 
 def preparation_of(record: Any, given: Preparation | None) -> Preparation | None:
-    """Return how pictures become the input of a version: as given, or as its record says; or None."""
+    """Return how pictures become the input of a version: as given, or as its record says; or None.
+
+    Raises:
+      UserError: another size than the version's.
+    """
     if given is not None:
+        height, width = record.image_shape[:2]
+        if not given.size == height == width:
+            raise UserError(
+                f"preparation.size={given.size}, but the version embeds pictures of {height} x {width} "
+                "px: features of another size are not comparable with its gallery's",
+                "preparation",
+            )
         return given
     return Preparation.from_mapping(record.preparation) if record.preparation else None
 
@@ -194,7 +208,17 @@ def _pictures(given: Any) -> Any:
         raise UserError(
             f"pictures are paths, PIL images or uint8 arrays, one or many of them, got {given!r:.80}"
         )
-    return given
+    each = (one for item in given for one in _of_item(item))
+    return list(each) if isinstance(given, Sequence) else each
+
+
+def _of_item(item: Any) -> list[Any]:
+    """The pictures of an item of a list: the files of a folder or pattern, or itself."""
+    if not isinstance(item, str | os.PathLike) or in_bucket(item):
+        return [item]
+    path = absolute(item)
+    is_pattern = glob.has_magic(str(path)) and not path.exists()
+    return list(list_pictures(item)) if is_pattern or path.is_dir() else [str(path)]
 
 
 def _prepared(pictures, embedding, prepare, *, batch_size) -> Iterator[np.ndarray]:

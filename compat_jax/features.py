@@ -13,9 +13,11 @@ from jax.sharding import Mesh
 from compat_jax import hosts
 from compat_jax import mesh as meshes
 from compat_jax.data.augment import Preprocess
+from compat_jax.fields import check_value
 from compat_jax.losses import normalize
 from compat_jax.meter import track
 from compat_jax.models import Embedder
+from compat_jax.session import Session
 
 # Pixels of pictures that a CPU embeds at once. From there on a picture takes no less time, and the
 # network's arrays grow: ResNet-50 at 224 px embedded 256 pictures at once as fast as 8 (on one
@@ -33,7 +35,11 @@ def at_once(mesh: Mesh, batch_size: int, image_shape: Sequence[int]) -> int:
 
     Returns:
       At most `batch_size`, a power of two where it is less.
+
+    Raises:
+      UserError: a batch size that is no whole number of at least 1.
     """
+    batch_size = check_value(Session, "batch_size", batch_size)
     devices = mesh.devices.flat
     if devices[0].platform != "cpu":
         return batch_size

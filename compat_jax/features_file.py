@@ -49,15 +49,20 @@ def made_by(version: Version) -> dict[str, Any]:
     }
 
 
-def check_suffix(path: str | os.PathLike[str]) -> epath.Path:
+def check_suffix(path: str | os.PathLike[str], argument: str = "out") -> epath.Path:
     """Return the absolute path of a file of features.
+
+    Args:
+      path: as given.
+      argument: what gave it: "out" for a file to write, "features" for one to read.
 
     Raises:
       UserError: neither .npz nor .parquet.
     """
     found = absolute(path)
     if found.suffix not in SUFFIXES:
-        raise UserError(f"features are written to .npz or .parquet, got {found.name!r}", "out")
+        done = "written to" if argument == "out" else "read from"
+        raise UserError(f"features are {done} .npz or .parquet, got {found.name!r}", argument)
     return found
 
 
@@ -112,7 +117,7 @@ def read_features(path: str | os.PathLike[str]) -> Features:
     Raises:
       UserError: no such file, or another content.
     """
-    source = check_suffix(path)
+    source = check_suffix(path, "features")
     if not source.exists():
         raise UserError(f"no file of features at {source}", "features")
     try:

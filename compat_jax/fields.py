@@ -108,6 +108,15 @@ def check_fields(owner: Any, where: str = "") -> None:
         object.__setattr__(owner, field.name, value)
 
 
+def check_value(owner: type, name: str, value: Any) -> Any:
+    """Return a value that keeps the rule of a dataclass's field, as a plain Python value.
+
+    Raises:
+      UserError: see `checked`.
+    """
+    return checked(next(field for field in describe(owner) if field.name == name), value)
+
+
 def check_arguments(factory: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> dict:
     """Check keyword arguments against the rules of a factory's signature.
 

@@ -22,7 +22,8 @@ _METADATA = "metadata.google.internal"
 def absolute(path: str | os.PathLike[str]) -> epath.Path:
     """Turn a path that a user gave into an absolute one; the one function that decides what a path is.
 
-    `~` is expanded; a bucket's address (gs://bucket/folder) stays as it is.
+    `~` is expanded, `.` and `..` are left out (see `plain`); a bucket's address (gs://bucket/folder)
+    stays as it is.
 
     Args:
       path: as given.
@@ -50,9 +51,31 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
             "of that name"
         )
     try:
-        return epath.Path(expanded).absolute()
+        return epath.Path(plain(str(epath.Path(expanded).absolute())))
     except OSError as error:  # a working folder that was removed
         raise UserError(f"cannot tell where {text!r} is: {error}") from error
+
+
+def plain(path: str) -> str:
+    """Write an absolute path in the one way that every file has: without `.`, `..` and `//`.
+
+    A `..` behind a link stays, since it leads out of the folder that the link names.
+
+    Args:
+      path: absolute, with or without a file there; an address in a bucket and a relative path stay as
+        they are.
+    """
+    if not path.startswith("/"):
+        return path
+    parts: list[str] = []
+    for part in path.split("/"):
+        if part in ("", "."):
+            continue
+        if part != ".." or (parts and (parts[-1] == ".." or os.path.islink(f"/{'/'.join(parts)}"))):
+            parts.append(part)
+        elif parts:
+            parts.pop()
+    return f"/{'/'.join(parts)}"
 
 
 def storage(path: str | os.PathLike[str]) -> epath.Path:

@@ -1,5 +1,6 @@
 """Shared by all programs: flags, one-line errors, exit codes, the compilation cache, orderly stops."""
 
+import contextlib
 import os
 import re
 import signal
@@ -7,7 +8,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +16,14 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from compat_jax.errors import Stopped, UserError, unknown
-from compat_jax.files import absolute
+from compat_jax.files import absolute, first_line
 
 if TYPE_CHECKING:  # imports JAX, which programs do after they have parsed their flags
     from compat_jax.session import Session
 
 HELP_FLAGS = ("--help", "-h", "--helpfull", "--helpshort", "-help", "--help=true")
 RESUME = 75  # EX_TEMPFAIL: run the same command again and it resumes
+_CLONE = Path(__file__).resolve().parents[1]
 
 
 def run(main: Callable[[Sequence[str]], None], doc: str) -> None:
@@ -97,27 +99,61 @@ def _fail(error):
 def _flag_of(error):
     """The flag of the argument that an error names, where the message does not say it."""
     argument = getattr(error, "argument", None)
-    if not argument or ("config" in flags.FLAGS and not _has_config() and "." in argument):
+    if not argument:
         return ""
     own = argument in flags.FLAGS
     flag = f"--{argument}" if own else f"--config.{argument}"
-    if flag in str(error) or not (own or "config" in flags.FLAGS):
+    if flag in str(error) or not (own or _is_field(argument)):
         return ""
     return f" (flag {flag})"
+
+
+def _is_field(name):
+    """Whether the configuration of this program has a field, which a flag can then set."""
+    place = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+    *sections, field = name.split(".")
+    for section in sections:
+        place = place.get(section) if isinstance(place, ConfigDict) else None
+    return isinstance(place, ConfigDict) and field in place
+
+
+@contextlib.contextmanager
+def given_as(flag: str, argument: str) -> Iterator[None]:
+    """Let errors about an argument of the library name the flag that gave it, within a block.
+
+    Raises:
+      UserError: whatever the block raises.
+    """
+    try:
+        yield
+    except UserError as error:
+        if error.argument == argument:
+            error.argument = flag
+        raise
 
 
 def _one_line(error):
     while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps its errors
         error = error.args[0]
+    if isinstance(error, flags.UnrecognizedFlagError) and _belongs_in_grid(error.flagname):
+        field, value = error.flagname.removeprefix("config."), error.flagvalue.partition("=")[2]
+        return f"--{error.flagname} is no flag of a sweep: put {field}={value or '...'} into --grid"
+    if str(error).startswith("Configuration is not available") and error.__cause__ is not None:
+        return f"the configuration file failed ({first_line(error.__cause__)})"
     # What a configuration raised arrives as the text of its traceback.
     text = str(error).rpartition("compat_jax.errors.UserError: ")[2]
     if "has no attribute 'get_config'" in text:
-        text = "the configuration file has no get_config(): configs/ has some to start from"
+        text = f"the configuration file has no get_config(): {examples()}"
     elif isinstance(error, KeyError | AttributeError):
         text = f"unknown field of the configuration: {error.args[0]}"
     elif not isinstance(error, UserError | OSError | flags.Error | TypeError | ValueError):
         text = f"the configuration file failed ({type(error).__name__}: {error})"
     return " ".join(text.split())
+
+
+def _belongs_in_grid(flag):
+    """Whether an unknown flag is a field of the configuration in a program whose fields are a grid's."""
+    return flag.startswith("config.") and "grid" in flags.FLAGS
 
 
 _SHOWN: list[str] = []  # how the fields begin that --help lists; empty for no configuration
@@ -126,16 +162,20 @@ _SHOWN: list[str] = []  # how the fields begin that --help lists; empty for no c
 def define_config(default: str | None = None, fields: Sequence[str] = ("",)) -> None:
     """Define --config=FILE.py:arguments, overridden by --config.FIELD=VALUE.
 
-    The last of several values of a field counts, and `None` unsets it.
+    The last of several values of a field counts, and `None` unsets it. A FILE of the clone's configs/ is
+    found from any folder.
 
     Args:
-      default: file that is taken where none is given.
+      default: file that is taken where none is given, relative to the clone.
       fields: how the names of those begin that the program reads, for its help; all by default.
     """
     _SHOWN.extend(fields)
     sys.argv[:] = _last_values(sys.argv)
+    if default is not None:
+        default = str(_CLONE / default)
     _end_quietly_on_interrupt()
     try:  # reads the file and the overrides at once
+        sys.argv[:] = _with_files(sys.argv)
         config_flags.DEFINE_config_file("config", default, "FILE.py:key=value,... of the run")
     except Exception as error:  # see `_parse`
         _fail(error)
@@ -174,6 +214,45 @@ def _last_values(argv):
     return kept
 
 
+def _with_files(argv):
+    """Arguments with the file of --config where it is."""
+    found = []
+    for before, argument in zip(["", *argv], argv, strict=False):
+        flag, equals, file = argument.partition("=")
+        if before in ("--config", "-config"):
+            argument = config_file(argument)
+        elif flag in ("--config", "-config") and equals:
+            argument = f"{flag}={config_file(file)}"
+        found.append(argument)
+    return found
+
+
+def config_file(text: str) -> str:
+    """Return FILE.py:arguments, a FILE of configs/ as that of the clone where this folder has none.
+
+    Args:
+      text: value of --config.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    path, colon, arguments = text.partition(":")
+    if Path(path).parts[:1] == ("configs",) and not os.path.exists(path):
+        found = str(_CLONE / path)
+    else:
+        found = path
+    if not os.path.isfile(found):
+        raise UserError(f"no configuration file {path!r}: {examples()}", "config")
+    return f"{found}{colon}{arguments}"
+
+
+def examples() -> str:
+    """Say where there are configurations to start from."""
+    folder = _CLONE / "configs"
+    is_here = os.path.exists("configs") and folder.exists() and os.path.samefile("configs", folder)
+    return f"{'configs/' if is_here else folder} has some to start from"
+
+
 def _unset(args):
     for name in _UNSET:
         section, _, field = name.rpartition(".")
@@ -194,17 +273,13 @@ def _config_file():
         return ""
 
 
-def _has_config():
-    return bool(_config_file())
-
-
 def _check_config_file():
     path = _config_file() if "config" in flags.FLAGS else ""
     if not path:
         return
-    if not Path(path).is_file():
-        raise UserError(f"no configuration file {path!r}: configs/ has some to start from")
     config = flags.FLAGS["config"].value
+    if isinstance(error := getattr(config, "_error", None), OSError):  # ml_collections keeps it
+        raise UserError(f"{path} failed ({first_line(error)})") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config() of {path} must return a ConfigDict, got {config!r:.80}")
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # import JAX, which programs do after they have parsed their 
 
 EXIT = {"go": 0, "go with loss": 3, "no-go": 4}
 DOES_NOT_HOLD = 1  # a claim of the manifest
+NOTHING_THERE = 1  # of what was to be deleted
 _LINES, _NEAREST = 20, 3  # queries and answers that are printed
 
 
@@ -196,11 +197,13 @@ def delete() -> int:
     if not keys:
         raise UserError("nothing to delete: give --keys, --list or --pictures")
     gallery = open_gallery()
-    count = gallery.delete(keys)
-    say(
-        f"{counted(count, 'row')} deleted, {len(set(keys)) - count:,} not there", {"deleted": count}
-    )
-    return 0
+    found = gallery.find(keys)
+    missing = sorted({str(key) for key, row in zip(keys, found, strict=True) if row is None})
+    count = gallery.delete([key for key in found if key is not None])
+    some = ", ".join(map(repr, missing[:_NEAREST])) + (", …" if len(missing) > _NEAREST else "")
+    sentence = f"{counted(count, 'row')} deleted, {len(missing):,} not there"
+    say(f"{sentence}: {some}" if missing else sentence, {"deleted": count, "missing": missing})
+    return 0 if count else NOTHING_THERE
 
 
 def enlarge() -> int:

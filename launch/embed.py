@@ -6,11 +6,11 @@
   python -m launch.embed --chain=runs/shop/chain --pictures=photos --skip=gallery.npz --out=new.npz
 
 --pictures is a folder (of any depth), a pattern, a file, or a table (.csv, .tsv, .parquet) with a column
-path. The result holds float32[n, d] features of norm 1 and the path of each row. Parts are kept while it
-runs: killed at any time, run the same command to resume. Pictures that changed meanwhile are embedded
-again; a result that is there is left alone, and refused if its pictures have changed since. On several
-hosts give each the same command with --shard=I/N: every host embeds its share, and the one that finishes
-last writes the file.
+path. A picture that is listed more than once is embedded once. The result holds float32[n, d] features
+of norm 1 and the path of each row. Parts are kept while it runs: killed at any time, run the same
+command to resume. Pictures that changed meanwhile are embedded again; a result that is there is left
+alone, and refused if its pictures have changed since. On several hosts give each the same command with
+--shard=I/N: every host embeds its share, and the one that finishes last writes the file.
 Files that are no pictures refuse the work, all at once; --on_bad=skip lists them and goes on.
 """
 
@@ -43,15 +43,23 @@ def main(_) -> None:
     from compat_jax.data.listing import TABLES, list_pictures, list_table
     from compat_jax.embedding_job import EmbeddingJob
     from compat_jax.features_file import read_features
+    from compat_jax.files import plain
 
     cli.check_choice("dtype", args.dtype, models.DTYPE_CHOICES)
     if pictures.lower().endswith(TABLES):
         files = [picture.path for picture in list_table(pictures)]
     else:
         files = list_pictures(pictures)
+    listed, files = len(files), list(dict.fromkeys(files))
+    if len(files) < listed:
+        print(
+            f"{listed - len(files)} of {listed} paths left out: their pictures are listed already"
+        )
     if args.skip:
-        known = set(read_features(args.skip).paths)
+        with cli.given_as("skip", "features"):
+            known, count = set(map(plain, read_features(args.skip).paths)), len(files)
         files = [file for file in files if file not in known]
+        print(f"{count - len(files)} of {count} pictures left out by --skip")
     version = Chain(path, args.backbone).require().open(args.version)
     job = EmbeddingJob(
         version, files, out, part=args.part, on_bad=args.on_bad, shard=cli.shard(args.shard)

@@ -37,7 +37,8 @@ def main(_) -> None:
     from compat_jax.files import absolute
 
     evaluation.check()
-    maps = [Maps(kind=kind, pairs=args.pairs) for kind in dict.fromkeys(args.afterwards)]
+    with cli.given_as("afterwards", "kind"):
+        maps = [Maps(kind=kind, pairs=args.pairs) for kind in dict.fromkeys(args.afterwards)]
     chain = Chain(path, args.backbone).require()
     config = experiment.config_of(chain) if args.config is None else args.config
     out = absolute(args.out) if args.out else chain.path.parent / "evaluation"

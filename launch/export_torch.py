@@ -3,8 +3,9 @@
   python -m launch.export_torch --chain=runs/hoc/chain --version=0 --out=b.pt
   python -m launch.export_torch --chain=runs/hoc/chain --version=-1 --out=b.safetensors
 
-A .pt file needs PyTorch, a .safetensors file only its library; both come with the extra torch. The file
-appears whole or not at all; --out may be in a bucket, gs://bucket/b.pt.
+A .pt file needs PyTorch, a .safetensors file only its library; both come with the extra torch. The
+latter also says how its images are made, where timm writes it: size, mean, std, crop share, filter and
+resize. The file appears whole or not at all; --out may be in a bucket, gs://bucket/b.pt.
 """
 
 from absl import flags

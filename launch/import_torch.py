@@ -16,10 +16,11 @@ State dicts of the reference, of CL2R (--method=fd --num_prototypes=100 --backbo
 torchvision, of timm and of DINOv2 are known by their names; configs/weights.md tells where to get which
 file.
 
-Size, mean, std, crop share and filter of the images are those of the flags, else of --config, else of
-the file, where timm writes them; it is printed which. A model of unknown size, mean or std is refused.
-A ViT is made for the size of the images. A configuration also gives query and gallery, sizes and
-replacements of the tasks.
+Size, mean, std, crop share, filter and resize of the images are those of the flags, else of --config,
+else of the file, where timm writes them; it is printed which. A model of unknown size, mean or std is
+refused, and so is a resize of timm's that is unknown here (border) until --resize is given. A ViT is
+made for the size of the images. A configuration also gives query and gallery, sizes and replacements of
+the tasks.
 Files of torch.save need PyTorch 2.10 or later, .safetensors files their library; both come with the
 extra torch. Nothing in a file is run: one that would need it is refused, with the names of what it
 would run. Killed at any time, run the same command to resume.
@@ -47,6 +48,9 @@ flags.DEFINE_string("mean", None, "of each channel in 0..1, e.g. 0.485,0.456,0.4
 flags.DEFINE_string("std", None, "of each channel in 0..1, e.g. 0.229,0.224,0.225")
 flags.DEFINE_float("crop", None, "share of the short side that the centre crop keeps, e.g. 0.875")
 flags.DEFINE_enum("filter", None, ["bicubic", "bilinear", "box", "lanczos"], "of the resize")
+flags.DEFINE_enum(
+    "resize", None, ["crop", "squash"], "keep the aspect and crop the centre, or squash"
+)
 flags.DEFINE_string("out", None, "folder of the new chain")
 flags.DEFINE_bool("append", False, "add the file to the chain in --out, as its next version")
 
@@ -214,12 +218,11 @@ def _configured_images(config, draft):
         getattr(draft.preprocess, name) if data.get(name) is not None else None
         for name in ("mean", "std")
     )
-    if "photos" in data:
-        photos = data.photos
-        known = {name: photos.get(name) for name in ("size", "crop", "filter")}
-        return ImageSettings(mean=mean, std=std, **known)
-    sizes = [configs.source_of(config, r).get("size") for r in ("query", "train") if r in data]
-    return ImageSettings(next(filter(None, sizes), None), mean, std)
+    roles = ("photos",) if "photos" in data else ("query", "train")
+    sources = [configs.source_of(config, role) for role in roles if role in data]
+    source = next((source for source in sources if source.get("size")), {})
+    known = {name: source.get(name) for name in ("size", "crop", "filter", "resize")}
+    return ImageSettings(mean=mean, std=std, **known)
 
 
 def _given_images(args):
@@ -238,7 +241,9 @@ def _given_images(args):
             ) from error
     mean, std = values["mean"], values["std"]
     Preprocess(mean or (0.0,) * len(std or (0,)), std or (1.0,) * len(mean or (0,)))
-    return ImageSettings(args.size, mean, std, crop=args.crop, filter=args.filter)
+    return ImageSettings(
+        args.size, mean, std, crop=args.crop, filter=args.filter, resize=args.resize
+    )
 
 
 def _numbers(text):

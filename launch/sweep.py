@@ -13,15 +13,19 @@ added later, and more metrics. `python -m launch.train --config=FILE.py --help` 
 """
 
 import ast
+import contextlib
 import hashlib
 import importlib.util
 import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from compat_jax.errors import UserError
+from compat_jax.errors import UserError, unknown
+from compat_jax.files import absolute, first_line
 from launch import _cli as cli
 from launch import _evaluation as evaluation
 
@@ -29,7 +33,9 @@ flags.DEFINE_string("config", None, "FILE.py:key=value,... that all cells share"
 flags.DEFINE_string("grid", None, "NAME=VALUE,VALUE;NAME=..., the last name varies fastest")
 flags.DEFINE_string("workdir", None, "folder of the sweep")
 flags.DEFINE_string(
-    "pretrained", "", "chain of replacement models; {method} and other names are filled in"
+    "pretrained",
+    "",
+    "chain of replacement models; {method}, {optim.lr} and other names of the grid are filled in",
 )
 evaluation.define_metric()
 flags.DEFINE_list("over", ["seed"], "names to average over in the table")
@@ -45,13 +51,15 @@ def main(_) -> None:
     cli.start_jax()
     from compat_jax import config as configs
     from compat_jax import experiment, sweep
-    from compat_jax.files import absolute
 
     evaluation.check_metrics()
     cells, folder, stop = sweep.grid(text), absolute(workdir), cli.StopSignal()
-    made = {cell.name: _config(file, cell, args.pretrained) for cell in cells}
-    for config in made.values():
-        configs.run_of(config)
+    check_over(args.over, cells)
+    made = {}
+    for cell in cells:
+        with _of_grid(cell):
+            made[cell.name] = _config(file, cell, args.pretrained)
+            configs.run_of(made[cell.name])
     results = sweep.Results(folder / "results.jsonl")
     digests = {cell.name: _digest(made[cell.name]) for cell in cells}
     for number, cell in enumerate(cells):
@@ -61,10 +69,11 @@ def main(_) -> None:
             continue
         print(f"cell {number + 1} of {len(cells)}: {cell.name}")
         config, place = made[cell.name], folder / cell.name
-        session = configs.session_of(config, stop, progress=args.progress)
-        done = experiment.train(config, place, session)
-        chain = getattr(done, "chain", done)
-        found = experiment.evaluate(chain, config=config, metrics=missing, session=session)
+        with _of_grid(cell):
+            session = configs.session_of(config, stop, progress=args.progress)
+            done = experiment.train(config, place, session)
+            chain = getattr(done, "chain", done)
+            found = experiment.evaluate(chain, config=config, metrics=missing, session=session)
         results.add(cell, _numbers(found), chain=str(chain.path), settings=digests[cell.name])
     wanted = [f"{metric} {name}" for metric in args.metric for name in ("AC", "AA")]
     entries = []
@@ -72,6 +81,44 @@ def main(_) -> None:
         numbers = results.of(cell, digests[cell.name])
         entries.append({"cell": cell.values, "metrics": {name: numbers[name] for name in wanted}})
     print(sweep.table(entries, args.over))
+
+
+def check_over(names: Sequence[str], cells: Sequence[Any]) -> None:
+    """Refuse names to average over that the grid lacks; seed is there by default.
+
+    Args:
+      names: to average over.
+      cells: of the grid.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    valid = {*cells[0].values, "seed"}
+    for name in names:
+        if name not in valid:
+            raise unknown("name of the grid", name, valid, "over")
+
+
+@contextlib.contextmanager
+def _of_grid(cell) -> Iterator[None]:
+    """Say that the grid gave the values of a cell, where errors within a block are about one of them."""
+    try:
+        yield
+    except UserError as error:
+        if error.argument in cell.values:
+            error.argument = "grid"
+        raise
+
+
+@contextlib.contextmanager
+def _of_file(path) -> Iterator[None]:
+    """Say that the configuration file failed: it is code of the user's and may raise anything."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} failed ({first_line(error)})", "config") from error
 
 
 def _digest(config) -> str:
@@ -95,18 +142,21 @@ def _numbers(found) -> dict[str, Any]:
 
 def _config(file: str, cell, pretrained: str) -> ConfigDict:
     """The configuration of a cell: names that the file does not take are fields."""
-    path, _, shared = file.partition(":")
+    path, _, shared = cli.config_file(file).partition(":")
     get_config = _module(path).get_config
     arguments = [shared] if shared else []
     fields = {}
     for name, value in cell.values.items():
-        if "." not in name and _takes(get_config, f"{name}={value}"):
+        with _of_file(path):
+            is_argument = "." not in name and _takes(get_config, f"{name}={value}")
+        if is_argument:
             arguments.append(f"{name}={value}")
         else:
             fields[name] = _literal(value)
-    config = get_config(",".join(arguments))
+    with _of_file(path):
+        config = get_config(",".join(arguments))
     if pretrained:
-        fields["pretrained"] = pretrained.format(**cell.values)
+        fields["pretrained"] = filled_in(pretrained, cell.values)
     for name, value in fields.items():
         try:
             config.update_from_flattened_dict({name: value})
@@ -115,12 +165,28 @@ def _config(file: str, cell, pretrained: str) -> ConfigDict:
     return config
 
 
+def filled_in(text: str, values: Mapping[str, str]) -> str:
+    """Return a text with the values of a cell in the place of their {names}.
+
+    Raises:
+      UserError: a name that the grid lacks.
+    """
+
+    def value(match):
+        if match[1] not in values:
+            raise unknown("name of the grid", match[1], values, "pretrained")
+        return values[match[1]]
+
+    return re.sub(r"\{([^{}]*)\}", value, text)
+
+
 def _takes(get_config, argument) -> bool:
     try:
         get_config(argument)
     except UserError as error:
         if "unknown argument of the configuration" in str(error):
             return False
+        error.argument = "grid"
         raise
     return True
 
@@ -135,13 +201,12 @@ def _literal(text: str) -> Any:
 def _module(path: str):
     spec = importlib.util.spec_from_file_location("sweep_config", path)
     if spec is None or spec.loader is None:
-        raise UserError(
-            f"no configuration file {path!r}: configs/ has some to start from", "config"
-        )
+        raise UserError(f"{path} is no configuration file, FILE.py: {cli.examples()}", "config")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _of_file(path):
+        spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise UserError(f"{path} has no get_config(): configs/ has some to start from", "config")
+        raise UserError(f"{path} has no get_config(): {cli.examples()}", "config")
     return module
 
 

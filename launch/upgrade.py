@@ -136,8 +136,9 @@ claim holds, 1 one does not, 2 the input was refused.
   python -m launch.upgrade delete --chain=runs/shop/chain --store=runs/shop.lance --pictures=photos/old
 
 --keys and --list (a file with one a line) are keys or paths, of pictures that need not be there any
-more (with --root a relative one is a key); --pictures is a folder, pattern or file that is. A backfill
-never brings a deleted row back.
+more (with --root a relative one is a key, or else a path); --pictures is a folder, pattern or file that
+is. A backfill never brings a deleted row back. Exit code: 0 rows were deleted, 1 none was there, 2 the
+input was refused.
 """,
     "enlarge": """Copy a gallery for a chain with room for more classes. No picture is read.
 
@@ -254,7 +255,7 @@ def _define_verify() -> None:
 
 def _define_delete() -> None:
     _define_store("folder, pattern or file of pictures that are there")
-    flags.DEFINE_list("keys", [], "keys or paths, by commas")
+    flags.DEFINE_list("keys", [], "keys or paths, by commas; those with a comma go into --list")
     flags.DEFINE_string("list", None, "file with a key or path a line")
 
 

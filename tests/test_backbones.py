@@ -408,3 +408,114 @@ def test_a_backbone_that_would_not_hear_that_it_is_trained_is_refused(backbone, 
     )
     with refused:
         assert jax.eval_shape(lambda v: apply(v, True), variables).shape == (2, 3)
+
+
+# --- what a backbone may return and ask for
+
+IMAGES_2 = jax.ShapeDtypeStruct((2, 6, 6, 3), jnp.float32)
+
+
+class Returns(nn.Module):
+    """Returns something made of the pooled features and of the map."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, images):
+        x = nn.Dense(4)(images)
+        pooled = x.mean((1, 2))
+        return {
+            "map": x,
+            "tuple": (pooled, x),
+            "dict": {"features": pooled},
+            "whole": pooled.astype(jnp.int32),
+            "one picture": pooled[0],
+            "sum of the batch": pooled.sum(0, keepdims=True),
+            "none": None,
+        }[self.kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "returned"),
+    [
+        ("map", r"float32\[2, 6, 6, 4\]"),
+        ("tuple", "a value of type tuple"),
+        ("dict", "a value of type dict"),
+        ("whole", r"int32\[2, 4\]"),
+        ("one picture", r"float32\[4\]"),
+        ("sum of the batch", r"float32\[1, 4\]"),
+        ("none", "a value of type NoneType"),
+    ],
+)
+def test_a_backbone_that_does_not_return_pooled_features_is_refused(kind, returned):
+    message = (
+        rf"^backbone Returns returned {returned} for a batch of 2, where one array float\[batch"
+    )
+    with pytest.raises(UserError, match=message) as caught:
+        jax.eval_shape(lambda x: Embedder(Returns(kind), 3).init(jax.random.key(0), x), IMAGES_2)
+    assert caught.value.argument == "backbone"
+
+
+class Dropping(nn.Module):
+    """Drops features in training."""
+
+    @nn.compact
+    def __call__(self, images, train):
+        return nn.Dropout(0.1, deterministic=not train)(nn.Dense(4)(images.mean((1, 2))))
+
+
+class NnxDropping(nnx.Module):
+    """The same in Flax NNX, with a stream of random numbers of its own or without."""
+
+    def __init__(self, has_stream: bool, *, rngs: nnx.Rngs):
+        self.dense = nnx.Linear(3, 4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs if has_stream else None)
+
+    def __call__(self, images, train: bool):
+        return self.dropout(self.dense(images.mean((1, 2))), deterministic=not train)
+
+
+class Faulty(nn.Module):
+    """Raises an error of its own."""
+
+    @nn.compact
+    def __call__(self, images):
+        raise ValueError("my own fault")
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        Dropping(),
+        nnx.bridge.to_linen(NnxDropping, has_stream=False),
+        nnx.bridge.to_linen(NnxDropping, has_stream=True),
+    ],
+)
+def test_a_backbone_that_asks_for_random_numbers_is_refused(backbone):
+    embedder = Embedder(backbone, 3)
+
+    def train_once(images):
+        variables = embedder.init(jax.random.key(0), images)
+        return embedder.apply(variables, images, train=True, mutable=["batch_stats"])[0]
+
+    message = r"^backbone (Nnx)?Dropping asks for random numbers, and backbones get none: leave out"
+    with pytest.raises(UserError, match=message) as caught:
+        jax.eval_shape(train_once, IMAGES_2)
+    assert caught.value.argument == "backbone"
+
+
+def test_errors_of_a_backbones_own_stay_what_they_are():
+    with pytest.raises(ValueError, match=r"^my own fault"):
+        jax.eval_shape(lambda x: Embedder(Faulty(), 3).init(jax.random.key(0), x), IMAGES_2)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        (Returns("map"), r"backbone Returns returned float32\[1, 8, 8, 4\] for a batch of 1"),
+        (Dropping(), "backbone Dropping asks for random numbers"),
+    ],
+)
+def test_a_run_refuses_a_backbone_against_the_contract_in_one_line(tmp_path, backbone, message):
+    with pytest.raises(UserError, match=message):
+        tiny.train(tiny.run(backbone=backbone, epochs=1), tmp_path, tiny.dataset(classes=2))

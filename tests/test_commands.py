@@ -3,15 +3,18 @@
 import json
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import tiny
+from absl import flags as absl_flags
 from PIL import Image
 
 from compat_jax import experiment
 from compat_jax.chain import Chain
 from compat_jax.errors import UserError
+from launch import _cli as cli
 from launch.quickstart import configurations
 
 
@@ -319,6 +322,24 @@ def test_folders_are_checked(tmp_path, folder):
     data_refused(tmp_path, folder, message, argument=None)
 
 
+@pytest.mark.parametrize("role", ["train", "query", "gallery"])
+def test_a_workdir_among_pictures_is_refused(tmp_path, folder, role):
+    config = tiny.config()
+    config.data[role] = {"source": "folder", "path": str(folder), "size": 8}
+    for workdir in (folder / "run", folder / "a" / "run" / "hoc"):
+        refused(lambda at=workdir: train(config, at), "use a workdir outside", workdir, "workdir")
+    config.data[role] = {
+        "source": "folder",
+        "path": str(folder),
+        "size": 8,
+        "exclude": ("run", "c"),
+    }
+    (folder / "c").touch()
+    with pytest.raises(UserError) as caught:
+        train(config, folder / "c" / "run")
+    assert "use a workdir outside" not in str(caught.value)  # but that c is a file
+
+
 def test_missing_tfds_data_comes_with_the_line_that_prepares_it(tmp_path):
     config = tiny.config()
     config.data.train = {"source": "tfds", "name": "cifar100", "data_dir": str(tmp_path / "tfds")}
@@ -405,6 +426,31 @@ def test_the_quickstart_pre_trains_the_kind_of_head_that_it_needs():
 
 # Programs
 
+SWEEP = ("--config=configs/glyphs.py:replace=false", "--workdir=/proc/nowhere", "--noprogress")
+SWEEPS = [
+    (
+        ["--grid=method=hoc;optim.lr=0.01", "--pretrained=runs/{metod}-{optim.lr}/chain"],
+        "unknown name of the grid 'metod'. Did you mean 'method'? Valid: method, optim.lr. "
+        "(flag --pretrained)",
+    ),
+    (
+        ["--grid=method=hoc;optim.lr=0.01", "--over=sed"],
+        "unknown name of the grid 'sed'. Did you mean 'seed'? Valid: method, optim.lr, seed. "
+        "(flag --over)",
+    ),
+    (
+        ["--grid=seed=0", "--config.epochs=1"],
+        "error: --config.epochs is no flag of a sweep: put epochs=1 into --grid",
+    ),
+    (
+        ["--grid=seed=0", "--config.optim.lr", "1"],
+        "error: --config.optim.lr is no flag of a sweep: put optim.lr=... into --grid",
+    ),
+    (["--grid=methd=hoc;seed=0"], "tensorboard, validate_every, weights. (flag --grid)"),
+    (["--grid=method=hcc;seed=0"], "unknown method 'hcc'. Did you mean 'hoc'?"),
+    (["--grid=seed=x"], "seed must be int, got 'x' (flag --grid)"),
+    (["--grid=optim.lr=0"], "optimizer.lr must be above 0, got 0.0 (flag --grid)"),
+]
 MISTAKES = [
     ("train", [], "--workdir is missing: for example --workdir=runs/hoc"),
     ("pretrain", [], "--workdir is missing: for example --workdir=runs/models"),
@@ -450,6 +496,17 @@ MISTAKES = [
     ),
     ("evaluate", ["--chain=/nowhere", "--batch_size=0"], "--batch_size=0"),
     (
+        "evaluate",
+        ["--chain=/nowhere", "--afterwards=procruste"],
+        "unknown kind 'procruste'. Did you mean 'procrustes'? Valid: adapter, low_rank, procrustes, "
+        "ridge, slerp. (flag --afterwards)",
+    ),
+    (
+        "embed",
+        ["--chain=/nowhere", "--pictures=README.md", "--out=/tmp/never.npz", "--skip=mk.py"],
+        "features are read from .npz or .parquet, got 'mk.py' (flag --skip)",
+    ),
+    (
         "train",
         ["--workdir=x", "--config=configs/glyphs.py:replace=false", "--config.optim.lr=0"],
         "optimizer.lr must be above 0, got 0.0 (flag --config.optim.lr)",
@@ -462,6 +519,7 @@ MISTAKES = [
     ("quickstart", ["--methods=hoc,err"], "unknown method 'err'. Did you mean 'er'?"),
     ("quickstart", ["--methods="], "--methods is empty: for example --methods=hoc,er"),
     ("quickstart", ["--seed=-1"], "--seed=-1"),
+    *(("sweep", [*SWEEP, *flags], message) for flags, message in SWEEPS),
 ]
 HELPS = [
     ("train", "Train versions of a chain"),
@@ -523,6 +581,72 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(ended, progra
 def test_a_program_on_its_own_says_the_same(ended):
     for command in (("train", "--wrkdir=x"), ("evaluate", "--help")):
         assert tiny.call_alone(*command) == ended[command]
+
+
+def test_an_error_of_a_configuration_file_is_told(tmp_path):
+    file, missing = tmp_path / "own.py", tmp_path / "classes.txt"
+    file.write_text(f"def get_config(_=None):\n    return open({str(missing)!r}).read()\n")
+    reason = f"failed (FileNotFoundError: [Errno 2] No such file or directory: '{missing}')"
+    for program, flags in (
+        ("train", ["--help"]),
+        ("train", ["--config.epochs=1", "--workdir=/proc/nowhere"]),
+        ("sweep", ["--grid=seed=0", "--workdir=/proc/nowhere"]),
+    ):
+        code, out, err = tiny.call(program, f"--config={file}", *flags)
+        assert (code, out, err.count("\n")) == (2, "", 1) and reason in err
+
+
+def test_the_configurations_of_the_clone_are_found_from_any_folder(tmp_path, monkeypatch):
+    clone, file = str(tiny.ROOT / "configs" / "glyphs.py"), "configs/glyphs.py:method=er,seed=3"
+    monkeypatch.chdir(tiny.ROOT)
+    assert cli.config_file(file) == file and cli.examples() == "configs/ has some to start from"
+    monkeypatch.chdir(tmp_path)
+    assert cli.config_file(file) == f"{clone}:method=er,seed=3"
+    for name in ("configs/none.py", "glyphs.py", ""):
+        with pytest.raises(
+            UserError, match=f"file {name!r}: {tiny.ROOT}/configs has some"
+        ) as error:
+            cli.config_file(f"{name}:seed=3")
+        assert error.value.argument == "config"
+    for name in (clone, "configs/glyphs.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()  # of the user's own
+        assert cli.config_file(name) == name
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+@pytest.mark.parametrize("given", [[], ["--config", "configs/pretrain.py"]])
+def test_a_default_configuration_is_found_from_any_folder(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_SHOWN", [])
+    monkeypatch.setattr(cli, "_end_quietly_on_interrupt", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["pretrain", *given, "--config.epochs=3"])
+    with tiny.own_flags():
+        cli.define_config("configs/pretrain.py")
+        absl_flags.FLAGS(sys.argv)
+        cli._check_config_file()
+        config = absl_flags.FLAGS.config
+        assert config.epochs == 3 and config.pretrain_classes
+        absl_flags.FLAGS.unparse_flags()
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
+def test_an_error_names_only_a_flag_that_the_program_has(monkeypatch):
+    monkeypatch.setattr(cli, "_SHOWN", [])
+    monkeypatch.setattr(cli, "_end_quietly_on_interrupt", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["pretrain"])
+    told = ("optim.lr", "epochs", "out", None, "kind", "optim.kind", "epochs.kind", "kind.lr")
+    with tiny.own_flags():
+        absl_flags.DEFINE_string("out", None, "file")
+        assert [cli._flag_of(UserError("no", name)) for name in told[:3]] == [
+            "",
+            "",
+            " (flag --out)",
+        ]
+        cli.define_config("configs/pretrain.py")
+        found = [cli._flag_of(UserError("no", name)) for name in told]
+    named = ["--config.optim.lr", "--config.epochs", "--out"]
+    assert found == [*(f" (flag {name})" for name in named), *[""] * 5]
 
 
 def test_train_and_evaluate_say_what_they_wrote(tmp_path):

@@ -19,7 +19,7 @@ from compat_jax.data.listing import list_pictures
 from compat_jax.embedding_job import EmbeddingJob
 from compat_jax.enlarge import enlarge, enlarge_features
 from compat_jax.errors import Stopped, UserError
-from compat_jax.features_file import made_by, read_features, write_features
+from compat_jax.features_file import Features, made_by, read_features, write_features
 from compat_jax.mesh import shard_batch as place
 from compat_jax.retrieval import Index
 
@@ -88,6 +88,22 @@ def test_every_kind_of_picture_has_the_same_features(version, expected, kind):
 def test_a_folder_and_a_pattern_are_lists_of_their_pictures(version, folder, expected):
     np.testing.assert_allclose(version.embed(str(folder)), expected[1], atol=2e-5)
     np.testing.assert_allclose(version.embed(folder / "p*" / "*"), expected[1], atol=2e-5)
+    several = [folder / "pear", str(folder / "plum" / "*.jpg"), opened(expected[0][0])]
+    rows = np.r_[: 8 + len(list_pictures(several[1])), 0]
+    for given in (several, iter(several)):
+        files = [*list_pictures(several[:2]), expected[0][0]]
+        want = version.embed(files)
+        assert len(want) == len(rows)
+        np.testing.assert_allclose(version.embed(given), want, atol=1e-6)
+
+
+def test_a_name_with_the_signs_of_a_pattern_is_a_file(version, folder, tmp_path, monkeypatch):
+    strange = tmp_path / "pear [1]*.jpg"
+    strange.write_bytes(content(folder / "pear" / "000.jpg"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    want = version.embed(folder / "pear" / "000.jpg")
+    for given in (strange, [strange], ["~/pear [1]*.jpg"], iter(["~/pear [1]*.jpg"])):
+        np.testing.assert_array_equal(version.embed(given), want)
 
 
 def test_one_picture_gives_one_row(version, expected):
@@ -109,6 +125,24 @@ def test_batches_change_no_feature(version, expected, count):
     files, rows = expected
     found = version.embed(files[:count], batch_size=8)
     np.testing.assert_allclose(found, rows[:count], atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "8", True, None])
+def test_a_batch_size_that_is_no_number_of_pictures_is_refused(version, expected, size):
+    files, _ = expected
+    for pictures in (files, np.stack([PREPARATION(file) for file in files])):
+        with pytest.raises(UserError, match="batch_size must be") as refused:
+            version.embed(pictures, batch_size=size)
+        assert refused.value.argument == "batch_size"
+        with pytest.raises(UserError, match="batch_size must be"):
+            Index(version, pictures, batch_size=size)
+
+
+def test_pictures_are_brought_to_the_size_of_the_version_alone(version, folder):
+    for ask in (version.embed, lambda *given, **more: Index(version, *given, **more)):
+        with pytest.raises(UserError, match=r"size=16, but the version embeds pictures of 8 x 8"):
+            ask(folder, preparation=Preparation(16))
+    assert version.embed(folder, preparation=Preparation(8, "squash")).shape == (16, tiny.K - 1)
 
 
 def test_large_pictures_go_in_fewer_on_a_cpu_which_changes_no_feature(monkeypatch):
@@ -331,17 +365,60 @@ def test_a_damaged_file_of_features_is_refused(tmp_path, text, message):
         read_features(tmp_path / "g.npz")
 
 
-@pytest.mark.slow
-def test_the_command_writes_features(version, expected, folder, tmp_path):
+def test_a_file_of_another_suffix_is_refused_by_what_it_was_for(tmp_path, version):
+    with pytest.raises(UserError, match=r"are read from .npz or .parquet, got 'mk.py'") as caught:
+        read_features(tmp_path / "mk.py")
+    assert caught.value.argument == "features"
+    with pytest.raises(UserError, match=r"are written to .npz or .parquet, got 'f'") as caught:
+        EmbeddingJob(version, ["/a.jpg"], tmp_path / "f")
+    assert caught.value.argument == "out"
+
+
+@pytest.fixture(scope="module")
+def chain(version, tmp_path_factory):
+    """A chain of one version that a program can open."""
     record = dataclasses.replace(version.record, task=0, backbone="resnet_small")
     record = dataclasses.replace(record, backbone_arguments={"width": 4})
-    chain = Chain(tmp_path / "chain")
+    chain = Chain(tmp_path_factory.mktemp("version") / "chain")
     chain.add(tiny.variables(record), record)
-    out = tmp_path / "f.npz"
-    code, said, err = tiny.call(
-        "embed", f"--chain={chain.path}", f"--pictures={folder}", f"--out={out}", "--noprogress"
-    )
+    return chain
+
+
+def said_by_embed(chain, pictures, out, *more):
+    """What the command prints."""
+    given = (f"--chain={chain.path}", f"--pictures={pictures}", f"--out={out}", "--noprogress")
+    code, said, err = tiny.call("embed", *given, *more)
     assert (code, err) == (0, ""), err
+    return said
+
+
+def test_the_command_skips_pictures_however_their_paths_are_written(chain, folder, tmp_path):
+    files, known, out = list_pictures(folder), tmp_path / "known.npz", tmp_path / "new.npz"
+    # As of an earlier release, which kept the paths of a table as they were written.
+    names = [os.path.relpath(file, folder) for file in files]
+    rows = np.eye(4, tiny.K - 1, dtype=np.float32)
+    paths = tuple(
+        f"{folder}/{dots}/{name}" for dots in (".", f"../{folder.name}") for name in names[:2]
+    )
+    write_features(known, Features(rows, paths, made_by(chain[0])))
+    table = folder / "list.csv"
+    table.write_text("path\n" + "".join(f"./{name}\n" for name in [*names, names[0], names[5]]))
+    try:
+        said = said_by_embed(chain, table, out, f"--skip={known}")
+    finally:
+        table.unlink()
+    assert said.splitlines() == [
+        "2 of 18 paths left out: their pictures are listed already",
+        "2 of 16 pictures left out by --skip",
+        f"14 features of 15 numbers by version 0 in {out}",
+    ]
+    assert read_features(out).paths == tuple(files[2:])
+
+
+@pytest.mark.slow
+def test_the_command_writes_features(chain, folder, tmp_path):
+    out = tmp_path / "f.npz"
+    said = said_by_embed(chain, folder, out)
     assert said == f"16 features of 15 numbers by version 0 in {out}\n"
     np.testing.assert_allclose(read_features(out).features, chain[0].embed(str(folder)), atol=2e-5)
 

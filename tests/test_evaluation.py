@@ -282,6 +282,20 @@ def test_a_picture_in_query_and_gallery_is_not_its_own_answer(chain, overlap):
         assert note in str(results[name]) and note in results[name].summary()["notes"]
 
 
+def test_a_picture_is_found_again_whether_it_comes_from_a_file_or_from_an_array(tmp_path):
+    for n, image in enumerate(GALLERY.images):
+        name = GALLERY.class_names[GALLERY.labels[n]]
+        (tmp_path / "png" / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "png" / name / f"{n:03d}.png")
+    files = cj.data.from_folder(tmp_path / "png", size=tiny.SIZE)
+    arrays = Dataset(np.asarray(files.images[:]), files.labels, files.class_names)
+    n = len(files)
+    for query, gallery in ((files, files), (files, arrays), (arrays, files), (arrays, arrays)):
+        assert evaluation.same_pictures(query, gallery).tolist() == list(range(n))
+    strangers = Dataset(QUERY.images[:n], files.labels, files.class_names)
+    assert evaluation.same_pictures(files, strangers) is None
+
+
 def test_the_result_says_of_how_many_queries_the_gallery_has_further_copies(chain):
     twice = np.r_[: len(GALLERY), 0, 0, 3]
     gallery = Dataset(GALLERY.images[twice], GALLERY.labels[twice], GALLERY.class_names)
@@ -499,6 +513,32 @@ def test_the_versions_of_a_chain_may_be_chosen(chain):
     np.testing.assert_array_equal(last.matrix, whole[2:, 2:])
     assert last.summary()["backward_compatibility"] is None
     assert last.summary()["average_accuracy"] == pytest.approx(whole[2, 2])
+
+    np.testing.assert_array_equal(
+        evaluate(chain, QUERY, GALLERY, versions=np.array([-2, -1])).matrix, whole[1:, 1:]
+    )
+
+
+@pytest.mark.parametrize("versions", [[2, 0], [1, 1], [0, -3], [], 1, [1.0], ["0"], [None]])
+def test_versions_are_chosen_once_and_ascending(chain, extractions, versions):
+    with pytest.raises(UserError, match="versions must be"):
+        evaluate(chain, QUERY, GALLERY, versions=versions)
+    assert extractions == []
+
+
+def test_versions_that_were_never_trained_are_named(chain, tmp_path):
+    made = Chain(tmp_path / "chain")
+    for seed, fresh in enumerate(((), ("projection",))):
+        record = tiny.record(task=seed, fresh=fresh)
+        made.add(tiny.variables(record, seed), record)
+    words = "version 1 has layers that were never trained (projection): train it before it answers"
+    result = evaluate(made, QUERY, GALLERY)
+    assert f"{words}." in result.main.notes and words in str(result.main)
+    assert evaluate(chain, QUERY, GALLERY, versions=[0]).main.notes == ()
+    index = retrieval.Index(made[0], GALLERY.images)
+    with pytest.raises(UserError, match="version 1 has layers that were never trained"):
+        index.search(made[1], QUERY.images, k=3)
+    assert len(retrieval.Index(made[1], GALLERY.images).search(made[1], QUERY.images, k=3)[0])
 
 
 def test_a_replacement_between_chosen_versions_counts(chain, tmp_path):

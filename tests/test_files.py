@@ -55,6 +55,19 @@ def test_the_cache_may_be_in_the_home_folder(cache_folder, home, monkeypatch):
     assert made.stat().st_size > 0
 
 
+def test_a_file_has_one_path_however_it_is_written(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    for written in ("a/./b/c", "a//b/c", "a/b/../b/c", "a/no/../../a/b/./x/../c", "./a/b/c/"):
+        assert str(files.absolute(f"{tmp_path}/{written}")) == f"{tmp_path}/a/b/c", written
+    assert files.plain("/../..//a/..b/...") == "/a/..b/..."
+    assert files.plain("/a/..") == "/"
+    for kept in ("link/../c", "link/../../c", "link/c"):  # out of the folder that the link names
+        assert files.plain(f"{tmp_path}/{kept}") == f"{tmp_path}/{kept}"
+    for kept in ("gs://shop/./a/../b", "s3://shop//a", "a/../b", ""):
+        assert files.plain(kept) == kept
+
+
 def test_only_a_leading_tilde_is_the_home_folder(home):
     assert str(files.absolute("a/~/b")) == f"{os.getcwd()}/a/~/b"
     assert str(files.absolute("./~a")) == f"{os.getcwd()}/~a"
@@ -172,6 +185,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_a_bucket_without_credentials_is_refused_at_once(monkeypatch, tmp_path):
     pytest.importorskip("gcsfs", reason="gcsfs is not installed")
+    files.prepare_buckets.cache_clear()  # another test may have been let in
     for name in ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))

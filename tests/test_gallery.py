@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -15,6 +16,7 @@ from compat_jax.data.listing import list_labelled
 from compat_jax.errors import UserError
 from compat_jax.gallery.gallery import Gallery
 from compat_jax.gallery.memory import MemoryStore
+from compat_jax.gallery.originals import Originals
 from compat_jax.gallery.places import open_store
 from compat_jax.gallery.store import Rows
 
@@ -33,6 +35,15 @@ def test_a_folder_of_pictures_may_move(gallery, photos, tmp_path):
     ):
         moved.index(photos)
     assert "is not in" in moved.verify(1).sentence() or moved.verify(1).passes
+
+
+def test_a_key_is_the_same_however_root_and_picture_are_written(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    above = os.path.relpath(photos, tmp_path)  # ../../photos
+    expected = Originals(photos).listed(photos)
+    for root in (photos, above, f"./{above}//"):
+        for pictures in (photos, above, f"{above}/../{photos.name}"):
+            assert Originals(root).listed(pictures) == expected
 
 
 def test_keys_lead_nowhere_else(gallery):

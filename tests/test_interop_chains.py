@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -29,6 +30,7 @@ from compat_jax.interop import (
 )
 from compat_jax.interop.start import image_size_of, sized
 from compat_jax.models import Backbone
+from compat_jax.models.embedder import init_variables
 from compat_jax.training import Run
 from compat_jax.training.sequence import check_replacements
 
@@ -192,7 +194,7 @@ def test_a_backbone_starts_with_a_projection_drawn_from_the_seed(tmp_path):
     assert record.check() and version.sha256 == variables_sha256(version.variables)
     assert notes == (
         "images: size 32 (as given), mean 0.5,0.5,0.5 (as given), std 0.2,0.2,0.2 (as given), "
-        "crop 1 (by default), filter bicubic (by default)",
+        "crop 1 (by default), filter bicubic (by default), resize crop (by default)",
     )
     kernels = [
         starting_version(file, SMALL, **{**START, "seed": seed}, settings=HALF).version.variables[
@@ -219,6 +221,39 @@ def test_the_file_says_what_its_images_are_and_what_is_given_wins(tmp_path):
     differences = ["mean 0.5,0.5,0.5 instead of 0.4,0.4,0.4", "crop 1 instead of 0.875"]
     assert [note.partition(", as ")[0] for note in other.notes[:2]] == differences
     assert "size 32 (the file), mean 0.5,0.5,0.5 (as given)" in other.notes[-1]
+
+
+@pytest.mark.parametrize("crop", [{}, {"crop_pct": 1.0}, {"crop_pct": 0.95}])
+def test_pictures_are_squashed_where_timm_squashes_them(tmp_path, crop):
+    backbone_alone(tmp_path / "a.safetensors")
+    config = {"input_size": [3, 32, 32], "mean": [0.4] * 3, "std": [0.2] * 3, **crop}
+    text = json.dumps({"pretrained_cfg": {**config, "crop_mode": "squash"}})
+    (tmp_path / "config.json").write_text(text)
+    found = starting_version(tmp_path / "a.safetensors", SMALL, **START)
+    assert found.version.record.preparation == Preparation(32, "squash").describe()
+    assert "crop 1 (nothing is cropped)" in found.notes[-1]
+    assert found.notes[-1].endswith("resize squash (the file)")
+    differences = [note for note in found.notes if note.startswith("crop 1 instead of 0.95, as /")]
+    assert len(differences) == (crop == {"crop_pct": 0.95})
+    given = ImageSettings(resize="crop")
+    other = starting_version(tmp_path / "a.safetensors", SMALL, **START, settings=given)
+    share = crop.get("crop_pct", 1.0)
+    assert other.version.record.preparation == Preparation(32, crop=share).describe()
+    assert other.notes[-2].startswith("resize crop instead of squash, as /")
+
+
+def test_a_resize_that_is_unknown_here_is_refused_until_one_is_given(tmp_path):
+    backbone_alone(tmp_path / "a.safetensors")
+    config = {"input_size": [3, 32, 32], "mean": [0.4] * 3, "std": [0.2] * 3, "crop_mode": "border"}
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": config}))
+    with pytest.raises(
+        UserError, match=r"resized by 'border', .*: give resize=crop .* or resize=s"
+    ):
+        starting_version(tmp_path / "a.safetensors", SMALL, **START)
+    given = ImageSettings(resize="squash")
+    found = starting_version(tmp_path / "a.safetensors", SMALL, **START, settings=given)
+    assert found.version.record.preparation["resize"] == "squash"
+    assert found.notes[-2].startswith("resize squash instead of border, as /")
 
 
 def test_a_version_is_not_started_from_images_that_nobody_knows(tmp_path):
@@ -443,6 +478,34 @@ def test_a_version_is_exported_with_its_image_settings(folder, tmp_path):
     assert (back.images.size, back.images.mean, back.images.std) == (32, (0.5,) * 3, (0.2,) * 3)
 
 
+@pytest.mark.parametrize(
+    "prepared",
+    [
+        Preparation(32),
+        Preparation(32, "crop", "bilinear", 0.8),
+        Preparation(32, "squash"),
+        Preparation(32, "squash", "box", 0.8),
+    ],
+)
+def test_an_exported_version_embeds_pictures_as_before(tmp_path, prepared):
+    chain, out = Chain(tmp_path / "chain"), tmp_path / "b.safetensors"
+    write(tmp_path / "a.safetensors", init_variables(network(), jax.random.key(0), SHAPE))
+    weights = torch_files.load(tmp_path / "a.safetensors")
+    described = prepared.describe()
+    chains.import_file(weights, chain, run(), image_shape=SHAPE, preparation=described)
+    chains.export_version(chain, 0, out)
+    version = starting_version(out, SMALL, **START).version
+    wide = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(version.embed([wide]), chain[0].embed([wide]))
+    cropped = 1.0 if prepared.resize == "squash" else prepared.crop
+    assert version.record.preparation == {**described, "crop": cropped}
+    timm = {"crop": "center", "squash": "squash"}[prepared.resize]
+    with out.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    written = json.loads(header["__metadata__"]["pretrained_cfg"])
+    assert (written["crop_mode"], written["crop_pct"]) == (timm, cropped)
+
+
 def test_a_full_disk_leaves_the_good_file(folder, tmp_path, monkeypatch):
     chain, out = Chain(tmp_path / "chain"), tmp_path / "good.safetensors"
     import_file(folder / "ckpt_0.safetensors", chain, run())
@@ -581,7 +644,7 @@ def programs(tmp_path_factory):
     every = ["import_torch", f"--weights={here / 'files'}", *NETWORK, *CONFIG]
     out = here / "b.safetensors"
     commands = {
-        "import": [*one, f"--out={here / 'chain'}", *IMAGES],
+        "import": [*one, f"--out={here / 'chain'}", *IMAGES, "--resize=squash"],
         "export": ["export_torch", f"--chain={here / 'chain'}", f"--out={out}"],
         # The exported file says what its images are.
         "again": ["import_torch", f"--weights={out}", f"--out={here / 'again'}", *NETWORK],
@@ -618,6 +681,10 @@ def test_the_programs_import_and_export(programs):
     told = "images: size 32 (the flags), mean 0.5,0.4,0.3 (the flags), std 0.2,0.2,0.2 (the flags)"
     assert told in ended["import"][1]
     assert "images: size 32 (the file), mean 0.5,0.4,0.3 (the file)" in ended["again"][1]
+    for name, whose in (("import", "flags"), ("again", "file")):
+        assert f"resize squash (the {whose})\n" in ended[name][1]
+    records = [Chain(here / name).record(0) for name in ("chain", "again")]
+    assert [r.preparation for r in records] == [Preparation(32, "squash").describe()] * 2
     file = here / "files" / "ckpt_1.safetensors"
     assert_same_bits(torch_files.read(here / "b.safetensors"), torch_files.read(file))
     assert Chain(here / "again").record(0).mean == (0.5, 0.4, 0.3)

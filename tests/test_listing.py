@@ -7,14 +7,18 @@ import unicodedata
 import numpy as np
 import pyarrow
 import pytest
+import tiny
 from PIL import Image
 from pyarrow import parquet
 
 import compat_jax as cj
+from compat_jax import report
+from compat_jax.chain import Chain
 from compat_jax.data import from_folder, from_table
 from compat_jax.data.listing import (
     Picture,
     class_name,
+    holds,
     list_folder,
     list_huggingface,
     list_labelled,
@@ -24,6 +28,7 @@ from compat_jax.data.listing import (
 )
 from compat_jax.data.pictures import BadPictures
 from compat_jax.errors import UserError
+from compat_jax.matrix import Evaluation
 
 
 def write(path, value):
@@ -167,6 +172,114 @@ def test_classes_may_be_called_as_parts_or_hold_the_same_folders(tmp_path):
     assert from_folder(tmp_path).class_names == ("cat", "dog")
 
 
+def test_one_class_of_nothing_but_folders_is_one_level_too_high(folder):
+    above, again = folder.parent, r"would be a single class, 'pictures', of 2 folders \(cat, dog\)"
+    for read in (from_folder, list_labelled, list_parts):
+        with pytest.raises(UserError, match=rf"{again}: give .*/pictures if they are the classes"):
+            read(above)
+    assert len(list_folder(above, class_folders="path")) == 4
+    assert {p.label for p in list_folder(above, exclude=["dog"])} == {"pictures"}  # one folder
+    (above / "results").mkdir()
+    (above / "results" / "run.json").write_text('{"method": 1, "num_prototypes": 2}')
+    with pytest.raises(UserError, match=again):
+        from_folder(above)
+    write(above / "pictures" / "own.png", 0)
+    assert from_folder(above).class_names == ("pictures",)
+    write(above / "owl" / "2024" / "a.png", 0)
+    assert from_folder(above).class_names == ("owl", "pictures")
+
+
+# What this package wrote: a folder each, with what is in it
+
+
+WRITTEN = {
+    "run/run.json": '{"method": {"name": "hoc"}, "num_prototypes": 16}',
+    "chain/0000/record.json": '{"format": 3, "record": {}}',
+    "chain/0000/variables-1/d/part": "",
+    "evaluation/matrix.json": '{"hoc": {"metric": "map", "matrix": []}}',
+    "evaluation/matrices.png": "",
+    "evaluation/average_accuracy.png": "",
+    "several/map/matrix.json": '{"hoc": {"metric": "map", "matrix": []}}',
+    "several/cache/gallery0000-0123456789abcdef01234567.npz": "",
+    "report/report.json": '{"hoc": {"chain": "x", "versions": []}}',
+    "report/1-map-matrix.png": "",
+    "answers/answers.json": '[{"query": "x", "answers": []}]',
+    "answers/wall-0.png": "",
+    "sweep/results.jsonl": '{"cell": {}, "metrics": {}}\n{"cell": {}, "metrics": {}}\n',
+    "store.lance/_versions/1.manifest": "",
+    "store.lance/data/1.lance": "",
+}
+
+
+def put(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+
+
+@pytest.mark.parametrize("place", ["", "cat", "cat/more"])
+def test_folders_that_this_package_wrote_are_passed_over(folder, place):
+    put(folder / place, WRITTEN)
+    assert listed(folder) == WHOLE
+    files = [str(folder / name) for _, name in WHOLE]
+    assert list_pictures(folder) == list_pictures(f"{folder}/**") == files
+    assert {p.label for p in list_folder(folder, class_folders="name")} == {"cat", "more", "dog"}
+    assert list_pictures(f"{folder / place}/evaluation/m*.png")  # asked for by name
+
+
+def test_what_this_package_really_writes_is_passed_over(folder, tmp_path):
+    described = tiny.record()
+    Chain(folder / "cat" / "chain").add(tiny.variables(described), described)
+    results = {"hoc": Evaluation("map", np.eye(2), ("0", "1"), (False, False))}
+    report.write(results, folder / "cat" / "evaluation")
+    assert any((folder / "cat" / "chain").rglob("record.json")) and listed(folder) == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.json", '{"method": "of the user"}'),
+        ("run.json", "no JSON"),
+        ("run.json", "[]"),
+        ("results.jsonl", ""),
+        ("matrix.json", '{"metric": 1}'),
+        ("cache/gallery.npz", ""),
+        ("my.lance/a.bin", ""),
+    ],
+)
+def test_a_folder_of_the_users_own_is_not_passed_over(folder, name, content):
+    put(folder / "dog" / "x", {name: content})
+    assert ("dog", f"dog/x/{name}") in listed(folder)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "b.PNG", "c.webp"])
+@pytest.mark.parametrize("kind", ["run/run.json", "evaluation/matrix.json"])
+def test_pictures_beside_what_this_package_wrote_are_not_lost(folder, name, kind):
+    marker = kind.partition("/")[2]
+    put(folder / "dog", {marker: WRITTEN[kind], name: ""})
+    dogs = [file for label, file in listed(folder) if label == "dog"]
+    assert dogs == [f"dog/{file}" for file in sorted(("a.png", name, marker))]
+
+
+def test_a_folder_of_nothing_but_outputs_holds_no_class(tmp_path):
+    put(tmp_path, WRITTEN)
+    with pytest.raises(UserError, match="has no sub-folder: it must hold one folder of pictures"):
+        list_folder(tmp_path)
+
+
+def test_what_a_folder_would_list_is_known_before(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "cats").symlink_to(folder / "cat")
+    for place in ("", "run", "cat", "cat/../run/a"):
+        assert holds(folder, folder / place) and holds(tmp_path / "link", folder / place)
+        assert holds(folder, tmp_path / "link" / place)
+    assert holds(folder, tmp_path / "cats" / "run") and not holds(folder / "dog", folder / "cat")
+    for place in (".runs/a", "cat/.x", "@eaDir", "out", "a/out", "..", "../pictures2", "../runs/a"):
+        assert not holds(folder, folder / place, ["out"])
+    assert not holds(table(folder, "path\ncat/a.png\n"), folder / "run")
+    assert not holds(folder, "s3://shop/run") and not holds(tmp_path / "none", tmp_path / "none")
+
+
 def test_folders_of_parts_are_listed_with_their_part(folder):
     parts = folder.parent / "parts"
     for part in ("train", "query"):
@@ -249,9 +362,22 @@ def test_a_table_may_name_its_columns_and_have_no_labels(folder):
     assert from_table(table(folder, "path,price\ncat/a.png,3\n")).labels is None
 
 
-def test_addresses_in_buckets_stay_as_they_are(folder):
-    found = list_table(table(folder, "path,label\ngs://shop/a.png,x\n"))
-    assert found == [Picture("gs://shop/a.png", "x")]
+@pytest.mark.parametrize("address", ["gs://shop/a.png", "gs://shop/./a/../b.png", "s3://shop//a"])
+def test_addresses_in_buckets_stay_as_they_are(folder, address):
+    found = list_table(table(folder, f"path,label\n{address},x\n"))
+    assert found == [Picture(address, "x")]
+
+
+def test_a_picture_has_the_same_path_in_every_list(folder, tmp_path, monkeypatch):
+    (tmp_path / "lists").mkdir()
+    monkeypatch.chdir(tmp_path / "lists")
+    written = ("./a.png", "../cat/a.png", f"{folder}//dog/../cat/./a.png", "more/../a.png")
+    inside = table(folder / "cat", "path\n" + "".join(f"{one}\n" for one in written))
+    beside = table(tmp_path / "lists", "path\n../pictures/cat/a.png\n../pictures/./cat//a.png\n")
+    found = [picture.path for path in (inside, beside) for picture in list_table(path)]
+    found += list_pictures(["../pictures/cat/a.png", "../pictures/./cat/a.*"])
+    found += [list_folder("../pictures")[0].path, list_labelled(f"{folder}/cat/..")[0].path]
+    assert set(found) == {str(folder / "cat/a.png")}
 
 
 def test_a_table_of_a_spreadsheet(folder):

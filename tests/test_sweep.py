@@ -1,5 +1,6 @@
 """A grid of runs: cells, results that resume, a table of means and spreads."""
 
+import importlib
 import json
 import re
 
@@ -72,6 +73,18 @@ def test_the_table_has_mean_and_sample_deviation():
     assert hoc.split() == ["hoc", "3", f"{mean:.3f}", "±", f"{spread:.3f}", "-"]
     assert er.split() == ["er", "1", "0.100", "-"]
     assert table([]) == "no cell has a result yet"
+
+
+def test_the_names_of_a_cell_are_filled_in():
+    with tiny.own_flags():
+        filled_in = importlib.import_module("launch.sweep").filled_in
+    values = {"method": "hoc", "optim.lr": "0.01", "data.train.classes": "(0,{4})"}
+    text = "runs/{method}-{optim.lr}/{data.train.classes}{/chain"
+    assert filled_in(text, values) == "runs/hoc-0.01/(0,{4}){/chain"
+    for name in ("optim", "metod", "method!r", ""):
+        with pytest.raises(UserError, match=r"unknown name of the grid .* Valid: data") as caught:
+            filled_in("runs/{method}/{" + name + "}", values)
+        assert caught.value.argument == "pretrained"
 
 
 @pytest.mark.slow

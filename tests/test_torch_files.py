@@ -248,6 +248,25 @@ def test_crop_and_filter_are_read_where_timm_writes_them(tmp_path, written, crop
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize(
+    ("written", "resize"),
+    [
+        ({"crop_mode": "center"}, "crop"),
+        ({"crop_mode": "squash"}, "squash"),
+        ({"crop_mode": "border"}, "border"),
+        ({"crop_mode": "b\n" * 100}, "b\\n" * 13 + "b"),
+        ({"crop_mode": 3}, None),
+        ({"crop_mode": ""}, None),
+        ({}, None),
+    ],
+)
+def test_the_resize_is_read_where_timm_writes_it(tmp_path, written, resize):
+    text = json.dumps({"input_size": [3, 8, 8], **written})
+    found = load(tmp_path, safe_file(SMALL, {"pretrained_cfg": text})).images
+    assert found.resize == resize
+
+
+@pytest.mark.torch
 def test_size_and_normalisation_of_the_transforms_in_a_checkpoint(tmp_path):
     def transforms(mean):
         module = "torchvision.transforms.transforms"

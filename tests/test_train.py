@@ -21,6 +21,7 @@ from compat_jax import losses, methods, models
 from compat_jax.chain import Chain
 from compat_jax.data.tasks import Tasks, batch_plan
 from compat_jax.errors import Diverged, Stopped, UserError
+from compat_jax.identity import fingerprint
 from compat_jax.mesh import along_data, make_mesh, replicated
 from compat_jax.methods import Method, TaskStart
 from compat_jax.models import Backbone
@@ -532,7 +533,9 @@ def test_a_transformation_of_optax_trains_like_the_settings_that_it_equals(tmp_p
     for a, b in zip(found, expected, strict=True):
         chex.assert_trees_all_close(a.variables, b.variables, rtol=1e-4, atol=1e-5)
     described = json.loads((tmp_path / "theirs" / "run.json").read_text())["optimizer"]
-    assert described == "an optax transformation, given as an object"
+    assert described == f"an optax transformation, {fingerprint(theirs)}"
+    with pytest.raises(UserError, match=r"optimizer"):  # the run is another one
+        train("sce", tmp_path / "theirs", optimizer=optax.sgd(0.06, momentum=0.9))
 
 
 def test_an_optimiser_with_a_state_of_its_own_goes_on_to_the_same_bits(tmp_path):

@@ -185,6 +185,29 @@ def test_a_refused_call_leaves_the_settings_as_they_were(shop, tmp_path):
     assert not (tmp_path / "new" / "run.json").exists()
 
 
+@pytest.mark.parametrize("place", ["photos", "photos/pear", "photos/run/a", "linked/run"])
+def test_a_workdir_among_the_photos_is_refused_before_anything_is_written(shop, place):
+    (shop / "linked").symlink_to(shop / "photos")
+    before = sorted(shop.rglob("*"))
+    with pytest.raises(
+        UserError, match=r"lies in the folder of pictures .*: use a workdir"
+    ) as caught:
+        month(shop / "photos", shop / place)
+    assert caught.value.argument == "workdir" and sorted(shop.rglob("*")) == before
+
+
+def test_the_workdir_of_a_refused_call_does_not_stay(shop):
+    (shop / "photos" / "fig").mkdir()
+    before = sorted(shop.rglob("*"))
+    with pytest.raises(UserError, match=r"class folder .*fig is empty"):
+        month(shop / "photos", shop / "runs" / "other")
+    assert sorted(shop.rglob("*")) == before
+    (shop / "runs").mkdir()
+    with pytest.raises(UserError, match=r"class folder .*fig is empty"):
+        month(shop / "photos", shop / "runs" / "other")
+    assert sorted(shop.rglob("*")) == sorted([*before, shop / "runs"])
+
+
 def test_a_picture_put_right_is_learnt_again(shop):
     wrong = next(r for r in Ledger.read(shop / "work" / LEDGER) if r.part == "train")
     right = "pear" if wrong.label == "melon" else "melon"

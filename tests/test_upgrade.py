@@ -444,7 +444,10 @@ def test_an_upgrade_from_end_to_end(shop, store, tmp_path):
     assert shares == answers["shares"]
     assert say("switch", "--rollback") == {"before": 1, "query": 0, "previous": None}
     assert say("backfill", "--budget=3")["rows"] == {"0": 11, "1": 5}
-    assert say("delete", "--keys=photos/pear/000.jpg,photos/none.jpg") == {"deleted": 1}
+    assert say("delete", "--keys=photos/pear/000.jpg,photos/none.jpg") == {
+        "deleted": 1,
+        "missing": ["photos/none.jpg"],
+    }
     assert say("backfill")["rows"] == {"0": 15}
     assert say("verify", "--sample=5")["problems"] == {}
     again = run("index", *store, photos, "--labels", "--noprogress")
@@ -514,6 +517,28 @@ def test_shards_share_out_the_pictures(shop, tmp_path):
     assert done.out == "0 rows inserted, 16 there before\n", done
 
 
+def test_pictures_do_not_get_a_second_row_by_another_root(shop, store, tmp_path):
+    done = run("index", *store[:2], f"--pictures={shop}/photos", "--noprogress")
+    assert done.code == 2 and done.out == "", done
+    assert "keys are paths within a folder, such as photos/p" in done.err, done
+    assert done.err.endswith("(flag --root)\n"), done
+    bare = [store[0], f"--store=memory:{tmp_path}/bare"]
+    assert run("index", *bare, f"--pictures={shop}/photos", "--noprogress").code == 0
+    done = run("index", *bare, store[2], f"--pictures={shop}/photos", "--noprogress")
+    assert done.code == 2 and f"absolute paths, such as {shop}/photos/p" in done.err, done
+    done = run("verify", *bare, store[2], "--sample=4")
+    assert done.code == 1 and "or none if they were indexed without" in done.out, done
+
+
+def test_rows_are_deleted_by_the_paths_that_one_sees(shop, store, monkeypatch):
+    monkeypatch.chdir(shop / "photos")
+    assert run("delete", *store, "--keys=pear/000.jpg,photos/pear/001.jpg").code == 0
+    status = json.loads(run("status", *store, "--json").out)
+    assert status["rows"] == {"0": 14}
+    done = run("delete", *store, "--keys=pear/000.jpg")
+    assert done == (1, "0 rows deleted, 1 not there: 'pear/000.jpg'\n", ""), done
+
+
 def test_new_pictures_are_of_the_version_in_force_whatever_the_first_command_said(shop, store):
     again = ["index", *store, f"--pictures={shop}/photos", "--noprogress"]
     assert run(*again, "--version=0").code == 0
@@ -560,6 +585,8 @@ def test_a_table_gives_its_labels_and_a_list_its_keys(shop, tmp_path):
     listed = rows[0].partition(",")[0] + "\r\n/with a\u2028break.jpg\n\n"
     gone.write_text(listed, encoding="utf-8-sig")  # with a byte order mark, as Windows writes it
     done = run("delete", *where, f"--list={gone}")
-    assert done.out == "1 row deleted, 1 not there\n", done
+    assert done == (0, "1 row deleted, 1 not there: '/with a\\u2028break.jpg'\n", ""), done
+    done = run("delete", *where, f"--list={gone}")
+    assert done.code == 1 and done.out.startswith("0 rows deleted, 2 not there: "), done
     done = run("delete", *where, f"--list={shop}/photos/pear/000.jpg")
     assert (done.code, done.out) == (2, "") and "no text in UTF-8" in done.err, done

@@ -159,6 +159,17 @@ class Version:
         dtype = computed_in(dtype)
         return self.record.head.embedder(self.backbone.build(dtype), DTYPES[dtype])
 
+    @property
+    def untrained(self) -> str:
+        """Say which layers were drawn at random and never trained, so that it cannot answer; or ""."""
+        if not self.record.fresh:
+            return ""
+        layers = ", ".join(self.record.fresh[:3])
+        return (
+            f"version {self.number} has layers that were never trained ({layers}): train it before it "
+            "answers"
+        )
+
     def embed(
         self,
         pictures: Any,

@@ -93,10 +93,8 @@ class Dataset:
         return len(self.class_names)
 
     @functools.cached_property
-    def picture_digests(self) -> tuple[bytes, ...]:
-        """A digest of every image, of its file or else its pixels, to find it in another data set."""
-        if self.digests is not None:
-            return self.digests
+    def pixel_digests(self) -> tuple[bytes, ...]:
+        """BLAKE2b-16 of the pixels of every image; reads all of them."""
         return tuple(
             hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()
             for start in range(0, len(self.images), _BLOCK)

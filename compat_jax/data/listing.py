@@ -2,12 +2,21 @@
 
 In a folder, hidden files and what systems leave behind (`@eaDir`, `__MACOSX`, `Thumbs.db`, …) are no
 pictures; links are followed, dangling ones refused.
+
+Folders that this package wrote are passed over as well, with all that is in them: runs (`run.json`),
+versions (`record.json`), evaluations (`matrix.json`) and their features (`cache`), reports
+(`report.json`, `answers.json`), sweeps (`results.jsonl`) and galleries of LanceDB (`*.lance`). The
+content of those files decides, and a folder that holds other pictures as well is not passed over. A
+class folder that holds nothing else is no class.
 """
 
 import difflib
 import fnmatch
 import glob
+import itertools
+import json
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -16,7 +25,7 @@ from typing import NamedTuple
 
 from compat_jax.data.huggingface import is_saved, open_saved, saved_splits
 from compat_jax.errors import UserError, unknown
-from compat_jax.files import absolute, in_bucket
+from compat_jax.files import absolute, in_bucket, plain
 
 # Which folders are classes, and what names them: see `list_folder`.
 CLASS_FOLDERS = ("top", "path", "name")
@@ -28,13 +37,25 @@ _PARTS = {
     *("train", "training", "val", "valid", "validation", "dev", "test", "testing"),
     *("query", "gallery", "probe", "eval", "holdout"),
 }
+# Files by which a folder that this package wrote is known, and fields that their content has.
+_OUTPUTS = {
+    "run.json": {"method", "num_prototypes"},
+    "record.json": {"format", "record"},
+    "matrix.json": {"metric", "matrix"},
+    "report.json": {"chain", "versions"},
+    "answers.json": {"query", "answers"},
+    "results.jsonl": {"cell", "metrics"},
+}
+_CHARTS = {"matrices.png", "average_accuracy.png"}  # of an evaluation
+_CACHED = re.compile(r"[a-z]+[0-9]*-[0-9a-f]{24}\.npz")  # see `array_cache.Cache`
+_PHOTOS = (".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif")
 
 
 class Picture(NamedTuple):
     """A picture of a list.
 
     Attributes:
-      path: absolute path of the file.
+      path: absolute path of the file, the same of every list that it is in, see `files.plain`.
       label: class name, or None.
       split: part of the data that it belongs to, or None.
     """
@@ -123,17 +144,18 @@ def list_folder(
                 "path",
             )
         folders[name] = folder
-    if not folders:
-        raise UserError(
-            f"{path} has no sub-folder: it must hold one folder of pictures per class", "path"
-        )
     if not nested:
-        _refuse_parts(root, list(folders.values()))
-    return [
+        _refuse_parts(root, list(folders.values()), exclude)
+    found = [
         Picture(str(file), name)
         for name, folder in sorted(folders.items())
         for file in (_files(folder, exclude) if nested else _pictures(folder, exclude))
     ]
+    if not found:
+        raise UserError(
+            f"{path} has no sub-folder: it must hold one folder of pictures per class", "path"
+        )
+    return found
 
 
 def _class_folders(root, above, *, nested, exclude) -> Iterable[Path]:
@@ -150,24 +172,40 @@ def _files(folder, exclude):
     return [path for path in _entries(folder, exclude) if not path.is_dir()]
 
 
-def _refuse_parts(root, folders):
-    """Refuse train, query and gallery in the place of classes: the folder is one level too high."""
-    inside = [_entries(folder) for folder in folders]
-    if not all(entries and all(p.is_dir() for p in entries) for entries in inside):
+def _refuse_parts(root, folders, exclude):
+    """Refuse folders of class folders in the place of classes: the folder is one level too high."""
+    inside = {folder: found for folder in folders if (found := _entries(folder, exclude))}
+    if not inside or not all(p.is_dir() for found in inside.values() for p in found):
         return
     named = [folder.name for folder in folders if folder.name.lower() in _PARTS]
-    names = [p.name for entries in inside for p in entries]
+    names = [p.name for entries in inside.values() for p in entries]
     if named and (len(named) == len(folders) or len(set(names)) < len(names)):
         raise UserError(
             f"{root} holds no classes, but folders of classes ({', '.join(f.name for f in folders)}): "
             f"give one of them, such as {root / named[0]}",
             "path",
         )
+    _refuse_only(root, inside)
+
+
+def _refuse_only(root, inside):
+    """Refuse one folder of folders in the place of classes, which would be a single class."""
+    if len(inside) != 1:
+        return
+    ((folder, entries),) = inside.items()
+    if len(entries) > 1:
+        raise UserError(
+            f"{root} would be a single class, {folder.name!r}, of {len(entries)} folders "
+            f"({entries[0].name}, {entries[1].name}{', ...' if entries[2:] else ''}): give {folder} if "
+            "they are the classes; if it really is one class, move the pictures out of its folders",
+            "path",
+        )
 
 
 def _pictures(folder, exclude):
+    """The pictures of a class folder; none where it holds only what this package wrote."""
     files = list(_walk(folder, (), exclude))
-    if not files:
+    if not files and not any(p.is_dir() and _is_output(p) for p in folder.iterdir()):
         raise UserError(f"class folder {folder} is empty: add pictures or remove it", "path")
     return files
 
@@ -199,7 +237,7 @@ def _entries(folder, exclude=()):
 
 def _is_data(path):
     """Return whether this is a file or folder of data; raise for what is neither."""
-    if path.name.startswith(".") or path.name.lower() in _LEFT_BEHIND:
+    if _is_left_behind(path.name):
         return False
     try:
         mode = path.stat().st_mode
@@ -210,7 +248,68 @@ def _is_data(path):
         ) from error
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UserError(f"{path} is neither a file nor a folder: remove it", "path")
-    return True
+    return not (stat.S_ISDIR(mode) and _is_output(path))
+
+
+def _is_left_behind(name):
+    return name.startswith(".") or name.lower() in _LEFT_BEHIND
+
+
+def _is_output(folder):
+    """Return whether this package wrote a folder; one with pictures of the user's does not count."""
+    if folder.suffix == ".lance" and (folder / "_versions").is_dir():
+        return True
+    if folder.name == "cache" and _is_cache(os.listdir(folder)):
+        return True
+    markers = [name for name, fields in _OUTPUTS.items() if _has_fields(folder / name, fields)]
+    return bool(markers) and not any(_is_photo(name, markers) for name in os.listdir(folder))
+
+
+def _is_cache(names):
+    return bool(names) and all(map(_CACHED.fullmatch, names))
+
+
+def _is_photo(name, markers):
+    """Whether a file beside such markers is a picture of the user's rather than a chart."""
+    of_page = "report.json" in markers or "answers.json" in markers
+    is_chart = of_page or ("matrix.json" in markers and name in _CHARTS)
+    return name.lower().endswith(_PHOTOS) or (name.lower().endswith(".png") and not is_chart)
+
+
+def _has_fields(path, fields):
+    """Whether a file is JSON, or lines of it, of an object with these fields, or of some such."""
+    try:
+        content = path.read_bytes() if path.is_file() else b""
+        whole = json.loads(content.splitlines()[0] if path.suffix == ".jsonl" else content)
+    except (OSError, ValueError, IndexError):
+        return False
+    parts = whole.values() if isinstance(whole, dict) else whole if isinstance(whole, list) else ()
+    return any(isinstance(one, dict) and fields <= one.keys() for one in (whole, *parts))
+
+
+def holds(
+    pictures: str | os.PathLike, path: str | os.PathLike, exclude: Sequence[str] = ()
+) -> bool:
+    """Return whether files at a path would be listed among the pictures of a folder.
+
+    Args:
+      pictures: path of the folder; one that is something else holds nothing.
+      path: of a folder, which need not exist; links on the way are followed.
+      exclude: see `list_folder`.
+
+    Raises:
+      UserError: what is no path.
+    """
+    root, place = absolute(pictures), absolute(path)
+    if in_bucket(root) or in_bucket(place) or not root.is_dir() or is_saved(root):
+        return False
+    whole, inside = os.path.realpath(root), os.path.realpath(place)
+    if os.path.commonpath([whole, inside]) != whole:
+        return False
+    names = Path(inside).relative_to(whole).parts
+    return not any(
+        _is_left_behind(name) or any(fnmatch.fnmatch(name, e) for e in exclude) for name in names
+    )
 
 
 def list_pictures(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
@@ -238,13 +337,26 @@ def _found(path):
     elif root.exists():
         files = [str(root)]
     elif glob.has_magic(str(root)):
-        matches = sorted(Path(p) for p in glob.iglob(str(root), recursive=True))
-        files = [str(p) for p in matches if _is_data(p) and not p.is_dir()]
+        files = [str(path) for path in _matches(root)]
     else:
         raise UserError(f"no file or folder {path}", "path")
     if not files:
         raise UserError(f"{path} holds no pictures", "path")
     return files
+
+
+def _matches(pattern):
+    """The files of a pattern, but for those in folders that hold no data."""
+    base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
+    known = {base: True}
+
+    def is_data(path):
+        if path not in known and base in path.parents:
+            known[path] = is_data(path.parent) and _is_data(path)
+        return known.get(path, True)
+
+    matches = sorted(Path(p) for p in glob.iglob(str(pattern), recursive=True))
+    return [path for path in matches if is_data(path) and not path.is_dir()]
 
 
 def list_table(path: str | os.PathLike, columns: Sequence[str] = COLUMNS) -> list[Picture]:
@@ -285,7 +397,7 @@ def list_table(path: str | os.PathLike, columns: Sequence[str] = COLUMNS) -> lis
         label = None if labels is None else _label(labels[row - 1], row, path)
         split = None if splits is None else (splits[row - 1] or "").strip() or None
         place = file if in_bucket(file) else os.path.join(base, os.path.expanduser(file))
-        found.append(Picture(place, label, split))
+        found.append(Picture(plain(place), label, split))
     if not found:
         raise UserError(f"{path} has no rows", "path")
     return found
@@ -384,7 +496,8 @@ def list_huggingface(path: str | os.PathLike) -> list[Picture]:
             class_name(label, f"label {label!r} of {path}") for label in records.labels
         ]
         found += [
-            Picture(file, labels[row] if labels else None, split) for row, file in enumerate(files)
+            Picture(plain(file), labels[row] if labels else None, split)
+            for row, file in enumerate(files)
         ]
     return found
 

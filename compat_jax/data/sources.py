@@ -21,6 +21,8 @@ from compat_jax.files import absolute
 
 Side = Annotated[int | None, Rule("side of the pictures in pixels", low=1, high=8192)]
 Show = Annotated[bool, Rule("whether to show a progress bar")]
+# Sources whose path is a folder that is listed.
+LISTED = ("folder", "huggingface", "pictures")
 Part = Annotated[str | None, Rule("part of the data, e.g. train; all of it by default")]
 
 

@@ -27,12 +27,7 @@ def differences(old: Version, new: Version) -> tuple[str, ...]:
     prepared = Preprocessing.of(after).differences(Preprocessing.of(before))
     if prepared:
         found.append(f"pictures are preprocessed in another way: {prepared}")
-    for version, record in ((old, before), (new, after)):
-        if record.fresh:
-            found.append(
-                f"version {version.number} has layers that were never trained "
-                f"({', '.join(record.fresh[:3])}): train it before it answers"
-            )
+    found += [version.untrained for version in (old, new) if version.untrained]
     return tuple(found)
 
 

@@ -140,7 +140,7 @@ class Gallery(Opened):
             stays.
         """
         number, hosts = checked_shard(shard)
-        listed = self.originals.listed(pictures)[number::hosts]
+        listed = self._listed(pictures)[number::hosts]
         writer = _Writer(self, version, payload)
         with Meter(self.work.label("index"), len(listed), units="pictures") as meter:
             for start in range(0, len(listed), self.work.part):
@@ -170,25 +170,53 @@ class Gallery(Opened):
         Raises:
           Stopped, UserError: see `index`.
         """
-        listed = self.originals.listed(pictures)
+        listed = self._listed(pictures)
         writer = _Writer(self, version, payload)
         with Meter(self.work.label("put"), len(listed), units="pictures") as meter:
             writer.add([], listed, meter)
             writer.flush(meter)
         return writer.report()
 
-    def delete(self, keys: str | Sequence[str]) -> int:
-        """Delete rows by the keys or paths of their pictures; returns how many were there.
+    def _listed(self, pictures: Any) -> list[Listed]:
+        """The pictures to write, whose keys are of the same kind as those of the rows that are there."""
+        for key in self.store.rows(limit=1).keys:
+            self.originals.check_beside(key)
+        return self.originals.listed(pictures)
+
+    def find(self, keys: str | Sequence[str]) -> list[str | None]:
+        """Find rows by the keys or paths of their pictures.
+
+        Args:
+          keys: keys; absolute paths; or paths relative to the working folder, where no key is the same.
+
+        Returns:
+          The key of each row, None where there is none.
 
         Raises:
           UserError: what is neither, see `originals.Originals.key`.
         """
         several = isinstance(keys, Iterable) and not isinstance(keys, str | bytes)
         given: list[Any] = list(keys) if several else [keys]
-        if not given:
-            return 0
-        ids = [row_id(self.originals.key(key)) for key in given]
-        return self.store.delete(np.unique(np.array(ids, np.int64)))
+        meant = [self.originals.spellings(key) for key in given]
+        ids = np.unique(np.array([row_id(key) for each in meant for key in each], np.int64))
+        there = {
+            key
+            for start in range(0, len(ids), self.work.part)
+            for key in self.has(ids[start : start + self.work.part]).keys
+        }
+        return [next((key for key in each if key in there), None) for each in meant]
+
+    def delete(self, keys: str | Sequence[str]) -> int:
+        """Delete rows by the keys or paths of their pictures; returns how many were there.
+
+        Args:
+          keys: see `find`.
+
+        Raises:
+          UserError: what is neither, see `originals.Originals.key`.
+        """
+        ids = [row_id(key) for key in self.find(keys) if key is not None]
+        return self.store.delete(np.unique(np.array(ids, np.int64))) if ids else 0
 
     def search(
         self, queries: Any, k: int = 10, *, version: int | None = None, where: Where = EVERY

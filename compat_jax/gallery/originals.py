@@ -128,6 +128,39 @@ class Originals:
             )
         return _checked(full[len(self.root) :])
 
+    def spellings(self, path: str | os.PathLike) -> tuple[str, ...]:
+        """Return the keys that a user may mean: `key`, and that of a relative path below the root.
+
+        Raises:
+          UserError: see `key`.
+        """
+        first = self.key(path)
+        if self.root is None or "://" in first or os.fsdecode(path) != first:
+            return (first,)
+        full = os.path.abspath(first)
+        return (first, full[len(self.root) :]) if full.startswith(self.root) else (first,)
+
+    def check_beside(self, key: str) -> None:
+        """Refuse to write beside a row whose key these originals do not give: it would get a second one.
+
+        Raises:
+          UserError: the key is an absolute path and there is a root, or the other way round.
+        """
+        is_absolute = os.path.isabs(key) or "://" in key
+        if self.given is not None or is_absolute == (self.root is None):
+            return
+        if is_absolute:
+            raise UserError(
+                f"the gallery's keys are absolute paths, such as {key}: leave root out, as before, or "
+                "each picture gets a second row",
+                "root",
+            )
+        raise UserError(
+            f"the gallery's keys are paths within a folder, such as {key}: give that folder as root, as "
+            "before, or each picture gets a second row",
+            "root",
+        )
+
     def find(self, key: str) -> Any:
         """Return the picture of a row: its path, or what the mapping has.
 
@@ -142,7 +175,10 @@ class Originals:
             return key
         if os.path.isabs(key) or "://" in key or ".." in key.split("/"):
             raise BadPictures(
-                [f"{key} is not in {self.root}: give a root that all pictures are in"]
+                [
+                    f"{key} is not in {self.root}: give a root that all pictures are in, or none if "
+                    "they were indexed without"
+                ]
             )
         return self.root + key
 

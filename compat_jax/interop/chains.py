@@ -327,7 +327,7 @@ def export_version(chain: Chain, number: int, file: PathLike) -> dict[str, np.nd
     version = chain.open(number)
     record, state_dict = version.record, to_torch(version.variables)
     height, width, _ = record.image_shape
-    known = {name: record.preparation.get(name) for name in ("crop", "filter")}
+    known = {name: record.preparation.get(name) for name in ("crop", "filter", "resize")}
     size = height if height == width else None
     images = ImageSettings(size, record.mean, record.std, **known)
     torch_files.write_content(path, torch_files.encode(path, state_dict, images))

@@ -5,11 +5,15 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from compat_jax.data.pictures import RESIZES
 from compat_jax.errors import UserError
 from compat_jax.interop.torch_load import StandIn
 
 _FILTERS = ("bicubic", "bilinear", "box", "lanczos")
 _REQUIRED = ("size", "mean", "std")
+# What timm calls them.
+_CROP_MODES = {"crop": "center", "squash": "squash"}
+_LONGEST_NAME = 40
 # Where timm keeps them, newest name first.
 CONFIGS = ("pretrained_cfg", "default_cfg")
 _SIZES = ("input_size", "img_size", "image_size")
@@ -32,6 +36,8 @@ class ImageSettings:
       std: of each channel.
       crop: share of the resized short side that the centre crop keeps, in 0..1.
       filter: of the resize, "bicubic", "bilinear", "box" or "lanczos".
+      resize: "crop" keeps the aspect and crops the centre, "squash" does not; another name of a file's,
+        such as timm's "border", is refused by `require`.
     """
 
     size: int | None = None
@@ -39,6 +45,7 @@ class ImageSettings:
     std: tuple[float, ...] | None = None
     crop: float | None = None
     filter: str | None = None
+    resize: str | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -63,7 +70,8 @@ class ImageSettings:
         """Return these settings if they are complete.
 
         Raises:
-          UserError: naming what is missing, with the usual values, or a size out of range.
+          UserError: naming what is missing, with the usual values; a size out of range; or a resize that
+            is unknown here.
         """
         missing = [name for name in _REQUIRED if getattr(self, name) is None]
         if missing:
@@ -77,6 +85,12 @@ class ImageSettings:
             raise UserError(
                 f"size must be a whole number from 1 to {MAX_SIDE}, got {self.size!r:.80}", "size"
             )
+        if self.resize not in (None, *RESIZES):
+            raise UserError(
+                f"pictures are resized by {self.resize!r:.80}, which is unknown here: give resize=crop "
+                "(keep the aspect and crop the centre) or resize=squash, whichever is nearer",
+                "resize",
+            )
         return self
 
     def metadata(self) -> dict[str, str]:
@@ -86,12 +100,16 @@ class ImageSettings:
         config |= {"mean": list(self.mean), "std": list(self.std)}
         if self.crop is not None:
             config["crop_pct"] = self.crop
+        if self.resize is not None:
+            config["crop_mode"] = _CROP_MODES.get(self.resize, self.resize)
+        if self.resize == "squash":
+            config["crop_pct"] = 1.0  # timm would crop after it squashed
         if self.filter is not None:
             config["interpolation"] = self.filter
         return {"format": "pt", CONFIGS[0]: json.dumps(config)}
 
 
-_DEFAULTS = ImageSettings(crop=1.0, filter="bicubic")
+_DEFAULTS = ImageSettings(crop=1.0, filter="bicubic", resize="crop")
 
 
 def chosen(*sources: tuple[str, ImageSettings]) -> tuple[ImageSettings, str]:
@@ -101,12 +119,15 @@ def chosen(*sources: tuple[str, ImageSettings]) -> tuple[ImageSettings, str]:
       *sources: name and settings, the most trusted first.
 
     Returns:
-      The settings, with the usual crop and filter where no source gives them, and a sentence such as
-      "images: size 224 (the file), mean 0.5,0.5,0.5 (the configuration), ...".
+      The settings, with the usual crop, filter and resize where no source gives them, and a sentence
+      such as "images: size 224 (the file), mean 0.5,0.5,0.5 (the configuration), ...". What is squashed
+      is not cropped: its crop is 1, whatever the sources say.
     """
+    known = [*sources, ("by default", _DEFAULTS)]
+    if next(s.resize for _, s in known if s.resize is not None) == "squash":
+        known.insert(0, ("nothing is cropped", ImageSettings(crop=1.0)))
     values, words = {}, []
     for field in dataclasses.fields(ImageSettings):
-        known = (*sources, ("by default", _DEFAULTS))
         given = [(who, v) for who, s in known if (v := getattr(s, field.name)) is not None]
         if given:
             who, values[field.name] = given[0]
@@ -163,6 +184,7 @@ def _of_fields(fields):
         _numbers(fields.get("std")),
         crop=_share(fields.get("crop_pct")),
         filter=_filter(fields.get("interpolation")),
+        resize=_resize(fields.get("crop_mode")),
     )
 
 
@@ -208,6 +230,14 @@ def _share(value):
 def _filter(value):
     """The name of a resize filter; None for others, such as a random one."""
     return value if isinstance(value, str) and value in _FILTERS else None
+
+
+def _resize(value):
+    """The resize of timm's crop mode; the mode's own name if there is no such resize here."""
+    if not isinstance(value, str) or not value:
+        return None
+    names = {mode: resize for resize, mode in _CROP_MODES.items()}
+    return names.get(value, repr(value)[1:-1][:_LONGEST_NAME])
 
 
 def _single(values):

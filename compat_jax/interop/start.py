@@ -89,7 +89,7 @@ def starting_version_of(
     images.require()
     assert images.size and images.mean and images.std
     notes = [
-        f"{difference}, as {weights.path} says" for difference in given.differences(weights.images)
+        f"{difference}, as {weights.path} says" for difference in images.differences(weights.images)
     ]
     preprocess = dataclasses.replace(run.preprocess, mean=images.mean, std=images.std)
     backbone = sized(run.given_backbone, images)
@@ -130,7 +130,7 @@ def preparation(images: ImageSettings) -> dict[str, Any]:
       images: as `image_settings.chosen` returns them.
 
     Raises:
-      UserError: a crop out of range or an unknown filter.
+      UserError: a crop out of range, an unknown filter or resize.
     """
-    assert images.size and images.crop and images.filter
-    return Preparation(images.size, "crop", images.filter, images.crop).describe()
+    assert images.size and images.crop and images.filter and images.resize
+    return Preparation(images.size, images.resize, images.filter, images.crop).describe()

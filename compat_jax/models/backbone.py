@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import flax.linen as nn
 
 from compat_jax.errors import UserError, unknown
+from compat_jax.identity import Nameless, as_json, fields_as_json, is_object
 from compat_jax.models.precision import DTYPES
 
 _LINEN = ("dtype", "parent", "name")  # fields that are no arguments
@@ -54,7 +55,8 @@ class Backbone:
 
     Attributes:
       name: a registered name, or an import path "package.module:Name".
-      arguments: keyword arguments, JSON values.
+      arguments: keyword arguments, JSON values; of an object, functions and the like by their names,
+        see `identity.as_json`.
       module: the module itself, for a backbone given as an object.
     """
 
@@ -91,6 +93,12 @@ class Backbone:
                         f"backbone {self.name!r} takes no arguments, got {key!r}: leave it out"
                     )
                 raise unknown(f"argument of backbone {self.name!r}", key, choices)
+            if is_object(self.arguments[key]):
+                raise UserError(
+                    f"{key} of backbone {self.name!r} was {self.arguments[key]['object']}, which a name "
+                    "cannot say: hand in the object",
+                    "backbone",
+                )
         extra = {"dtype": DTYPES[dtype]} if "dtype" in valid else {}
         return build(**self.arguments, **extra)
 
@@ -104,7 +112,7 @@ def as_backbone(given: GivenBackbone) -> Backbone:
     A Linen module may be one of Flax NNX behind `flax.nnx.bridge.to_linen`.
 
     Raises:
-      UserError: something else.
+      UserError: something else, or a module with a field that a record cannot name.
     """
     if isinstance(given, Backbone):
         return given
@@ -117,7 +125,13 @@ def as_backbone(given: GivenBackbone) -> Backbone:
         )
     # A module of Flax NNX behind `flax.nnx.bridge.to_linen` goes by its own name.
     kind = getattr(given, "nnx_class", None)
-    arguments = _plain({**given.kwargs}) if kind else _plain_fields(given)
+    try:
+        arguments = as_json({**given.kwargs}) if kind else fields_as_json(given, _LINEN)
+    except Nameless as error:
+        raise UserError(
+            f"a record cannot name {error} of the backbone: give a function that its module names",
+            "backbone",
+        ) from error
     kind = kind or type(given)
     return Backbone(f"{kind.__module__}:{kind.__qualname__}", arguments, given)
 
@@ -156,23 +170,6 @@ def recorded_backbone(
             f"{own.name} {dict(own.arguments)} was handed in"
         )
     return own
-
-
-def _plain_fields(module):
-    """The fields of a module that JSON can hold, without those that Linen adds."""
-    names = [f.name for f in dataclasses.fields(module) if f.name not in _LINEN]
-    return _plain({name: getattr(module, name) for name in names})
-
-
-def _plain(values):
-    """The values that JSON can hold."""
-    found = {}
-    for name, value in values.items():
-        try:
-            found[name] = json.loads(json.dumps(value))
-        except (TypeError, ValueError):
-            continue
-    return found
 
 
 def _imported(path):

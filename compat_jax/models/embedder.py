@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import InvalidRngError
 
 from compat_jax.errors import UserError
 from compat_jax.models.layers import linear_init
@@ -64,10 +65,11 @@ class Embedder(nn.Module):
         """Embed float[batch, h, w, c] normalised images.
 
         Raises:
-          UserError: in training, of a backbone that would not learn of it.
+          UserError: of a backbone that returns something else than floats of shape [batch, width] or
+            asks for random numbers; in training, of one that would not learn of it.
         """
         mode = _mode(self.backbone, train)
-        features = self.backbone(images, **mode)
+        features = _pooled(self.backbone, images, mode)
         if train and not mode and "batch_stats" in self.variables:
             raise _untold(
                 self.backbone, "has running statistics, but is not told when to update them"
@@ -97,12 +99,52 @@ def _mode(backbone, train):
 
 def _untold(backbone, what):
     """Return the error for a backbone that would be trained as if it only embedded."""
-    name = getattr(backbone, "nnx_class", type(backbone)).__name__
     return UserError(
-        f"backbone {name} {what}: call the argument `train`, __call__(self, images, train), which is "
-        "True in training",
+        f"backbone {_class_name(backbone)} {what}: call the argument `train`, __call__(self, images, "
+        "train), which is True in training",
         "backbone",
     )
+
+
+def _pooled(backbone, images, mode):
+    """Return float[batch, width], what a backbone makes of images; refuse anything else."""
+    try:
+        found = backbone(images, **mode)
+    except (InvalidRngError, KeyError, ValueError) as error:
+        if not _lacks_randomness(error):
+            raise
+        raise UserError(
+            f"backbone {_class_name(backbone)} asks for random numbers, and backbones get none: leave "
+            "out its dropout and stochastic depth",
+            "backbone",
+        ) from error
+    is_floats = isinstance(found, jax.Array) and jnp.issubdtype(found.dtype, jnp.floating)
+    if is_floats and found.ndim == 2 and len(found) == len(images):
+        return found
+    raise UserError(
+        f"backbone {_class_name(backbone)} returned {_described(found)} for a batch of {len(images)}, "
+        "where one array float[batch, width] is needed: pool a map, x.mean((1, 2)), and leave out "
+        "other outputs",
+        "backbone",
+    )
+
+
+def _lacks_randomness(error):
+    """Return whether a module asked for random numbers; Flax NNX has no error of its own for this."""
+    return isinstance(error, InvalidRngError) or any(
+        text in str(error) for text in ("No RngStream named", "no `rngs` argument was provided")
+    )
+
+
+def _described(output):
+    """Return the dtype and shape of an array, the type of anything else."""
+    if isinstance(output, jax.Array):
+        return f"{output.dtype}{list(output.shape)}"
+    return f"a value of type {type(output).__name__}"
+
+
+def _class_name(backbone):
+    return getattr(backbone, "nnx_class", type(backbone)).__name__
 
 
 def init_variables(

@@ -232,9 +232,11 @@ def check_comparable(query: Version, gallery: Version) -> None:
     """Refuse to compare versions whose features live in different spaces.
 
     Raises:
-      UserError: another feature size, or another simplex.
+      UserError: another feature size, another simplex, or layers that were never trained.
     """
     new, old = query.record, gallery.record
+    if query.sha256 != gallery.sha256 and (untrained := query.untrained or gallery.untrained):
+        raise UserError(untrained)
     if new.feature_size != old.feature_size:
         raise UserError(
             f"queries of version {query.number} have features of size {new.feature_size}, the gallery "

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from compat_jax import identity, methods, simplex
 from compat_jax import mesh as meshes
-from compat_jax import methods, simplex
 from compat_jax.data.augment import Preprocess
 from compat_jax.data.tasks import Tasks, TaskSequence
 from compat_jax.errors import UserError
@@ -144,8 +144,9 @@ class Run:
     def describe(self) -> dict[str, Any]:
         """Return all settings as JSON values, for a workdir and for records."""
         method, backbone = self.given_method, self.given_backbone
-        optimizer: Any = "an optax transformation, given as an object"
-        if not isinstance(self.optimizer, optax.GradientTransformation):
+        if isinstance(self.optimizer, optax.GradientTransformation):
+            optimizer: Any = f"an optax transformation, {identity.fingerprint(self.optimizer)}"
+        else:
             optimizer = self.optimizer.describe()
         kept: dict[str, Any] = {} if self.keep == "last" else {"keep": self.keep}
         if self.first_prototypes:

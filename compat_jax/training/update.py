@@ -99,7 +99,8 @@ def update(
 
     Raises:
       Stopped, Diverged: see `train`.
-      UserError: see `photos.refresh` and `Workdir.claim`; a start that does not fit the chain.
+      UserError: see `photos.refresh` and `Workdir.claim`; a start that does not fit the chain; a
+        workdir within the folder of photos.
     """
     session = session or Session()
     check_types(run=(run, Run), photos=(photos, Photos))
@@ -112,6 +113,7 @@ def update(
     for settings in filter(None, (run, adopt)):
         settings.check_epochs()
     folder = Workdir(workdir, start.backbone if start else run.given_backbone)
+    folder.check_apart(photos.path)
     identity = _identity(run, photos, session)
     with folder.claimed(identity, session.accept_changes), saved_on_interrupt(session) as session:
         known = merged_aliases(folder.aliases(), photos.aliases)

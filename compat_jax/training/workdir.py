@@ -2,17 +2,19 @@
 
 import contextlib
 import datetime
+import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from compat_jax import hosts
 from compat_jax.chain import Chain
+from compat_jax.data import listing
 from compat_jax.data.dataset import Dataset
 from compat_jax.data.ledger import LEDGER
 from compat_jax.errors import Diverged, UserError
-from compat_jax.files import in_bucket, storage, write_bytes, write_json
+from compat_jax.files import absolute, in_bucket, storage, write_bytes, write_json
 from compat_jax.models import GivenBackbone
 from compat_jax.training.checkpoint import Checkpointer
 from compat_jax.training.log import Log
@@ -61,6 +63,23 @@ class Workdir:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(f"cannot write to {self.path}: no permission in {folder}", "workdir")
 
+    def check_apart(self, pictures: str | os.PathLike[str], exclude: Sequence[str] = ()) -> None:
+        """Refuse to lie within a folder of pictures, which would list the run's files among them.
+
+        Args:
+          pictures: path of the folder; one that is something else holds nothing.
+          exclude: patterns of names that the folder passes over, see `listing.list_folder`.
+
+        Raises:
+          UserError: this folder is that one, or lies in it.
+        """
+        if listing.holds(pictures, self.path, exclude):
+            raise UserError(
+                f"{self.path} lies in the folder of pictures {absolute(pictures)}, where a run's files "
+                "would be taken for pictures: use a workdir outside of it",
+                "workdir",
+            )
+
     def claim(self, identity: Mapping[str, Any], change: bool = False) -> None:
         """Write the run's identity into the folder, or check it against what is there.
 
@@ -82,6 +101,8 @@ class Workdir:
     def claimed(self, identity: Mapping[str, Any], change: bool = False) -> Iterator[None]:
         """Claim the folder for a block; one that is refused leaves settings and ledger as they were.
 
+        A folder that the claim made does not stay either.
+
         Args:
           identity, change: see `claim`.
 
@@ -89,27 +110,38 @@ class Workdir:
           UserError: see `claim`, and whatever the block raises.
         """
         before = {name: self._content(name) for name in ("run.json", LEDGER)}
+        missing = self._missing()
         self.claim(identity, change)
         try:
             yield
         except Diverged:
             raise
         except UserError:
-            hosts.on_first(lambda: self._restore(before))
+            hosts.on_first(lambda: self._restore(before, missing))
             raise
+
+    def _missing(self):
+        """This folder and those around it that are not there, the innermost first."""
+        if in_bucket(self.path):
+            return []
+        folders = (self.path, *self.path.parents)
+        return list(itertools.takewhile(lambda folder: not folder.exists(), folders))
 
     def _content(self, name):
         path = self.path / name
         return path.read_bytes() if path.exists() else None
 
-    def _restore(self, before):
-        """Put the files back; a version under way keeps the ledger that it learns from."""
+    def _restore(self, before, missing):
+        """Put files and folders back; a version under way keeps the ledger that it learns from."""
         under_way = self.is_under_way()
         for name, content in before.items():
             if content is not None and not (under_way and name == LEDGER):
                 write_bytes(self.path / name, content)
             elif content is None and not len(self.chain) and not under_way:
                 (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError, ValueError):  # one that is not empty
+            for folder in missing:
+                folder.rmdir()
 
     def _claim(self, identity, change):
         path = self.path / "run.json"
