@@ -13,7 +13,7 @@ from compat_jax import mesh as meshes
 from compat_jax.chain import Chain
 from compat_jax.errors import UserError
 from compat_jax.mesh import check_batch, make_mesh
-from compat_jax.training import Trainer
+from compat_jax.training import Trainer, pretrain
 
 MACHINE = "MemTotal: 100 kB\nMemAvailable: 50 kB\nSwapFree: 7 kB\n"
 WHOLE = 1024 * (50 + 7)
@@ -107,7 +107,14 @@ def test_a_step_that_does_not_fit_is_refused_before_it_runs_and_the_batch_to_try
     with pytest.raises(UserError, match="try batch_size=") as caught:
         tiny.train(tiny.run(batch_size=128), tmp_path / "large", data)
     batch = int(re.search(r"batch_size=(\d+)", str(caught.value))[1])
-    assert len(tiny.train(tiny.run(batch_size=batch), tmp_path / "small", data)) == 3
+    # In the same folder, which the refused call does not own.
+    assert len(tiny.train(tiny.run(batch_size=batch), tmp_path / "large", data)) == 3
+    monkeypatch.setattr(memory, "free_bytes", lambda: 3000)
+    with pytest.raises(UserError, match=r"a training step takes .* and 0 MB are free"):
+        pretrain(tiny.run("sce"), data, tmp_path / "models", class_counts=(4,))
+    monkeypatch.undo()
+    longer = tiny.run("sce", epochs=3)
+    assert len(pretrain(longer, data, tmp_path / "models", class_counts=(4,))) == 1
 
 
 def test_a_device_that_is_full_is_one_line(tmp_path, monkeypatch):

@@ -65,12 +65,11 @@ def pretrain(
         run.check(Tasks(initial=count).sequence(count), labels, session.devices())
     folder, config = Workdir(workdir, run.given_backbone), recorded_settings(run, config)
     identity = {**run.describe(), "pretrain_classes": list(counts), "data": data_identity(data)}
-    folder.claim(identity, session.accept_changes)
-    data = data.select(range(largest))
-    missing = [n for n in range(len(counts)) if n not in folder.chain.numbers()]
-    if not missing:
-        return folder.chain
-    with saved_on_interrupt(session) as session:
+    with folder.claimed(identity, session.accept_changes), saved_on_interrupt(session) as session:
+        data = data.select(range(largest))
+        missing = [n for n in range(len(counts)) if n not in folder.chain.numbers()]
+        if not missing:
+            return folder.chain
         fit = Fit(data, session, folder)
         for number in missing:
             if session.should_stop():

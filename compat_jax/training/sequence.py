@@ -72,25 +72,23 @@ def train(
     check_validation(data, validation, run)
     watched = validation_identity(run, validation, session)
     identity = {**run.describe(), "data": data_identity(data), "models": models, **watched}
-    folder.claim(identity, session.accept_changes)
-    _train_first(run, data, folder, session, config, validation)
-    done = folder.chain.numbers()
-    missing = [task for task in range(len(sequence)) if task not in done]
-    if not missing:
-        return folder.chain
-    bar, steps = session.bar(run.given_method.name), _steps(run, sequence, data)
-    with saved_on_interrupt(session) as session, Meter(bar, sum(steps)) as meter:
-        fit, (longest, _) = (
-            Fit(data, session, folder, validation),
-            longest_plan(run, sequence, data.labels),
-        )
-        meter.skip(sum(steps) - sum(steps[task] for task in missing))
-        for index in missing:
-            if session.should_stop():
-                raise Stopped
-            own, beginning = _begin(run, folder.chain, replacements, index)
-            task = sequence_task(own, sequence, index, data.labels, **beginning._asdict())
-            fit.publish(task, data, config, meter=meter, longest=longest)
+    with folder.claimed(identity, session.accept_changes):
+        _train_first(run, data, folder, session, config, validation)
+        done = folder.chain.numbers()
+        missing = [task for task in range(len(sequence)) if task not in done]
+        if not missing:
+            return folder.chain
+        bar, steps = session.bar(run.given_method.name), _steps(run, sequence, data)
+        with saved_on_interrupt(session) as session, Meter(bar, sum(steps)) as meter:
+            fit = Fit(data, session, folder, validation)
+            longest, _ = longest_plan(run, sequence, data.labels)
+            meter.skip(sum(steps) - sum(steps[task] for task in missing))
+            for index in missing:
+                if session.should_stop():
+                    raise Stopped
+                own, beginning = _begin(run, folder.chain, replacements, index)
+                task = sequence_task(own, sequence, index, data.labels, **beginning._asdict())
+                fit.publish(task, data, config, meter=meter, longest=longest)
     return folder.chain
 
 

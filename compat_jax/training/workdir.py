@@ -101,7 +101,8 @@ class Workdir:
     def claimed(self, identity: Mapping[str, Any], change: bool = False) -> Iterator[None]:
         """Claim the folder for a block; one that is refused leaves settings and ledger as they were.
 
-        A folder that the claim made does not stay either.
+        A folder that the claim made does not stay either. A block that has added a version was not
+        refused: what it wrote stays.
 
         Args:
           identity, change: see `claim`.
@@ -110,14 +111,15 @@ class Workdir:
           UserError: see `claim`, and whatever the block raises.
         """
         before = {name: self._content(name) for name in ("run.json", LEDGER)}
-        missing = self._missing()
+        missing, versions = self._missing(), self.chain.numbers()
         self.claim(identity, change)
         try:
             yield
         except Diverged:
             raise
         except UserError:
-            hosts.on_first(lambda: self._restore(before, missing))
+            if self.chain.numbers() == versions:
+                hosts.on_first(lambda: self._restore(before, missing))
             raise
 
     def _missing(self):
