@@ -262,13 +262,12 @@ def source_of(config: ConfigDict, role: str) -> dict[str, Any]:
 
 
 def folders_of(config: ConfigDict) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """List the paths from which a configuration lists pictures, and the patterns to pass over there."""
+    """List the folders whose pictures the roles of a configuration list, with patterns to pass over."""
     data = _section(config, "data")
-    for name in ("photos", *ROLES):
-        section = _section(data, name)
+    for role in ROLES:
+        section = _section(data, role)
         path, exclude = section.get("path"), section.get("exclude")
-        is_listed = name == "photos" or section.get("source") in LISTED
-        if is_listed and path and isinstance(path, str):
+        if section.get("source") in LISTED and path and isinstance(path, str):
             yield path, tuple(exclude) if isinstance(exclude, list | tuple) else ()
 
 

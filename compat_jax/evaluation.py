@@ -1,6 +1,5 @@
 """Every version of a chain tried against every older one: the compatibility matrix."""
 
-import collections
 import dataclasses
 import operator
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from compat_jax.chain import Chain, CorruptEntry, NoSuchVersion, Record, Version
 from compat_jax.data.class_register import Register
 from compat_jax.data.dataset import Dataset
 from compat_jax.data.roles import check_same_classes
+from compat_jax.data.same_pictures import note_of, same_pictures
 from compat_jax.errors import Stopped, UserError
 from compat_jax.fields import Rule, check_fields
 from compat_jax.matrix import Evaluation, Evaluations
@@ -198,7 +198,7 @@ def _evaluate(chain, data, mapper, *, metrics, versions, dtype, session) -> Eval
             mapper.add(extraction)
         for table in tables:
             table.add(version, extraction, mapper)
-    notes = untrained if own is None else [*untrained, _inside(own, query, gallery)]
+    notes = untrained if own is None else [*untrained, note_of(own, query, gallery)]
     notes += [] if mapper is None else [mapper.note()]
     return Evaluations(
         [table.result(numbers, records, replaced=replaced, more=notes) for table in tables]
@@ -286,38 +286,6 @@ def _method(records: Sequence[Record]) -> str:
     """
     tuned = [record.method for record in records if record.parent is not None]
     return (tuned or [record.method for record in records] or [""])[-1]
-
-
-def same_pictures(query: Dataset, gallery: Dataset) -> np.ndarray | None:
-    """Find the query pictures that are in the gallery: the same files, or the same pixels.
-
-    Pixels are compared where one of the two does not come from files.
-
-    Returns:
-      int[q], the first gallery row of the same picture, -1 for none; None if no picture is in both.
-    """
-    asking, answering = _digests(query, gallery)
-    rows = {digest: row for row, digest in reversed(list(enumerate(answering)))}
-    own = np.array([rows.get(digest, -1) for digest in asking])
-    return own if (own >= 0).any() else None
-
-
-def _digests(query: Dataset, gallery: Dataset) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
-    """Digests of the pictures of both, of one kind."""
-    if query.digests is not None and gallery.digests is not None:
-        return query.digests, gallery.digests
-    return query.pixel_digests, gallery.pixel_digests
-
-
-def _inside(own: np.ndarray, query: Dataset, gallery: Dataset) -> str:
-    """Say how many query pictures are in the gallery, and how many of them more than once."""
-    digests = _digests(query, gallery)[1]
-    copies, inside = collections.Counter(digests), own[own >= 0]
-    several = sum(copies[digests[row]] > 1 for row in inside)
-    note = f"{len(inside)} of {len(own)} query pictures are in the gallery: each leaves itself out"
-    if several:
-        note += f"; {several} of them have further copies there, which answer"
-    return f"{note}."
 
 
 class _Extraction:

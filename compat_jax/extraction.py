@@ -1,7 +1,6 @@
 """From pictures to features by a model: files, PIL images or arrays, one or a stream of them."""
 
 import functools
-import glob
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from compat_jax.data.pictures import Preparation, decode
 from compat_jax.data.reading import LazyImages, block_size, in_order
 from compat_jax.errors import UserError
 from compat_jax.features import Extractor, at_once
-from compat_jax.files import absolute, in_bucket
+from compat_jax.files import in_bucket
 from compat_jax.meter import Meter
 from compat_jax.models.fold import fold_batch_norm
 
@@ -213,12 +212,9 @@ def _pictures(given: Any) -> Any:
 
 
 def _of_item(item: Any) -> list[Any]:
-    """The pictures of an item of a list: the files of a folder or pattern, or itself."""
-    if not isinstance(item, str | os.PathLike) or in_bucket(item):
-        return [item]
-    path = absolute(item)
-    is_pattern = glob.has_magic(str(path)) and not path.exists()
-    return list(list_pictures(item)) if is_pattern or path.is_dir() else [str(path)]
+    """Return the pictures of an item of a list: those of a path, or itself."""
+    is_path = isinstance(item, str | os.PathLike) and not in_bucket(item)
+    return list_pictures(item) if is_path else [item]
 
 
 def _prepared(pictures, embedding, prepare, *, batch_size) -> Iterator[np.ndarray]:

@@ -147,7 +147,7 @@ def _sha256(text):
 
 
 def _parts(value) -> list[Any]:
-    """What a value is made of."""
+    """Return the parts that a value is made of."""
     if isinstance(value, Mapping):
         return [part for key in sorted(value, key=repr) for part in (key, value[key])]
     if isinstance(value, list | tuple):

@@ -21,7 +21,7 @@ def never() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _AnyHost:
-    """Whether `own` says so on any of the hosts, which all ask at the same time."""
+    """Asks all hosts at the same time whether `own` says so on any of them."""
 
     own: Callable[[], bool]
 

@@ -17,13 +17,13 @@ from ml_collections import ConfigDict, config_flags
 
 from compat_jax.errors import Stopped, UserError, unknown
 from compat_jax.files import absolute, first_line
+from launch import _config_flag
 
 if TYPE_CHECKING:  # imports JAX, which programs do after they have parsed their flags
     from compat_jax.session import Session
 
 HELP_FLAGS = ("--help", "-h", "--helpfull", "--helpshort", "-help", "--help=true")
 RESUME = 75  # EX_TEMPFAIL: run the same command again and it resumes
-_CLONE = Path(__file__).resolve().parents[1]
 
 
 def run(main: Callable[[Sequence[str]], None], doc: str) -> None:
@@ -54,13 +54,13 @@ def _parse(argv):
             from launch._help import help_of
 
             flags.FLAGS([a for a in argv if a not in HELP_FLAGS])
-            _unset(flags.FLAGS)
-            _check_config_file()
-            text = help_of(_SHOWN, _config_file() if flags.FLAGS["config"].present else "")
+            _config_flag.unset(flags.FLAGS)
+            _config_flag.check()
+            text = help_of(_SHOWN, _config_flag.file() if flags.FLAGS["config"].present else "")
             print(f"{sys.modules['__main__'].__doc__}\n{text}")
             sys.exit(0)
         rest = flags.FLAGS(argv)
-        _unset(flags.FLAGS)
+        _config_flag.unset(flags.FLAGS)
         return rest
     except SystemExit as end:
         if wants_help:  # absl has printed it, and calls that a failure
@@ -77,7 +77,7 @@ def _guarded(main, argv):
         logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every file at INFO
         # Orbax also logs the traceback of each of its threads before it raises the error.
         logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
-        _check_config_file()
+        _config_flag.check()
         main(argv)
     except BrokenPipeError:  # see `run`
         raise
@@ -103,18 +103,9 @@ def _flag_of(error):
         return ""
     own = argument in flags.FLAGS
     flag = f"--{argument}" if own else f"--config.{argument}"
-    if flag in str(error) or not (own or _is_field(argument)):
+    if flag in str(error) or not (own or _config_flag.has_field(argument)):
         return ""
     return f" (flag {flag})"
-
-
-def _is_field(name):
-    """Whether the configuration of this program has a field, which a flag can then set."""
-    place = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
-    *sections, field = name.split(".")
-    for section in sections:
-        place = place.get(section) if isinstance(place, ConfigDict) else None
-    return isinstance(place, ConfigDict) and field in place
 
 
 @contextlib.contextmanager
@@ -143,7 +134,7 @@ def _one_line(error):
     # What a configuration raised arrives as the text of its traceback.
     text = str(error).rpartition("compat_jax.errors.UserError: ")[2]
     if "has no attribute 'get_config'" in text:
-        text = f"the configuration file has no get_config(): {examples()}"
+        text = f"the configuration file has no get_config(): {_config_flag.examples()}"
     elif isinstance(error, KeyError | AttributeError):
         text = f"unknown field of the configuration: {error.args[0]}"
     elif not isinstance(error, UserError | OSError | flags.Error | TypeError | ValueError):
@@ -152,7 +143,7 @@ def _one_line(error):
 
 
 def _belongs_in_grid(flag):
-    """Whether an unknown flag is a field of the configuration in a program whose fields are a grid's."""
+    """Return whether a field was given as a flag to a program that takes fields in a grid."""
     return flag.startswith("config.") and "grid" in flags.FLAGS
 
 
@@ -170,12 +161,12 @@ def define_config(default: str | None = None, fields: Sequence[str] = ("",)) -> 
       fields: how the names of those begin that the program reads, for its help; all by default.
     """
     _SHOWN.extend(fields)
-    sys.argv[:] = _last_values(sys.argv)
+    sys.argv[:] = _config_flag.last_values(sys.argv)
     if default is not None:
-        default = str(_CLONE / default)
+        default = str(_config_flag.CLONE / default)
     _end_quietly_on_interrupt()
     try:  # reads the file and the overrides at once
-        sys.argv[:] = _with_files(sys.argv)
+        sys.argv[:] = _config_flag.with_files(sys.argv)
         config_flags.DEFINE_config_file("config", default, "FILE.py:key=value,... of the run")
     except Exception as error:  # see `_parse`
         _fail(error)
@@ -191,97 +182,6 @@ def _end_quietly_on_interrupt():
         os._exit(130)
 
     signal.signal(signal.SIGINT, end)
-
-
-_UNSET: list[str] = []  # fields given as None
-
-
-def _last_values(argv):
-    """Arguments without repeated or unset fields: ml_collections would join the values of a tuple."""
-    last = {}
-    for place, argument in enumerate(argv):
-        if match := re.match(r"--?config\.([^=]+)=", argument):
-            last[match[1]] = place
-    kept = []
-    for place, argument in enumerate(argv):
-        match = re.match(r"--?config\.([^=]+)=(.*)", argument, re.DOTALL)
-        if match and last[match[1]] != place:
-            continue
-        if match and match[2] == "None":
-            _UNSET.append(match[1])
-            continue
-        kept.append(argument)
-    return kept
-
-
-def _with_files(argv):
-    """Arguments with the file of --config where it is."""
-    found = []
-    for before, argument in zip(["", *argv], argv, strict=False):
-        flag, equals, file = argument.partition("=")
-        if before in ("--config", "-config"):
-            argument = config_file(argument)
-        elif flag in ("--config", "-config") and equals:
-            argument = f"{flag}={config_file(file)}"
-        found.append(argument)
-    return found
-
-
-def config_file(text: str) -> str:
-    """Return FILE.py:arguments, a FILE of configs/ as that of the clone where this folder has none.
-
-    Args:
-      text: value of --config.
-
-    Raises:
-      UserError: there is no such file.
-    """
-    path, colon, arguments = text.partition(":")
-    if Path(path).parts[:1] == ("configs",) and not os.path.exists(path):
-        found = str(_CLONE / path)
-    else:
-        found = path
-    if not os.path.isfile(found):
-        raise UserError(f"no configuration file {path!r}: {examples()}", "config")
-    return f"{found}{colon}{arguments}"
-
-
-def examples() -> str:
-    """Say where there are configurations to start from."""
-    folder = _CLONE / "configs"
-    is_here = os.path.exists("configs") and folder.exists() and os.path.samefile("configs", folder)
-    return f"{'configs/' if is_here else folder} has some to start from"
-
-
-def _unset(args):
-    for name in _UNSET:
-        section, _, field = name.rpartition(".")
-        place = args.config
-        for part in filter(None, section.split(".")):
-            place = place[part]
-        if field not in place:
-            raise KeyError(name)
-        with place.ignore_type():
-            place[field] = None
-
-
-def _config_file():
-    """The file of --config; "" if it was neither given nor has a default."""
-    try:
-        return config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
-    except (flags.Error, TypeError):  # the latter where it is a plain flag, as of a sweep
-        return ""
-
-
-def _check_config_file():
-    path = _config_file() if "config" in flags.FLAGS else ""
-    if not path:
-        return
-    config = flags.FLAGS["config"].value
-    if isinstance(error := getattr(config, "_error", None), OSError):  # ml_collections keeps it
-        raise UserError(f"{path} failed ({first_line(error)})") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"get_config() of {path} must return a ConfigDict, got {config!r:.80}")
 
 
 def require(name: str, example: str) -> str:

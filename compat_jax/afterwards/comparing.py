@@ -13,6 +13,7 @@ from compat_jax.array_cache import Cache
 from compat_jax.chain import Chain, Version
 from compat_jax.data.dataset import Dataset
 from compat_jax.data.roles import check_same_classes
+from compat_jax.data.same_pictures import same_pictures
 from compat_jax.errors import Stopped, UserError
 from compat_jax.evaluation import Maps
 from compat_jax.models import computed_in
@@ -112,7 +113,7 @@ def _versions(chain: Chain, plan: Plan) -> tuple[Version, Version]:
 
 def _spaces(data: tuple[Dataset, Dataset], plan: Plan, features: Callable, *, mesh) -> Spaces:
     query, gallery = data
-    asked, own = sampled(len(query)), evaluation.same_pictures(query, gallery)
+    asked, own = sampled(len(query)), same_pictures(query, gallery)
     old, new = features(gallery)
     answering = Both(old, new, gallery.need_labels())
     old, new = features(query)

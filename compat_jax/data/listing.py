@@ -3,20 +3,14 @@
 In a folder, hidden files and what systems leave behind (`@eaDir`, `__MACOSX`, `Thumbs.db`, …) are no
 pictures; links are followed, dangling ones refused.
 
-Folders that this package wrote are passed over as well, with all that is in them: runs (`run.json`),
-versions (`record.json`), evaluations (`matrix.json`) and their features (`cache`), reports
-(`report.json`, `answers.json`), sweeps (`results.jsonl`) and galleries of LanceDB (`*.lance`). The
-content of those files decides, and a folder that holds other pictures as well is not passed over. A
-class folder that holds nothing else is no class.
+Folders that this package wrote are passed over as well, see `own_outputs`; a class folder that holds
+nothing else is no class.
 """
 
-import difflib
 import fnmatch
 import glob
 import itertools
-import json
 import os
-import re
 import stat
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -24,31 +18,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from compat_jax.data.huggingface import is_saved, open_saved, saved_splits
-from compat_jax.errors import UserError, unknown
+from compat_jax.data.own_outputs import is_output
+from compat_jax.data.tables import COLUMNS, TABLES, read_table
+from compat_jax.errors import UserError
 from compat_jax.files import absolute, in_bucket, plain
 
 # Which folders are classes, and what names them: see `list_folder`.
 CLASS_FOLDERS = ("top", "path", "name")
-COLUMNS = ("path", "label", "split")
-TABLES = (".csv", ".tsv", ".parquet")
 _LEFT_BEHIND = {"@eadir", "__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db", "lost+found"}
 # Names of folders that hold class folders rather than pictures of a class.
 _PARTS = {
     *("train", "training", "val", "valid", "validation", "dev", "test", "testing"),
     *("query", "gallery", "probe", "eval", "holdout"),
 }
-# Files by which a folder that this package wrote is known, and fields that their content has.
-_OUTPUTS = {
-    "run.json": {"method", "num_prototypes"},
-    "record.json": {"format", "record"},
-    "matrix.json": {"metric", "matrix"},
-    "report.json": {"chain", "versions"},
-    "answers.json": {"query", "answers"},
-    "results.jsonl": {"cell", "metrics"},
-}
-_CHARTS = {"matrices.png", "average_accuracy.png"}  # of an evaluation
-_CACHED = re.compile(r"[a-z]+[0-9]*-[0-9a-f]{24}\.npz")  # see `array_cache.Cache`
-_PHOTOS = (".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif")
 
 
 class Picture(NamedTuple):
@@ -205,7 +187,7 @@ def _refuse_only(root, inside):
 def _pictures(folder, exclude):
     """The pictures of a class folder; none where it holds only what this package wrote."""
     files = list(_walk(folder, (), exclude))
-    if not files and not any(p.is_dir() and _is_output(p) for p in folder.iterdir()):
+    if not files and not any(p.is_dir() and is_output(p) for p in folder.iterdir()):
         raise UserError(f"class folder {folder} is empty: add pictures or remove it", "path")
     return files
 
@@ -248,43 +230,11 @@ def _is_data(path):
         ) from error
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UserError(f"{path} is neither a file nor a folder: remove it", "path")
-    return not (stat.S_ISDIR(mode) and _is_output(path))
+    return not (stat.S_ISDIR(mode) and is_output(path))
 
 
 def _is_left_behind(name):
     return name.startswith(".") or name.lower() in _LEFT_BEHIND
-
-
-def _is_output(folder):
-    """Return whether this package wrote a folder; one with pictures of the user's does not count."""
-    if folder.suffix == ".lance" and (folder / "_versions").is_dir():
-        return True
-    if folder.name == "cache" and _is_cache(os.listdir(folder)):
-        return True
-    markers = [name for name, fields in _OUTPUTS.items() if _has_fields(folder / name, fields)]
-    return bool(markers) and not any(_is_photo(name, markers) for name in os.listdir(folder))
-
-
-def _is_cache(names):
-    return bool(names) and all(map(_CACHED.fullmatch, names))
-
-
-def _is_photo(name, markers):
-    """Whether a file beside such markers is a picture of the user's rather than a chart."""
-    of_page = "report.json" in markers or "answers.json" in markers
-    is_chart = of_page or ("matrix.json" in markers and name in _CHARTS)
-    return name.lower().endswith(_PHOTOS) or (name.lower().endswith(".png") and not is_chart)
-
-
-def _has_fields(path, fields):
-    """Whether a file is JSON, or lines of it, of an object with these fields, or of some such."""
-    try:
-        content = path.read_bytes() if path.is_file() else b""
-        whole = json.loads(content.splitlines()[0] if path.suffix == ".jsonl" else content)
-    except (OSError, ValueError, IndexError):
-        return False
-    parts = whole.values() if isinstance(whole, dict) else whole if isinstance(whole, list) else ()
-    return any(isinstance(one, dict) and fields <= one.keys() for one in (whole, *parts))
 
 
 def holds(
@@ -384,7 +334,7 @@ def list_table(path: str | os.PathLike, columns: Sequence[str] = COLUMNS) -> lis
             f"columns must name those of path, label and split ('' for none), got {tuple(columns)}",
             "columns",
         )
-    paths, labels, splits = _read_table(root, columns)
+    paths, labels, splits = read_table(root, columns)
     if paths is None:
         raise UserError(f"columns must name the column of paths in {path}", "columns")
     base = root.parent
@@ -407,66 +357,6 @@ def _label(text, row, path):
     if not (text or "").strip():
         raise UserError(f"row {row} of {path} has no label: give one or remove the row", "path")
     return class_name(text, f"the label in row {row} of {path}")
-
-
-def _read_table(root, columns) -> list[list[str | None] | None]:
-    """Return the three columns as lists of texts, None for a column that does not exist."""
-    import pyarrow  # only this source needs it
-
-    read = _read_parquet if root.suffix.lower() == ".parquet" else _read_text
-    try:
-        with root.open("rb") as file:
-            return read(file, root, columns)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{root} cannot be read as a table ({reason})", "path") from error
-
-
-def _read_parquet(file, root, columns):
-    import pyarrow
-    from pyarrow import parquet
-
-    names = parquet.read_schema(file).names
-    wanted = _columns(names, columns, root)
-    table = parquet.read_table(file, columns=[name for name in wanted if name])
-    return [name and table[name].cast(pyarrow.string()).to_pylist() for name in wanted]
-
-
-def _read_text(file, root, columns):
-    import pyarrow
-    from pyarrow import csv
-
-    header = file.readline()
-    file.seek(0)
-    # Spreadsheets of many countries separate by semicolons, and call it CSV.
-    usual = (b"\t", b",", b";") if root.suffix.lower() == ".tsv" else (b",", b";", b"\t")
-    delimiter = max(usual, key=header.count).decode()
-    parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    names = csv.open_csv(file, parse_options=parse).schema.names
-    file.seek(0)
-    wanted = _columns(names, columns, root)
-    kept = [name for name in wanted if name]
-    convert = csv.ConvertOptions(
-        include_columns=kept,
-        column_types={name: pyarrow.string() for name in kept},  # 007 is a name, not a number
-    )
-    table = csv.read_csv(file, parse_options=parse, convert_options=convert)
-    return [name and table[name].to_pylist() for name in wanted]
-
-
-def _columns(names, columns, root) -> list[str | None]:
-    """Return which columns of a table are meant; None for one that does not exist."""
-    stripped = {name.strip(): name for name in names}
-    found = []
-    for wanted, default in zip(columns, COLUMNS, strict=True):
-        near = difflib.get_close_matches(wanted.lower(), [n.lower() for n in stripped], n=1)
-        if wanted in stripped or not wanted:
-            found.append(stripped.get(wanted))
-        elif wanted == default != "path" and not near:
-            found.append(None)
-        else:
-            raise unknown(f"column of {root}", wanted, stripped, "columns")
-    return found
 
 
 def list_huggingface(path: str | os.PathLike) -> list[Picture]:

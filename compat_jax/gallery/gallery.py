@@ -11,36 +11,31 @@ picture. Every call reads the manifest anew, so that several programs may use a 
 switch in one of them is followed by all.
 """
 
-import collections
-import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from compat_jax.chain import Chain
-from compat_jax.data.pictures import BadPictures, Preparation
-from compat_jax.data.reading import in_order
-from compat_jax.errors import Stopped, UserError
+from compat_jax.data.pictures import Preparation
+from compat_jax.errors import UserError
 from compat_jax.extraction import checked_shard
 from compat_jax.fields import Field, Rule, check_types, checked
 from compat_jax.gallery.audit import Audit, audit
 from compat_jax.gallery.conventions import check_where
 from compat_jax.gallery.manifest import Manifest
-from compat_jax.gallery.opened import DEFAULT_WORK, Opened, begin, rows_of
-from compat_jax.gallery.originals import Listed, Work, content_of, embed
+from compat_jax.gallery.opened import DEFAULT_WORK, Opened, begin
+from compat_jax.gallery.originals import Listed, Work, embed
 from compat_jax.gallery.outcome import Answers, Indexed, Status, answers_of
 from compat_jax.gallery.places import open_store
 from compat_jax.gallery.reembed import Backfilled, backfill
-from compat_jax.gallery.store import EVERY, Rows, Store, Where, row_id
+from compat_jax.gallery.store import EVERY, Store, Where, row_id
+from compat_jax.gallery.writing import Payload, Writer
 from compat_jax.meter import Meter
 
 _PICTURES = Field("measure", int, Rule("pictures to embed", low=0), 0)
-_STOPPED = "the rows that were written stay: call it again to resume"
-
-Payload = Mapping[str, Mapping[str, Any]] | Callable[[str], Mapping[str, Any]]
 
 
 class Gallery(Opened):
@@ -141,7 +136,7 @@ class Gallery(Opened):
         """
         number, hosts = checked_shard(shard)
         listed = self._listed(pictures)[number::hosts]
-        writer = _Writer(self, version, payload)
+        writer = Writer(self, version, payload)
         with Meter(self.work.label("index"), len(listed), units="pictures") as meter:
             for start in range(0, len(listed), self.work.part):
                 some = listed[start : start + self.work.part]
@@ -171,7 +166,7 @@ class Gallery(Opened):
           Stopped, UserError: see `index`.
         """
         listed = self._listed(pictures)
-        writer = _Writer(self, version, payload)
+        writer = Writer(self, version, payload)
         with Meter(self.work.label("put"), len(listed), units="pictures") as meter:
             writer.add([], listed, meter)
             writer.flush(meter)
@@ -355,131 +350,3 @@ class Gallery(Opened):
                 work=self.work,
             )
         return (time.monotonic() - began) / len(found.kept) if len(found.kept) else None
-
-
-class _Writer:
-    """Collects pictures until there are enough for a write."""
-
-    def __init__(self, gallery: Gallery, version: int | None, payload: Payload | None):
-        if payload is not None and not callable(payload):
-            check_types(payload=(payload, Mapping))
-        self.gallery, self.payload = gallery, payload
-        self.version = None if version is None else gallery.numbered(version)
-        self.inserted = self.replaced = self.present = 0
-        self.problems: dict[str, str] = {}
-        self._fresh: collections.deque[Listed] = collections.deque()
-        self._changed: collections.deque[Listed] = collections.deque()
-
-    def add(self, fresh: Sequence[Listed], changed: Sequence[Listed], meter: Meter) -> None:
-        """Take pictures without a row and pictures whose row is to be written anew."""
-        self._fresh.extend(fresh)
-        self._changed.extend(changed)
-        for queue in (self._fresh, self._changed):
-            while len(queue) >= self.gallery.work.part:
-                self._write(queue, meter)
-
-    def differing(
-        self, listed: Sequence[Listed], rows: Rows
-    ) -> tuple[list[Listed], dict[str, Mapping[str, Any]]]:
-        """Compare pictures with their rows.
-
-        Args:
-          listed: pictures that have a row.
-          rows: theirs, in any order.
-
-        Returns:
-          Those of another content, with what their rows' payloads had besides, and {key: payload} of
-          others whose payload differs.
-        """
-        contents = dict(zip(rows.keys, rows.contents, strict=True))
-        known = dict(zip(rows.keys, rows.payloads, strict=True))
-        merged = [
-            one._replace(payload={**known[one.key], **self._payload_of(one)}) for one in listed
-        ]
-        changed = _changed(merged, contents)
-        keys = {one.key for one in changed}
-        others = {one.key: one.payload for one in merged if one.key not in keys}
-        return changed, {key: new for key, new in others.items() if new != known[key]}
-
-    def annotate(self, payloads: Mapping[str, Mapping[str, Any]]) -> None:
-        """Give rows that are there other payloads, {key: payload}; nothing is embedded."""
-        if not payloads:
-            return
-        gallery = self.gallery
-        if gallery.work.should_stop():
-            raise Stopped(_STOPPED)
-        ids = np.array([row_id(key) for key in payloads], np.int64)
-        rows = gallery.store.rows(Where(ids=ids), limit=len(ids), vectors=True)
-        new = [payloads[key] for key in rows.keys]
-        gallery.store.put(dataclasses.replace(rows, payloads=new))
-        self.replaced += len(rows)
-
-    def flush(self, meter: Meter) -> None:
-        """Write the rest."""
-        for queue in (self._fresh, self._changed):
-            while queue:
-                self._write(queue, meter)
-
-    def report(self) -> Indexed:
-        """Return what was done."""
-        return Indexed(self.inserted, self.replaced, self.present, self.problems)
-
-    def _write(self, queue: collections.deque[Listed], meter: Meter) -> None:
-        gallery = self.gallery
-        if gallery.work.should_stop():
-            raise Stopped(_STOPPED)
-        some = [queue.popleft() for _ in range(min(len(queue), gallery.work.part))]
-        manifest = gallery.manifest()
-        number = manifest.query if self.version is None else self.version
-        version, member = gallery.admit(number)
-        pictures = {one.key: one.picture for one in some}
-        found = embed(
-            version,
-            list(pictures),
-            pictures.__getitem__,
-            preprocessing=manifest.preprocessing,
-            work=gallery.work,
-            tick=meter.update,
-        )
-        if found.problems and gallery.work.on_bad == "stop":
-            raise BadPictures(tuple(found.problems.values()), "on_bad='skip' leaves such files out")
-        self.problems.update(found.problems)
-        kept = [some[i] for i in found.kept]
-        if not kept:
-            return
-        rows = rows_of(
-            [one.key for one in kept],
-            (number, member),
-            found.contents,
-            payloads=[self._payload_of(one) for one in kept],
-            vectors=found.vectors,
-        )
-        if queue is self._fresh:
-            inserted = gallery.store.insert(rows)
-            self.inserted += inserted
-            self.present += len(rows) - inserted
-        else:
-            gallery.store.put(rows)
-            self.replaced += len(rows)
-
-    def _payload_of(self, one: Listed) -> Mapping[str, Any]:
-        if self.payload is None:
-            return one.payload
-        given = self.payload(one.key) if callable(self.payload) else self.payload.get(one.key, {})
-        if not isinstance(given, Mapping):
-            raise UserError(
-                f"the payload of {one.key} must be a mapping, got {given!r:.80}", "payload"
-            )
-        return {**one.payload, **given}
-
-
-def _changed(listed: Sequence[Listed], contents: Mapping[str, str]) -> list[Listed]:
-    """Return the pictures whose content is no longer that of their row, or cannot be read."""
-
-    def differs(i):
-        try:
-            return content_of(listed[i].picture) != contents[listed[i].key]
-        except BadPictures:
-            return True
-
-    return [one for one, new in zip(listed, in_order(len(listed), differs), strict=True) if new]

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from compat_jax import evaluation
 from compat_jax.data.dataset import Dataset
+from compat_jax.data.same_pictures import same_pictures
 from compat_jax.definition_1 import definition_1
 from compat_jax.errors import UserError
 from compat_jax.gallery.rule import Terms
@@ -74,7 +75,7 @@ class Asked(NamedTuple):
         is_new = {name: place < int(share * len(gallery)) for name, share in _SHARES.items()}
         mixed = {name: np.where(is_new[name][:, None], new, old) for name in MIXED}
         rows = {"old": old, **mixed, "new": new}
-        own = evaluation.same_pictures(query, gallery)
+        own = same_pictures(query, gallery)
         if own is not None and len(gallery) < 2:
             raise UserError(
                 "the gallery has no picture but the one that asks: give more", "gallery"

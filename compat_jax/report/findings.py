@@ -15,6 +15,7 @@ from compat_jax.backfill import Curve, Gallery, backfill
 from compat_jax.chain import Chain, Record, Version
 from compat_jax.data.class_register import Register
 from compat_jax.data.dataset import Dataset
+from compat_jax.data.same_pictures import same_pictures
 from compat_jax.drift import Collapse
 from compat_jax.errors import Stopped
 from compat_jax.matrix import Evaluation, Evaluations
@@ -218,7 +219,7 @@ class _Versions:
                     f"{numbers[0]} of {old.shape[1]}: the old gallery cannot be searched with it.",
                 ),
             )
-        rows, own = sampled(len(asking)), evaluation.same_pictures(self.query, self.gallery)
+        rows, own = sampled(len(asking)), same_pictures(self.query, self.gallery)
         queries = Queries(
             asking[rows],
             self.query.need_labels()[rows],

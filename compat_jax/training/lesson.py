@@ -30,7 +30,7 @@ class Lesson:
 
 @dataclasses.dataclass(frozen=True)
 class Begun:
-    """What a version that is being trained learns, and what it started from.
+    """A version that is being trained: the pictures and classes that it learns, and its start.
 
     Attributes:
       version: its number.

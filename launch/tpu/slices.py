@@ -16,7 +16,7 @@ STUBBORN = 5  # this many unreadable answers in a row end the watching
 
 @dataclass(frozen=True)
 class Exit:
-    """What the bucket says of the end of a run.
+    """End of a run, as the bucket tells it.
 
     Attributes:
       code: exit code that the first host has stored; None if there is none, or it is not known.
