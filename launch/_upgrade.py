@@ -107,10 +107,12 @@ def query() -> int:
         for keys, scores, versions in zip(found.keys, found.scores, found.versions, strict=True)
     ]
     who = f"version {found.version} asks"
-    lines = [f"{who}: {len(asked):,} queries; " + _shares(found.shares())]
+    count = "1 query" if len(asked) == 1 else f"{len(asked):,} queries"
+    lines = [f"{who}: {count}; " + _shares(found.shares())]
+    most = args.k if len(asked) == 1 else _NEAREST
     for path, nearest in list(zip(asked, answers, strict=True))[:_LINES]:
         lines.append(path)
-        lines += [f"  {a.score:.4f}  {a.picture} (version {a.version})" for a in nearest[:_NEAREST]]
+        lines += [f"  {a.score:.4f}  {a.picture} (version {a.version})" for a in nearest[:most]]
     if args.out:
         drawn = [[a._replace(picture=_place(gallery, a.picture)) for a in row] for row in answers]
         page, *others = write_answers(

@@ -82,6 +82,7 @@ move: give every command the same --root.
 
 --out gets index.html, which needs no network, its pictures (PNG), and the answers as CSV and JSON. The
 version in force embeds the queries; --version tries another, which changes nothing in the store.
+Printed are all answers of one query, of several the three nearest of the first 20; --json has all.
 """,
     "switch": """Let another version embed queries and new pictures. No row is touched.
 

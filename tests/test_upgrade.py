@@ -539,6 +539,16 @@ def test_rows_are_deleted_by_the_paths_that_one_sees(shop, store, monkeypatch):
     assert done == (1, "0 rows deleted, 1 not there: 'pear/000.jpg'\n", ""), done
 
 
+def test_one_query_prints_all_its_answers_and_several_their_nearest(shop, store):
+    for picture, line, count in (
+        ("pear/020.jpg", "version 0 asks: 1 query; answers:", 5),
+        ("pear/*.jpg", "version 0 asks: 3 queries; answers:", 9),
+    ):
+        done = run("query", *store, f"--pictures={shop}/asked/{picture}", "--k=5")
+        assert done.code == 0 and done.out.startswith(line), done
+        assert sum("(version 0)" in each for each in done.out.splitlines()) == count
+
+
 def test_new_pictures_are_of_the_version_in_force_whatever_the_first_command_said(shop, store):
     again = ["index", *store, f"--pictures={shop}/photos", "--noprogress"]
     assert run(*again, "--version=0").code == 0
