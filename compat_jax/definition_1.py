@@ -16,6 +16,8 @@ Distance = Literal["cosine", "euclidean"]
 
 
 DISTANCES = ("cosine", "euclidean")
+# Between one direction computed twice in float32, of up to some thousand numbers.
+_ROUNDING = 1e-6
 
 
 class PairShares(NamedTuple):
@@ -98,7 +100,8 @@ def definition_1(
     """Measure how often Definition 1 of compatibility holds for pairs of images.
 
     For an ordered pair (i, j), i != j, of images embedded by both versions, the definition demands
-    d(new_i, old_j) <= d(old_i, old_j) within a class and >= across classes; equality satisfies both.
+    d(new_i, old_j) <= d(old_i, old_j) within a class and >= across classes; equality satisfies both, and
+    directions that differ by less than the rounding of float32 are equal.
 
     Args:
       new: float[n, d], features of the new version.
@@ -130,6 +133,8 @@ def definition_1(
     # d(new_i, old_j) <= d(old_i, old_j) is (new_i - old_i) · old_j >= offset_i: one product instead
     # of two, exact where both versions agree on an image. On the sphere the offset is 0.
     shift = new - old
+    if distance == "cosine":  # directions that differ by no more than their rounding are the same
+        shift[np.linalg.norm(shift, axis=1) <= _ROUNDING] = 0
     offset = np.zeros(len(new), np.float32)
     if distance == "euclidean":
         offset = 0.5 * np.einsum("nd,nd->n", shift, new + old, dtype=np.float32)

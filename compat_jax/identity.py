@@ -122,11 +122,25 @@ def _of_array(value):
 def fingerprint(value: Any) -> str:
     """Return a digest of what a value is made of: 16 hexadecimal digits.
 
-    Of functions these are names, defaults and what they close over; of functions that are not of a
-    library their constants too. So `optax.sgd(0.1)` differs from `optax.sgd(0.2)` and `optax.adam(0.1)`,
-    and is the same in every process.
+    Of functions these are names, defaults and what they close over; of functions of the user (`is_own`)
+    their code too, the numbers, arrays and functions of their module that it uses, and theirs. So
+    `optax.sgd(0.1)` differs from `optax.sgd(0.2)` and `optax.adam(0.1)`, and is the same in every
+    process. Another version of Python compiles the user's functions otherwise, which counts as a change.
     """
     return _digest(value, {})[:16]
+
+
+def is_own(value: Any) -> bool:
+    """Return whether a function of the user is part of a value, one of no library."""
+    known, waiting = set(), [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, types.FunctionType) and not _is_of_a_library(part):
+            return True
+        if id(part) not in known and not isinstance(part, _PLAIN):
+            known.add(id(part))
+            waiting += _parts(part)
+    return False
 
 
 def _digest(value, known):
@@ -161,22 +175,58 @@ def _parts(value) -> list[Any]:
     if isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
         return [value.__name__]
     inner = getattr(value, "__wrapped__", None)
+    if isinstance(value, types.FunctionType) and (inner is None or not _is_of_a_library(value)):
+        return [*_of_function(value), inner]
     if inner is not None:
         return [inner]
-    if isinstance(value, types.FunctionType):
-        return _of_function(value)
-    return [vars(value)] if hasattr(value, "__dict__") else []
+    parts = [vars(value)] if hasattr(value, "__dict__") else []
+    call = vars(type(value)).get("__call__")
+    is_own_call = isinstance(call, types.FunctionType) and not _is_of_a_library(call)
+    return [*parts, call] if is_own_call else parts
 
 
 def _of_function(value):
-    library = _library(value)
-    parts = [library, value.__qualname__, value.__defaults__, value.__kwdefaults__]
-    if not library:
-        constants = value.__code__.co_consts
-        parts += [c for c in constants if isinstance(c, _PLAIN) and c != value.__doc__]
+    parts = [_library(value), value.__qualname__, value.__defaults__, value.__kwdefaults__]
+    if not _is_of_a_library(value):
+        parts += _of_code(value.__code__, value.__doc__)
+        used = {n: value.__globals__[n] for n in _names(value.__code__) if n in value.__globals__}
+        parts.append({name: part for name, part in used.items() if _is_content(part)})
     for cell in value.__closure__ or ():
         try:
             parts.append(cell.cell_contents)
         except ValueError:  # not bound yet
             continue
     return parts
+
+
+def _is_of_a_library(function):
+    package = (getattr(function, "__module__", None) or "").partition(".")[0]
+    return package in (*_LIBRARIES, "compat_jax")
+
+
+def _of_code(code, text=None):
+    """What a compiled function computes, whatever its `text` says, and where it stands in its file."""
+    parts: list[Any] = [code.co_code, code.co_names, code.co_varnames]
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            parts += _of_code(constant)
+        elif constant is None or constant != text:
+            parts.append(constant)
+    return parts
+
+
+def _names(code):
+    """Names that a compiled function takes from its module, or from an object, and those within it."""
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return {*code.co_names, *(name for each in inner for name in _names(each))}
+
+
+def _is_content(value):
+    """Whether a value of a module is content that stays: no object that may change while it is used."""
+    if isinstance(value, Mapping):
+        return all(_is_content(part) for part in (*value.keys(), *value.values()))
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_is_content, value))
+    return isinstance(
+        value, (*_PLAIN, np.ndarray, np.generic, jax.Array, functools.partial, types.FunctionType)
+    ) or hasattr(value, "__wrapped__")

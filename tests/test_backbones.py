@@ -408,6 +408,9 @@ def test_a_backbone_that_would_not_hear_that_it_is_trained_is_refused(backbone, 
     )
     with refused:
         assert jax.eval_shape(lambda v: apply(v, True), variables).shape == (2, 3)
+    empty = {"batch_stats": {}, **variables}  # as a training step hands it in
+    with refused:
+        assert jax.eval_shape(lambda v: apply(v, True), empty).shape == (2, 3)
 
 
 # --- what a backbone may return and ask for

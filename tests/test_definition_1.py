@@ -59,6 +59,8 @@ def test_cosine_does_not_see_lengths():
     new, old, labels = features_of_two_versions()
     scaled = c.definition_1(new * np.float32(4), old * np.float32(0.25), labels)
     assert scaled == c.definition_1(new, old, labels)
+    for twice in (old / np.linalg.norm(old, axis=1, keepdims=True), old * np.float32(3)):
+        assert c.definition_1(twice, old, labels)[:2] == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])

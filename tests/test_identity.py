@@ -115,3 +115,69 @@ def test_another_function_is_another_run_another_version_and_another_cache(tmp_p
         Chain(path, backbone=f"{__name__}:Net")[0].embed(DATA.images[:2])
     again = Chain(path, backbone=Net(act=nn.tanh))
     np.testing.assert_array_equal(again[0].embed(DATA.images), chain[0].embed(DATA.images))
+
+
+SCALE = 2.0
+
+
+def scaled(inputs):
+    return SCALE * inputs.cross_entropy()
+
+
+class Weighted:
+    """A loss with a number of its own."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __call__(self, inputs):
+        return self.weight * inputs.cross_entropy()
+
+
+def mine(loss, **changes):
+    return cj.Method("mine", loss, **changes)
+
+
+def losses():
+    """Losses of which no two are alike, made anew."""
+
+    def closed(weight):
+        return lambda inputs: weight * inputs.cross_entropy()
+
+    def inner(inputs):
+        def half(values):
+            return values / 2
+
+        return half(inputs.cross_entropy())
+
+    return [
+        *(closed(weight) for weight in (1.0, 2.0)),
+        *(lambda i: i.cross_entropy() + 1, lambda i: i.cross_entropy() - 1),
+        *(lambda i: i.outputs.logits[:, 0], lambda i: i.outputs.logits[:, 1]),
+        *(scaled, inner, Weighted(1.0), Weighted(2.0), functools.partial(Weighted(1.0))),
+    ]
+
+
+def test_methods_of_ones_own_differ_where_their_functions_do(monkeypatch):
+    found, again = ([mine(loss).describe() for loss in losses()] for _ in range(2))
+    assert found == again and len({each["functions"] for each in found}) == len(found)
+    assert mine(scaled, all_data=True).describe() != mine(scaled).describe()
+    before = mine(scaled).describe()
+    monkeypatch.setattr(sys.modules[__name__], "SCALE", 3.0)
+    assert mine(scaled).describe() != before
+
+
+def test_methods_of_the_library_are_what_their_names_and_numbers_say():
+    for name in cj.methods.names():
+        assert cj.methods.get(name).describe().keys() == {
+            "name",
+            *cj.methods.get(name).arguments,
+        }
+
+
+def test_another_loss_under_the_same_name_is_another_run(tmp_path):
+    one, two = (mine(loss) for loss in losses()[:2])
+    chain = trained(tmp_path / "run", method=one)
+    assert trained(tmp_path / "run", method=mine(losses()[0]))[-1].sha256 == chain[-1].sha256
+    with pytest.raises(UserError, match=r"method\.functions was [0-9a-f]{16}, now "):
+        trained(tmp_path / "run", method=two)

@@ -82,11 +82,25 @@ def test_fingerprint_changes_with_images_labels_and_names():
         (np.zeros((2, 4, 4, 3), np.uint8), [0, 2], "from 0 to 2, but there are 2 class names"),
         (np.zeros((2, 4, 4, 3), np.uint8), [-1, 1], "from -1 to 1, but there are 2 class names"),
         (np.zeros((2, 4, 4, 3), np.uint8), [1, 1], "class 'cat' has no image: add some"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0, 2**32 + 1], "from 0 to 4294967297, but there are 2"),
+        (np.zeros((2, 4, 4, 3), np.uint8), np.uint64([0, 2**63]), "to 9223372036854775808, but"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0.0, 1.9], "must be whole numbers .*, got float64"),
+        (
+            np.zeros((2, 4, 4, 3), np.uint8),
+            ["0", "1"],
+            "must be whole numbers .*: give class names",
+        ),
     ],
 )
 def test_data_sets_that_cannot_be(images, labels, message):
     with pytest.raises(UserError, match=message):
         Dataset(images, np.array(labels), ("cat", "dog"))
+
+
+@pytest.mark.parametrize("labels", [[0, 2_000_000_000], [0, 2**40], [0, 2], [-5, 0]])
+def test_classes_are_not_named_after_numbers_with_gaps(labels):
+    with pytest.raises(UserError, match=f"from {min(labels)} to {max(labels)}, but must number"):
+        data.from_arrays(np.zeros((2, 4, 4, 3), np.uint8), labels)
 
 
 def test_select_no_class():
@@ -572,7 +586,7 @@ def test_query_and_gallery_have_the_same_classes_in_one_order():
 
 
 def test_all_roles_have_pictures_of_one_size():
-    large = Dataset(np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1), ("c",))
+    large = Dataset(np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1, int), ("c",))
     for role in ("query", "gallery"):
         retrieval = {"query": of_classes("c"), "gallery": of_classes("c"), role: large}
         with pytest.raises(

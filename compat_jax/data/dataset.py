@@ -60,20 +60,17 @@ class Dataset:
             if values is not None and len(self.images) != len(values):
                 raise UserError(f"{len(self.images)} images but {len(values)} {name}")
         if self.labels is not None:
-            object.__setattr__(self, "labels", np.asarray(self.labels, np.int32))
-            self._check_labels()
+            check_once(self.class_names)
+            numbers = _whole_numbers(self.labels)
+            named = len(self.class_names)
+            _check_range(numbers, named, f"but there are {named} class names")
+            object.__setattr__(self, "labels", numbers.astype(np.int32))
+            self._check_complete()
         elif self.class_names:
             raise UserError(f"{len(self.class_names)} class names but no labels: give both or none")
 
-    def _check_labels(self):
-        check_once(self.class_names)
-        counts = np.bincount(np.clip(self.labels, 0, None), minlength=len(self.class_names))
-        if len(self.labels) and (self.labels.min() < 0 or len(counts) > len(self.class_names)):
-            raise UserError(
-                f"labels run from {self.labels.min()} to {self.labels.max()}, "
-                f"but there are {len(self.class_names)} class names"
-            )
-        empty = np.flatnonzero(counts == 0)
+    def _check_complete(self):
+        empty = np.flatnonzero(self.counts() == 0)
         if self.complete and len(empty):
             raise UserError(
                 f"class {self.class_names[empty[0]]!r} has no image: add some or leave the class out"
@@ -241,12 +238,30 @@ def from_arrays(
     """
     if labels is None:
         return Dataset(np.asarray(images), None, tuple(class_names or ()))
+    numbers = _whole_numbers(labels)
+    if class_names is None:
+        remedy = (
+            "but must number classes 0, 1, … without a gap, as np.unique(…, return_inverse=True)"
+        )
+        _check_range(numbers, len(numbers), remedy)
+        class_names = [str(c) for c in range(max(map(int, numbers), default=-1) + 1)]
+    return Dataset(np.asarray(images), numbers, tuple(class_names))
+
+
+def _whole_numbers(labels):
+    """The labels as an integer array [n], in the type that they have."""
     numbers = np.asarray(labels)
+    if numbers.shape == (0,):
+        return numbers.astype(np.int32)
     if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer):
         raise UserError(
             f"labels must be whole numbers [n], got {numbers.dtype} of shape {numbers.shape}: give "
             "class names as class_names"
         )
-    if class_names is None:
-        class_names = [str(c) for c in range(int(numbers.max(initial=-1)) + 1)]
-    return Dataset(np.asarray(images), numbers, tuple(class_names))
+    return numbers
+
+
+def _check_range(numbers, count, reason):
+    """Refuse labels outside of 0..count-1, before they are cast or counted."""
+    if len(numbers) and not 0 <= numbers.min() <= numbers.max() < count:
+        raise UserError(f"labels run from {numbers.min()} to {numbers.max()}, {reason}")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from compat_jax import identity
 from compat_jax.errors import UserError
 from compat_jax.methods.heads import FixedSimplex, GrowingClassifier, Head
 from compat_jax.models import Outputs
@@ -135,6 +136,18 @@ class Method:
     fresh_start: bool = False
     all_data: bool = False
     takes_padding: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        """Return name and numbers as JSON values, and of functions that are the user's a digest.
+
+        The library's functions are what its name says; those of a user may be edited between two runs.
+        """
+        functions = (self.loss, self.freeze, self.teach, self.init, self.update)
+        flags = (self.fixed_simplex, self.fresh_start, self.all_data, self.takes_padding)
+        own: dict[str, Any] = {}
+        if identity.is_own(functions):
+            own["functions"] = identity.fingerprint((functions, flags))
+        return {"name": self.name, **self.arguments, **own}
 
     def losses(self, inputs: LossInputs) -> tuple[jax.Array, Mapping[str, jax.Array]]:
         """Return the loss, float32[batch], and {term: float32[batch] or a mean, float32[]}.

@@ -70,7 +70,7 @@ class Embedder(nn.Module):
         """
         mode = _mode(self.backbone, train)
         features = _pooled(self.backbone, images, mode)
-        if train and not mode and "batch_stats" in self.variables:
+        if train and not mode and jax.tree.leaves(self.variables.get("batch_stats", {})):
             raise _untold(
                 self.backbone, "has running statistics, but is not told when to update them"
             )

@@ -154,7 +154,7 @@ class Run:
         if self.remat != "none":
             kept["remat"] = self.remat
         return {
-            "method": {"name": method.name, **method.arguments},
+            "method": method.describe(),
             "backbone": {"name": backbone.name, **backbone.arguments},
             "tasks": self.tasks.describe(),
             "epochs": self.epochs,
