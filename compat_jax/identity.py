@@ -8,6 +8,7 @@ import dataclasses
 import enum
 import functools
 import hashlib
+import inspect
 import json
 import types
 from collections.abc import Mapping
@@ -180,7 +181,7 @@ def _parts(value) -> list[Any]:
     if inner is not None:
         return [inner]
     parts = [vars(value)] if hasattr(value, "__dict__") else []
-    call = vars(type(value)).get("__call__")
+    call = inspect.getattr_static(type(value), "__call__", None)
     is_own_call = isinstance(call, types.FunctionType) and not _is_of_a_library(call)
     return [*parts, call] if is_own_call else parts
 
