@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from compat_jax.errors import UserError, unknown
+from compat_jax.means import mean_score
 from compat_jax.retrieval import metric as metrics
 from compat_jax.retrieval.blocks import check_finite, check_sizes
 from compat_jax.retrieval.index import ExactIndex
-from compat_jax.retrieval.labels import check_labels
+from compat_jax.retrieval.labels import in_one_form
 from compat_jax.retrieval.metric import Metric, Queries
-from compat_jax.retrieval.metrics import class_templates, drop_self
+from compat_jax.retrieval.metrics import nearest_others
 from compat_jax.retrieval.mixed import renewals
+from compat_jax.retrieval.templates import class_templates
 
 # Scores that `rank_gains` holds at a time.
 _SCORES = 1 << 22
@@ -71,7 +73,7 @@ class Curve:
             order,
             metric,
             shares=np.asarray(shares, np.float64),
-            values=np.array([cell[~np.isnan(cell)].mean() for cell in scores]),
+            values=np.array([mean_score(cell) for cell in scores]),
             new_answers=np.asarray(new_answers),
             scores=np.stack(scores),
         )
@@ -141,7 +143,8 @@ def backfill(
       accuracy, M̃ there, is `Curve.area`.
     """
     metric = metrics.get(metric)
-    old, new, labels = gallery = _checked(queries, gallery)
+    queries, gallery = _checked(queries, gallery)
+    old, new, labels = gallery
     points = _ascending(shares)
     if isinstance(order, str):
         name, rows = order, ranking(order, gallery, queries, seed=seed)
@@ -234,9 +237,7 @@ def _nearest(queries: Queries, features: np.ndarray) -> np.ndarray:
     """int64[q], the row of each query's nearest image but itself."""
     index = ExactIndex(queries.mesh)
     index.add(features)
-    own = queries.own
-    found = index.search(queries.features, 1 if own is None else 2)[1]
-    return (found if own is None else drop_self(found, own))[:, 0]
+    return nearest_others(index, queries.features, 1, queries.own)[:, 0]
 
 
 def _ascending(shares: Sequence[float]) -> np.ndarray:
@@ -246,7 +247,7 @@ def _ascending(shares: Sequence[float]) -> np.ndarray:
     return points
 
 
-def _checked(queries: Queries, gallery: Gallery) -> Gallery:
+def _checked(queries: Queries, gallery: Gallery) -> tuple[Queries, Gallery]:
     old, new = (np.asarray(part, np.float32) for part in gallery[:2])
     labels = np.asarray(gallery.labels)
     if old.shape != new.shape or labels.shape != old.shape[:1] or not len(old):
@@ -255,8 +256,8 @@ def _checked(queries: Queries, gallery: Gallery) -> Gallery:
             f"{old.shape} (old), {new.shape} (new) and {labels.shape}: pad smaller features with "
             "zeros, or map them"
         )
-    check_labels(queries.labels, labels)
+    asking, labels = in_one_form(queries.labels, labels)
     check_sizes(queries.features, old)
     check_finite("old", old)
     check_finite("new", new)
-    return Gallery(old, new, labels)
+    return queries._replace(labels=asking), Gallery(old, new, labels)

@@ -7,6 +7,7 @@ import numpy as np
 
 from compat_jax.errors import UserError
 from compat_jax.retrieval.blocks import check_finite, check_sizes
+from compat_jax.retrieval.labels import check_rows
 
 
 class ClassMeans(NamedTuple):
@@ -155,11 +156,7 @@ def prototype_angles(
     """
     found = class_means(features, labels)
     check_sizes(found.means, np.asarray(prototypes))
-    if found.classes[0] < 0 or found.classes[-1] >= len(prototypes):
-        raise UserError(
-            f"labels run from {found.classes[0]} to {found.classes[-1]}, but there are "
-            f"{len(prototypes)} prototypes"
-        )
+    check_rows(found.classes, len(prototypes), f"there are {len(prototypes)} prototypes")
     return angles(found.means, np.asarray(prototypes)[found.classes])
 
 
@@ -226,12 +223,8 @@ def _classifier_collapse(features, found: ClassMeans, centred, *, classifier):
     """NC3 and NC4."""
     weights = np.asarray(classifier, np.float64)
     check_sizes(centred, weights)
-    if found.classes[0] < 0 or found.classes[-1] >= len(weights):
-        raise UserError(
-            f"labels run from {found.classes[0]} to {found.classes[-1]}, but the classifier has "
-            f"{len(weights)} rows",
-            "classifier",
-        )
+    rows = f"the classifier has {len(weights)} rows"
+    check_rows(found.classes, len(weights), rows, "classifier")
     rows = weights[found.classes]
     gap = rows / np.linalg.norm(rows) - centred / np.linalg.norm(centred)
     features = np.asarray(features)

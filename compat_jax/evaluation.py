@@ -17,6 +17,7 @@ from compat_jax.data.same_pictures import note_of, same_pictures
 from compat_jax.errors import Stopped, UserError
 from compat_jax.fields import Rule, check_fields
 from compat_jax.matrix import Evaluation, Evaluations
+from compat_jax.means import leveled, mean_score
 from compat_jax.meter import track
 from compat_jax.models import computed_in
 from compat_jax.retrieval import embed
@@ -67,7 +68,7 @@ def evaluate(
       chain: to evaluate.
       query: images that ask; embedded by the newer version of each pair.
       gallery: images that answer; embedded by the older one.
-      metrics: names (see `metrics.names()`) or `Metric` objects, at least one.
+      metrics: names (see `metrics.names()`) or `Metric` objects, at least one, of different names.
       versions: numbers of the versions to take, ascending; negative ones count from the end; all by
         default. A version counts as replaced if it, or one between it and the version taken before,
         started from a replacement.
@@ -125,7 +126,15 @@ class Maps:
         """
         if count < 4:
             raise UserError(f"{count} images are too few to fit a map on half of them", "gallery")
+        return self.drawn(count)
+
+    def drawn(self, count: int) -> np.ndarray:
+        """Return what `rows` does, and fewer than two rows for a gallery of fewer than four images."""
         return np.random.default_rng(self.seed).permutation(count)[: min(self.pairs, count // 2)]
+
+    def unfit(self, gallery: Dataset) -> str:
+        """Say why these maps cannot be fitted on a gallery; "" where they can."""
+        return align.unfit(self.kind, gallery.need_labels()[self.drawn(len(gallery))])
 
 
 def evaluate_mapped(
@@ -153,8 +162,11 @@ def evaluate_mapped(
       session: see `evaluate`.
 
     Raises:
-      Stopped, UserError: see `evaluate`.
+      Stopped: see `evaluate`.
+      UserError: see `evaluate`; maps that cannot be fitted on the gallery, see `Maps.unfit`.
     """
+    if reason := maps.unfit(gallery):
+        raise UserError(reason, "gallery")
     mapper = _Mapper(maps, gallery)
     return _evaluate(
         chain,
@@ -170,9 +182,7 @@ def evaluate_mapped(
 def _evaluate(chain, data, mapper, *, metrics, versions, dtype, session) -> Evaluations:
     query, gallery = data
     session, dtype = session or Session(), computed_in(dtype)
-    found = [metrics_by_name.get(m) for m in ([metrics] if isinstance(metrics, str) else metrics)]
-    if not found:
-        raise UserError("no metric: name at least one", "metrics")
+    found = metrics_by_name.chosen(metrics)
     check_same_classes(query, gallery)
     numbers = _taken(chain, versions)
     own = same_pictures(query, gallery)
@@ -279,6 +289,14 @@ def features(
     return cache.get(f"features{version.number:04d}", made_of, compute)[0]
 
 
+def scores_cache(cache: Cache, metrics: Sequence[Metric]) -> Cache:
+    """Return the cache for what metrics give; one that keeps nothing if any is the user's.
+
+    The name of a metric of the user's does not say what it computes.
+    """
+    return cache if all(map(metrics_by_name.is_own, metrics)) else Cache(None, cache.settings)
+
+
 def _method(records: Sequence[Record]) -> str:
     """The method of a chain: that of its last fine-tuned version, else of the last.
 
@@ -347,8 +365,7 @@ class _Table:
 
     def __init__(self, metric: Metric, own: np.ndarray | None, cache: Cache, query: Dataset):
         self.metric, self.own, self.query = metric, own, query
-        # Of a metric of the user's, its name does not say what it computes.
-        self.cache = cache if metrics_by_name.is_own(metric) else Cache(None, "")
+        self.cache = scores_cache(cache, [metric])
         self.galleries: list[tuple[np.ndarray, ...]] = []
         self.made_of: list[str] = [metric.name]  # the versions whose galleries a row is made of
         self.rows: list[list[np.ndarray | None]] = []
@@ -397,7 +414,8 @@ class _Table:
                     incomparable.append((t, k))
                     continue
                 scores[t, k] = cell
-                matrix[t, k] = cell[~np.isnan(cell)].mean()
+                matrix[t, k] = mean_score(cell)
+        matrix = leveled(matrix, np.diagonal(matrix))
         classes = self.query.class_names
         setting = retrieval_setting(classes, records[-1]) if records else ""
         notes = [*filter(None, [setting]), *more]

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from compat_jax.errors import UserError
+from compat_jax.means import leveled, mean_score
+from compat_jax.retrieval.labels import check_rows
 
 Scores = Mapping[tuple[int, int], np.ndarray]
 RESAMPLES = 1000
@@ -187,6 +189,7 @@ def matrix_intervals(
     matrices = np.full((resamples, size, size), np.nan)
     matrices[:, rows, columns] = means
     own = np.diagonal(matrices, axis1=1, axis2=2)
+    matrices = leveled(matrices, own[:, None])
     filled = np.where(np.isnan(matrices), 0, matrices)
     figures = {name: interval(value, level) for name, value in _figures(filled).items()}
     for name in figures.keys() - {"average_accuracy_per_step"}:
@@ -260,8 +263,8 @@ def flips_by_class(scores: Scores, size: int, *, labels: np.ndarray, num_classes
     lengths = {len(cell) for cell in scores.values()}
     if lengths - {len(labels)}:
         raise UserError(f"scores of {lengths} queries, but {len(labels)} labels", "labels")
-    if len(labels) and not (labels.min() >= 0 and labels.max() < num_classes):
-        raise UserError(f"labels must lie in 0..{num_classes - 1}", "labels")
+    if len(labels):
+        check_rows(labels, num_classes, f"there are {num_classes} classes", "labels")
 
     def by_class(values):
         kept = ~np.isnan(values)
@@ -273,7 +276,7 @@ def flips_by_class(scores: Scores, size: int, *, labels: np.ndarray, num_classes
 
 
 def _mean(values: np.ndarray) -> float:
-    return values[~np.isnan(values)].mean() + 0.0  # never -0
+    return mean_score(values) + 0.0  # never -0
 
 
 def _flips(scores: Scores, size: int, average, *, shape: tuple[int, ...] = ()) -> np.ndarray:

@@ -5,7 +5,8 @@
   python -m launch.evaluate --chain=runs/er/chain --afterwards=procrustes,ridge
 
 With --afterwards there is a further matrix for each kind of map, whose queries are mapped into the space
-of each older version; its files lie in a folder of that name.
+of each older version; its files lie in a folder of that name. A kind that cannot be fitted on this
+gallery is named and left out.
 
 Query and gallery are those of the run's configuration, which the chain carries; --config takes
 others (`data.query`, `data.gallery`).
@@ -47,10 +48,13 @@ def main(_) -> None:
     session.devices()  # refuses a mesh before any data is read
     data = experiment.load_retrieval(config, chain, session)
     options = {"metrics": args.metric, "dtype": args.dtype, "session": session}
-    ways = {one.kind: functools.partial(evaluate_mapped, maps=one) for one in maps}
+    unfit = {one.kind: one.unfit(data[1]) for one in maps}
+    fit = (one for one in maps if not unfit[one.kind])
+    ways = {one.kind: functools.partial(evaluate_mapped, maps=one) for one in fit}
     for kind, way in {"": evaluate, **ways}.items():
         results = way(chain, *data, **options)
         hosts.on_first(functools.partial(_show, results, out, kind))
+    hosts.on_first(functools.partial(_say_left_out, unfit))
 
 
 def _show(results, out, kind) -> None:
@@ -65,6 +69,13 @@ def _show(results, out, kind) -> None:
             folder = folder / name.replace("@", "_at_")
         said += [result.table(title), *report.write({title: result}, folder)]
     print(*said, sep="\n", flush=True)
+
+
+def _say_left_out(reasons) -> None:
+    """Print which kinds of maps were left out, those with a reason, and why."""
+    for kind, reason in reasons.items():
+        if reason:
+            print(f"{kind} was left out: {reason}.", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@
 Writes index.html, which holds everything and needs no network, and its pictures (PNG), tables (CSV) and
 figures (JSON) beside it. Beside the naive swap, the queries of the newest version in the oldest gallery,
 stand other ways to upgrade and their costs: maps fitted afterwards, rescoring, a re-index
-(--noafterwards leaves them out). Query and gallery are those of each chain's configuration and must be
-the same; --config takes others (`data.query`, `data.gallery`). What launch.evaluate has embedded is not
-embedded again.
+(--noafterwards leaves them out). One that cannot be fitted on this gallery is named and left out.
+
+Query and gallery are those of each chain's configuration and must be the same; --config takes others
+(`data.query`, `data.gallery`). What launch.evaluate has embedded is not embedded again.
 """
 
 from absl import flags
@@ -66,6 +67,7 @@ def main(_) -> None:
     if not hosts.is_first():
         return
     print(report.table({chain.name: chain.main for chain in found}))
+    print(*(f"{says}\n" for chain in found for says in report.left_out(chain)), sep="", end="")
     page, *others = report.write_page(found, query, gallery, out, args.title)
     print(f"{page} ({len(others)} pictures, tables and figures beside it)")
 

@@ -25,6 +25,11 @@ PLAN = Plan(shares=SHARES, candidates=4, seed=3, ways=LIGHT)
 MEASURED = [metrics.get(name) for name in ("identification", "recall@1", "recall@3", "map")]
 QUERY = tiny.dataset(classes=4, per_class=6, seed=1)
 GALLERY = tiny.dataset(classes=4, per_class=5, seed=2)
+A_PICTURE_A_CLASS = {
+    "data__query__classes": (6, 12),
+    "data__gallery__classes": (6, 12),
+    "data__gallery__per_class": 1,
+}
 
 
 def unit(x):
@@ -227,7 +232,45 @@ def test_images_are_counted_once():
 
 def test_pairs_of_pictures_have_no_candidates():
     assert not mixed.judges_scores(metrics.get("verification"))
+    assert not mixed.judges_scores(metrics.get("tar@0.05"))
     assert mixed.judges_scores(metrics.get("cmc@7"))
+
+
+OWN_NAMES = ("recall@1", "recall@3", "recall@euclid", "identification", "map")
+
+
+@pytest.mark.parametrize("name", OWN_NAMES)
+@pytest.mark.parametrize("sizes", [(6, 6), (4, 6)])
+def test_a_metric_of_ones_own_gets_unit_features_whatever_its_name(name, sizes):
+    seen = set()
+
+    def score(queries, galleries):
+        for features in (queries.features, *(rows for rows, _ in galleries)):
+            np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
+        seen.add(queries.features.shape)
+        return np.full((len(galleries), len(queries.labels)), 0.125)
+
+    own = metrics.Metric(name, "%", score)
+    ways = {way.name: way for way in afterwards.measure(spaces(sizes), [own], PLAN)}
+    assert set(LIGHT) - set(ways) <= {"naive"}
+    for way in ways.values():
+        for curve in way.curves.values():
+            np.testing.assert_array_equal(curve.values, 0.125)
+    assert not ways["rescoring"].curves and seen <= {(17, 4), (17, 6), (17, sum(sizes))}
+
+
+def test_ways_that_cannot_be_fitted_are_left_out():
+    found = spaces((4, 6))
+    pairs = found.pairs._replace(labels=np.arange(60))
+    gone = afterwards.left_out(found._replace(pairs=pairs), PLAN)
+    assert list(gone) == ["naive", "slerp"] and "sizes, 4 and 6" in gone["naive"]
+    assert "no class has two pictures" in gone["slerp"]
+    few = align.Pairs(*(part[:1] for part in found.pairs))
+    gone = afterwards.left_out(found._replace(pairs=few), PLAN)
+    assert set(LIGHT) - gone.keys() == {"rescoring", "reindex"}
+    ways = [way.name for way in afterwards.measure(found._replace(pairs=few), MEASURED, PLAN)]
+    assert ways == ["rescoring", "reindex"]
+    assert not afterwards.left_out(spaces(), PLAN)
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +303,79 @@ def test_a_chain_is_compared_once_and_read_back_afterwards(chain, tmp_path, monk
     )
     with pytest.raises(UserError, match="Did you mean 'naive'"):
         found.way("naiv")
+
+
+def constant(value, name="mine"):
+    """A metric of one's own that gives one value to all."""
+
+    def score(queries, galleries):
+        return np.full((len(galleries), len(queries.labels)), value)
+
+    return metrics.Metric(name, "%", score)
+
+
+@pytest.mark.parametrize("name", ["mine", "recall@1"])
+def test_a_metric_of_ones_own_that_was_edited_is_measured_again(chain, tmp_path, name):
+    plan = dataclasses.replace(PLAN, ways=("naive", "ridge", "reindex"))
+    session = tiny.session(cache=tmp_path, progress=False)
+    for value in (0.25, 0.75):
+        chosen = [constant(value, name), "identification"]
+        found = afterwards.compare(
+            chain, QUERY, GALLERY, metrics=chosen, plan=plan, session=session
+        )
+        for way in found.ways:
+            np.testing.assert_array_equal(way.curves[name].values, value)
+    assert all(path.name.startswith("features") for path in tmp_path.iterdir())
+    with pytest.raises(UserError, match="two different metrics are called"):
+        chosen = [constant(0.1, name), constant(0.2, name)]
+        afterwards.compare(chain, QUERY, GALLERY, metrics=chosen, plan=plan, session=session)
+
+
+def a_picture_a_class(count=8):
+    """Queries and a gallery with one picture of each class."""
+    query = tiny.dataset(classes=count, per_class=3, seed=1)
+    gallery = tiny.dataset(classes=count, per_class=5, seed=2)
+    return query, gallery.take(np.unique(gallery.labels, return_index=True)[1])
+
+
+def test_a_gallery_of_a_picture_a_class_leaves_slerp_out_and_measures_the_rest(chain, tmp_path):
+    data = a_picture_a_class()
+    session = tiny.session(cache=tmp_path, progress=False)
+    found = afterwards.compare(chain, *data, plan=PLAN, session=session)
+    assert [way.name for way in found.ways] == [way for way in LIGHT if way != "slerp"]
+    (reason,) = (found.left_out[name] for name in ("slerp",))
+    assert "no class has two pictures" in reason and len(found.left_out) == 1
+    with pytest.raises(UserError, match="slerp was left out: no class has two pictures"):
+        found.way("slerp")
+    again = afterwards.compare(chain, *data, plan=PLAN, session=session)  # from the cache
+    assert again.left_out == found.left_out and again.summary() == found.summary()
+    assert json.loads(json.dumps(found.summary()))["left_out"] == {"slerp": reason}
+    for kind, refused in (("ridge", False), ("slerp", True)):
+        maps = Maps(kind=kind)
+        assert maps.unfit(data[1]) == (reason if refused else "")
+        if refused:
+            with pytest.raises(UserError, match="no class has two pictures"):
+                evaluate_mapped(chain, *data, maps, session=session)
+        else:
+            assert evaluate_mapped(chain, *data, maps, session=session).matrix.shape == (3, 3)
+    only = dataclasses.replace(PLAN, ways=("slerp",))
+    with pytest.raises(UserError, match=r"no way can be measured \(slerp: no class"):
+        afterwards.compare(chain, *data, plan=only, session=session)
+
+
+def test_a_gallery_of_three_pictures_has_no_maps_but_other_ways(chain):
+    session = tiny.session(progress=False)
+    found = afterwards.compare(chain, QUERY, GALLERY.take([0, 5, 10]), plan=PLAN, session=session)
+    assert [way.name for way in found.ways] == ["naive", "rescoring", "reindex"]
+    assert "on 2 pictures at least, here on 1" in found.left_out["procrustes"]
+    assert found.left_out.keys() == set(LIGHT) - {way.name for way in found.ways}
+
+
+def test_queries_that_have_nothing_to_find_are_refused():
+    found = spaces()
+    queries = found.queries._replace(labels=found.queries.labels + 10)
+    with pytest.raises(UserError, match="no query has an image of its class in the gallery"):
+        list(afterwards.measure(found._replace(queries=queries), MEASURED, PLAN))
 
 
 def test_maps_may_be_fitted_on_other_pictures_and_the_versions_chosen(chain):
@@ -339,6 +455,7 @@ def test_features_of_other_sizes_compare_by_maps(tmp_path):
     assert found.matrix[1, 0] > 0 and not found.incomparable
     ways = afterwards.compare(chain, QUERY, GALLERY, metrics=["map"], plan=PLAN, session=session)
     assert [way.name for way in ways.ways] == list(LIGHT[1:])
+    assert list(ways.left_out) == ["naive"] and "sizes, 8 and 16" in ways.left_out["naive"]
 
 
 @pytest.mark.parametrize("kind", ["procrustes", "slerp"])
@@ -383,5 +500,18 @@ def test_the_program_prints_a_matrix_for_each_kind_of_map(tmp_path):
     for kind in ("ridge", "slerp"):
         content = json.loads((tmp_path / "out" / kind / "matrix.json").read_text())
         assert list(content) == [f"d-Simplex-HOC, {kind}"]
+    config = tiny.config(**A_PICTURE_A_CLASS)
+    described = tiny.record(backbone="flat", config=configs.plain(config), task=None)
+    made = Chain(tmp_path / "lonely" / "chain")
+    for seed in range(2):
+        made.add(tiny.variables(described, seed), described)
+    alone = [f"--chain={made.path}", "--mesh=data:1", "--noprogress"]
+    code, text, error = tiny.call(
+        "evaluate", *alone, "--afterwards=procrustes,slerp,ridge", flat=True
+    )
+    assert code == 0, error
+    shown = re.findall(r"d-Simplex-HOC(.*): identification %", text)
+    assert shown == ["", ", procrustes", ", ridge"]
+    assert "slerp was left out: no class has two pictures" in text
     code, _, error = tiny.call("evaluate", *arguments, "--afterwards=rigde", flat=True)
     assert code == 2 and "ridge" in error, error

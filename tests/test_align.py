@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -36,7 +37,7 @@ QUICK = {"adapter": {"epochs": 3, "hidden": 8, "batch_size": 50}, "low_rank": {"
 
 
 def fitted(kind, old=OLD, new=NOISY, **more):
-    return align.fit(old, new, kind, labels=LABELS, **{**QUICK.get(kind, {}), **more})
+    return align.fit(old, new, kind, **{"labels": LABELS, **QUICK.get(kind, {}), **more})
 
 
 def test_a_planted_rotation_is_recovered():
@@ -105,6 +106,26 @@ def test_a_low_rank_map_is_the_best_of_its_rank():
     bias = OLD.mean(0) - NOISY.mean(0) @ truncated
     error = np.sum((NOISY @ truncated + bias - OLD) ** 2) / len(OLD)
     assert costs[1] <= error + 1e-4 * np.sum(truncated**2)
+
+
+@pytest.mark.parametrize("kind", align.KINDS)
+def test_features_may_be_of_any_float_type(kind):
+    half = OLD.astype(jnp.bfloat16), jnp.asarray(NOISY, jnp.bfloat16)
+    wide = [np.asarray(part, np.float32) for part in half]
+    found, same = fitted(kind, *half), fitted(kind, *wide)
+    np.testing.assert_array_equal(found.map(half[1], half[0]), same.map(wide[1], wide[0]))
+    with pytest.raises(UserError, match=r"old must be float\[n, size\], got int64"):
+        fitted(kind, np.ones((200, 12), int))
+
+
+def test_a_kind_says_why_it_cannot_be_fitted():
+    for kind in align.KINDS:
+        assert align.unfit(kind, LABELS) == ""
+        assert "on 2 pictures at least, here on 1" in align.unfit(kind, LABELS[:1])
+        lonely = align.unfit(kind, np.arange(9))
+        assert ("no class has two pictures" in lonely) == (kind == "slerp")
+        if not lonely:
+            fitted(kind, OLD[:9], NOISY[:9], labels=np.arange(9))
 
 
 def test_slerp_ends_at_the_two_spaces():
@@ -207,7 +228,7 @@ def broken(content, tmp_path):
         (lambda: align.fit(OLD, NEW, labels=LABELS[:3]), r"labels must be int\[200\]", "labels"),
         (
             lambda: align.fit(OLD, NEW, "slerp", labels=np.arange(200)),
-            "no class has two pictures",
+            "no class has two pictures among those .* or give factor",
             "labels",
         ),
         (lambda: fitted("slerp").map(NEW), "slerp goes between two features", "old"),

@@ -166,6 +166,9 @@ def test_bad_input_is_refused():
             backfill.backfill(queries, gallery, shares=shares)
     with pytest.raises(UserError, match="each of the 41 images once"):
         backfill.backfill(queries, gallery, order=np.zeros(41, int))
+    with pytest.raises(UserError, match="no picture but the one that asks"):
+        one = backfill.Gallery(*(part[:1] for part in gallery))
+        backfill.backfill(queries._replace(own=np.zeros(len(queries.labels), int)), one)
     with pytest.raises(UserError, match="the oracle ranks a gallery for queries"):
         backfill.ranking("oracle", gallery)
     with pytest.raises(UserError, match="pad smaller features"):

@@ -142,3 +142,9 @@ def test_bad_input_is_refused():
         drift.prototype_angles(found, labels, np.ones((4, 6)))
     with pytest.raises(UserError, match="classifier has 4 rows"):
         drift.neural_collapse(found, labels, np.ones((4, 6)))
+    texts, rows = labels.astype(str), np.ones((9, 6))
+    for measure in (drift.neural_collapse, drift.prototype_angles):
+        with pytest.raises(UserError, match=r"labels must be whole numbers, .* got <U") as caught:
+            measure(found, texts, rows)
+        assert caught.value.argument == "labels"
+    assert drift.neural_collapse(found, texts)[:4] == drift.neural_collapse(found, labels)[:4]

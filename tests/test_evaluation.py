@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import shutil
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import tiny
 from PIL import Image
 
 import compat_jax as cj
-from compat_jax import array_cache, evaluation, metrics, retrieval
+from compat_jax import array_cache, evaluation, metrics, report, retrieval
 from compat_jax.chain import Chain
 from compat_jax.data import Dataset
 from compat_jax.data.same_pictures import same_pictures
@@ -74,6 +75,10 @@ def by_hand(chain, score, query=QUERY, gallery=GALLERY):
             )
             matrix[t, k] = score(*features)
     return matrix
+
+
+def exact_mean(scores):
+    return float(sum(map(Fraction, scores.tolist())) / len(scores))
 
 
 def recall_oracle(k):
@@ -150,7 +155,7 @@ def test_the_matrix_is_the_mean_of_the_scores_of_all_queries(chain, metric):
     for (t, k), scores in result.scores.items():
         assert scores.shape == (len(QUERY),) and scores.dtype == np.float64
         assert ((scores >= 0) & (scores <= 1)).all()
-        assert result.matrix[t, k] == scores.mean()
+        assert result.matrix[t, k] == exact_mean(scores)
     assert result.labels is QUERY.labels and result.class_names == QUERY.class_names
     assert np.array_equal(np.triu(result.matrix, 1), np.zeros((3, 3)))
     assert "scores" not in result.summary() and "scores" not in repr(result)
@@ -201,6 +206,47 @@ def test_an_evaluation_checks_the_scores_and_takes_those_that_leave_queries_out(
     assert evaluate(chain, QUERY, GALLERY, versions=[0], metrics=[half]).matrix == 0.5
     with pytest.raises(UserError, match="metric 'own' returns 50"):
         evaluate(chain, QUERY, GALLERY, versions=[0], metrics=[fifty])
+
+
+def test_scores_of_nobody_are_refused_with_the_metrics_name(chain):
+    def nothing(queries, galleries):
+        return np.full((len(galleries), len(queries.labels)), np.nan)
+
+    blank = metrics.Metric("blank", "%", nothing)
+    with pytest.raises(UserError, match=r"'blank' returns NaN.* all 36 queries in gallery 0 of 1"):
+        evaluate(chain, QUERY, GALLERY, metrics=[blank])
+
+
+def test_metrics_are_told_apart_by_name(chain, extractions):
+    def constant(value):
+        def score(queries, galleries):
+            return np.full((len(galleries), len(queries.labels)), value)
+
+        return metrics.Metric("mine", "%", score)
+
+    with pytest.raises(UserError, match="two different metrics are called 'mine'") as caught:
+        evaluate(chain, QUERY, GALLERY, metrics=[constant(0.1), "map", constant(0.2)])
+    assert caught.value.argument == "metrics" and extractions == []
+    one = constant(0.5)
+    assert list(evaluate(chain, QUERY, GALLERY, metrics=[one, "map", one, "map"])) == [
+        "mine",
+        "map",
+    ]
+    assert list(evaluate(chain, QUERY, GALLERY, metrics=one)) == ["mine"]
+
+
+@pytest.mark.parametrize("parts", [[1, 2, 17, 20], [3, 0, 20, 17], [0, 0, 20, 20]])
+def test_a_tie_is_one_in_whatever_order_and_parts_the_scores_come(chain, parts):
+    own = np.tile([1, 2, 17, 20], 9) / 20
+    other = np.random.default_rng(0).permutation(np.tile(parts, 9)) / 20  # of the same total
+
+    def score(queries, galleries):
+        return np.stack([*[other] * (len(galleries) - 1), own])
+
+    result = evaluate(chain, QUERY, GALLERY, metrics=[metrics.Metric("tied", "%", score)]).main
+    assert len(set(result.matrix[np.tril_indices(3)])) == 1
+    assert result.average_compatibility == 0
+    assert result.within_noise[np.tril_indices(3, -1)].all()
 
 
 def test_each_version_embeds_twice(chain, extractions):
@@ -314,9 +360,17 @@ def test_queries_whose_only_match_is_themselves_are_left_out(chain):
     for name in ("recall@1", "map"):
         for (t, k), scores in results[name].scores.items():
             np.testing.assert_array_equal(np.isnan(scores), alone)
-            assert results[name].matrix[t, k] == scores[~alone].mean()
+            assert results[name].matrix[t, k] == exact_mean(scores[~alone])
     for scores in results["identification"].scores.values():
         assert scores[alone].tolist() == [0.0]  # its class has no template: wrong
+
+
+def test_a_query_that_is_alone_in_the_gallery_is_not_identified(chain):
+    alone = GALLERY.take([0])
+    result = evaluate(chain, alone, alone).main
+    assert (result.matrix == 0).all()
+    with pytest.raises(UserError, match="the gallery has no picture but the one that asks"):
+        report.collect(chain, alone, alone)
 
 
 # The cache
@@ -592,6 +646,11 @@ def test_recall_takes_any_number_of_neighbours(chain):
     np.testing.assert_allclose(result.matrix, by_hand(chain, recall_oracle(3)), atol=1e-6)
     with pytest.raises(UserError, match=r"k=21 neighbours of a gallery of 20 rows: choose k in 1"):
         evaluate(chain, QUERY, GALLERY, metrics="recall@21")
+    says = (
+        r"k=20 neighbours of a gallery of 20 rows that holds the picture that asks: .* in 1\.\.19"
+    )
+    with pytest.raises(UserError, match=says):
+        evaluate(chain, GALLERY, GALLERY, metrics="recall@20")
 
 
 # Intervals and flips

@@ -14,7 +14,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from compat_jax import afterwards, drift, evaluation, report, retrieval, simplex
+from compat_jax import afterwards, drift, evaluation, metrics, report, retrieval, simplex
 from compat_jax import config as configs
 from compat_jax.chain import Chain
 from compat_jax.errors import Stopped, UserError
@@ -23,6 +23,11 @@ from compat_jax.report import figures, findings, style, tables, ways
 QUERY = tiny.dataset(classes=4, per_class=9, seed=1, name="<b>$x$ & 'y'")
 GALLERY = tiny.dataset(classes=4, per_class=7, seed=2, name="<b>$x$ & 'y'")
 WAYS = ("naive", "ridge", "slerp", "rescoring", "reindex")
+A_PICTURE_A_CLASS = {
+    "data__query__classes": (6, 12),
+    "data__gallery__classes": (6, 12),
+    "data__gallery__per_class": 1,
+}
 
 
 def write_chain(folder, method, count, seed, **changes):
@@ -396,6 +401,50 @@ def test_the_program_writes_the_page(tmp_path):
     assert re.search(says, text, re.M) and "d-Simplex-HOC: identification %" in text
     assert "d-Simplex-HOC" in (out / "index.html").read_text()
     assert (tmp_path / "hoc" / "evaluation" / "cache").is_dir()
+
+
+def test_a_way_that_was_left_out_is_named(chains, tmp_path):
+    reason = "no class has two pictures <here>"
+    gone = dataclasses.replace(chains[0].ways, left_out={"slerp": reason})
+    found = dataclasses.replace(chains[0], ways=gone)
+    assert report.left_out(found) == [f"{found.name}: SLERP was left out: {reason}."]
+    assert report.left_out(chains[1]) == []
+    assert report.left_out(dataclasses.replace(found, ways=None)) == []
+    report.write_page([found], QUERY, GALLERY, tmp_path)
+    text = (tmp_path / "index.html").read_text()
+    assert f"{reason}." in " ".join(Page(text).texts) and text.count("was left out") == 1
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert content[found.name]["ways"]["left_out"] == {"slerp": reason}
+
+
+@pytest.mark.slow
+def test_the_program_reports_on_a_gallery_of_a_picture_a_class(tmp_path):
+    path = flat_chain(tmp_path, "hoc", tiny.config(**A_PICTURE_A_CLASS))
+    arguments = [f"--chains={path}", f"--out={tmp_path / 'out'}", "--mesh=data:1", "--noprogress"]
+    code, text, error = tiny.call("report", *arguments, flat=True)
+    assert code == 0, error
+    assert "d-Simplex-HOC: SLERP was left out: no class has two pictures" in text
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "SLERP was left out" in page and "Procrustes" in page
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_metric_of_ones_own_is_reported_on(chains, tmp_path, first):
+    def score(queries, galleries):
+        return np.full((len(galleries), len(queries.labels)), 0.25)
+
+    own = metrics.Metric("mine", "% mine", score)
+    chain = Chain(chains[0].path)
+    session = tiny.session(cache=chain.path.parent / "cache", progress=False)
+    chosen = [own, "map"] if first else ["map", own]
+    found = report.collect(chain, QUERY, GALLERY, metrics=chosen, session=session)
+    assert found.main.metric == ("mine" if first else "map")
+    assert {curve.metric for curve in found.backfills} == {found.main.metric}
+    assert (found.evaluations["mine"].matrix[np.tril_indices(3)] == 0.25).all()
+    if first:
+        assert all((curve.values == 0.25).all() for curve in found.backfills)
+        report.write_page([found], QUERY, GALLERY, tmp_path)
+        assert "% mine" in (tmp_path / "index.html").read_text()
 
 
 @pytest.mark.slow

@@ -11,6 +11,9 @@ from sklearn.model_selection import KFold
 
 from compat_jax import metrics, retrieval
 from compat_jax.errors import UserError
+from compat_jax.retrieval import mixed
+from compat_jax.retrieval.labels import in_one_form
+from compat_jax.retrieval.mixed import Both, Rescoring, Swap
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "identification.npz")
 
@@ -278,6 +281,74 @@ def test_texts_are_labels_as_good_as_numbers():
             )
 
 
+FORMS = {
+    "whole and unsigned": (2**62 + 1, np.int64, np.uint64),
+    "unsigned and whole": (2**62 + 1, np.uint64, np.int64),
+    "hashes": (2**63 + 1, np.uint64, np.uint64),
+    "small and whole": (-3, np.int16, np.int64),
+    "of two sizes": (3, np.int8, np.uint16),
+    "below zero": (-5, np.int64, np.int8),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_labels_of_two_types_of_numbers_are_compared_exactly(form):
+    offset, *types = FORMS[form]
+    query, labels = features(rows=40, seed=6)
+    gallery, gallery_labels = features(rows=50, seed=7)
+    given = [
+        (part.astype(object) + offset).astype(type_)
+        for part, type_ in zip((labels, gallery_labels), types, strict=True)
+    ]
+    for name in metrics.names():
+        metric = metrics.get(name)
+        expected = metric.score_features(metrics.Queries(query, labels), gallery, gallery_labels)
+        got = metric.score_features(metrics.Queries(query, given[0]), gallery, given[1])
+        np.testing.assert_array_equal(got, expected, err_msg=name)
+        if name.startswith(("identification", "recall", "map", "verif")):  # called without a metric
+            queries = metrics.Queries(query, given[0])
+            got = metric.score(queries, [metric.prepare(gallery, given[1])])[0]
+            np.testing.assert_array_equal(got, expected, err_msg=name)
+    for score in (retrieval.identification, retrieval.recall_at_k):
+        assert score(query, given[0], gallery, given[1]) == (
+            score(query, labels, gallery, gallery_labels)
+        )
+    for got, expected in zip(
+        retrieval.make_pairs(*given, 9, 9),
+        retrieval.make_pairs(labels, gallery_labels, 9, 9),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_no_type_of_numpy_holds_all_labels_and_they_are_compared_nevertheless():
+    first = np.array([-1, 2**62, 2**62 + 1])
+    second = np.array([2**63 + 2, 2**62 + 1, 2**63 + 1], np.uint64)
+    a, b = in_one_form(first, second)
+    equal = [[int(x) == int(y) for y in second] for x in first]
+    np.testing.assert_array_equal(a[:, None] == b[None], equal)
+    assert sum(map(sum, equal)) == 1 and a.dtype == b.dtype
+    assert [len(part) for part in in_one_form(first[:0], second)] == [0, 3]
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_who_is_alone_in_the_gallery_finds_nobody(wrong):
+    query = unit(np.array([[1.0, 0], [0, 1]], np.float32))
+    queries = metrics.Queries(query, np.array([3, 5]), np.array([0, -1]))
+    own = np.array([5 if wrong else 3])  # perhaps the picture has another label there
+    scores = metrics.identification.score_features(queries, query[:1], own)
+    assert scores.tolist() == [0, float(wrong)]
+    rows = Both(query[:1], query[:1], own)
+    asking = Both(query, query, queries.labels, queries.own)
+    for searcher in (
+        Swap(asking, rows, True),
+        Swap(asking, rows, False),
+        Rescoring(asking, rows, 1),
+    ):
+        found = mixed.measure(searcher, [metrics.identification], np.arange(1), (0, 1))
+        np.testing.assert_array_equal(found["identification"].scores, [scores] * 2)
+
+
 # Verification
 
 
@@ -466,6 +537,15 @@ def test_metrics_have_names_with_a_number():
             metrics.get(name)
 
 
+@pytest.mark.parametrize("name", ["recall@1", "recall@7", "cmc@3", "tar@0.1", "tar@1e-5", "map"])
+def test_a_name_of_the_library_is_not_given_to_another_metric(name):
+    there = metrics.get(name)
+    with pytest.raises(UserError, match=f"there is another metric called '{name}'") as caught:
+        metrics.register(metrics.Metric(name, "%", lambda queries, galleries: 0))
+    assert caught.value.argument == "metric"
+    assert metrics.get(name) is there
+
+
 def test_verification_of_queries_refuses_bad_input():
     query, labels = features()
     with pytest.raises(UserError, match="no query has an image of its class"):
@@ -479,8 +559,13 @@ def test_verification_of_queries_refuses_bad_input():
         broken = np.where(np.arange(60)[:, None] == 7, np.inf, query)
         retrieval.pair_scores(query, broken, pairs)
     few = retrieval.query_pairs(labels[:5], labels)
-    with pytest.raises(UserError, match=r"folds must lie in 2\.\.5"):
+    with pytest.raises(UserError, match=r"10 folds of the queries, but only 5 have an image"):
         retrieval.pair_scores(query, query, few)
+    assert len(retrieval.pair_scores(query, query, few, far=0.1)) == len(query)
+    ten = retrieval.query_pairs(labels[:10], labels)
+    assert np.isfinite(retrieval.pair_scores(query, query, ten)).sum() == 10
+    with pytest.raises(UserError, match=r"2\.\.4 \(the number of rows of pairs\)"):
+        retrieval.right_decisions(np.ones((4, 6)), np.ones((4, 6), bool))
 
 
 def test_verification_refuses_bad_input():

@@ -133,6 +133,20 @@ def test_equal_versions_are_within_noise_and_far_ones_are_not():
     assert got.differences.low[2, 0] > 0.3
 
 
+@pytest.mark.parametrize("queries", [15, 37, 200, 1000])
+def test_versions_that_are_tied_in_every_draw_are_compatible_in_none(queries):
+    rng = np.random.default_rng(queries)
+    drawn = rng.integers(1, 10, queries)
+    # 0.1, 0.2, ... by two roundings: sums of the one are not sums of the other.
+    shares, again = drawn / 10, np.array([1 - (10 - n) / 10 for n in drawn])
+    assert (shares != again).any()
+    scores = {(t, k): again if t > k else shares for t in range(4) for k in range(t + 1)}
+    found = statistics.matrix_intervals(scores, 4)
+    assert found.average_compatibility == (0, 0) and found.within_noise.sum() == 6
+    lower = np.tril_indices(4)
+    assert not found.differences.low[lower].any() and not found.differences.high[lower].any()
+
+
 def test_cells_without_scores_count_as_nothing():
     scores = scores_of(2)
     del scores[1, 0]
@@ -175,8 +189,10 @@ def test_bad_input_is_refused():
     labels = np.zeros(60, int)
     with pytest.raises(UserError, match=r"60}? queries, but 59 labels"):
         statistics.flips_by_class(scores_of(2), 2, labels=labels[1:], num_classes=1)
-    with pytest.raises(UserError, match=r"must lie in 0\.\.0"):
+    with pytest.raises(UserError, match="labels run from 1 to 1, but there are 1 classes"):
         statistics.flips_by_class(scores_of(2), 2, labels=labels + 1, num_classes=1)
+    with pytest.raises(UserError, match=r"labels must be whole numbers, .* got <U1"):
+        statistics.flips_by_class(scores_of(2), 2, labels=labels.astype("U1"), num_classes=1)
 
 
 # Flips

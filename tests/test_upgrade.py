@@ -217,6 +217,7 @@ def stages(**changes):
         ({}, GO, "no stage of the upgrade loses more than 1 point; "),
         ({"switched": (0.1, 0.05, 0.2)}, GO, r"\+10\.0 \(\+5\.0 to \+20\.0\)"),
         ({"switched": (-0.01, -0.01, 0)}, GO, "no stage"),
+        ({"switched": (0.49 - 0.5, 0.49 - 0.5, 0)}, GO, "no stage"),  # a query of a hundred
         ({"switched": (0.02, -0.03, 0.07)}, LOSS, "the switch may lose more than 1 point: "),
         ({"switched": (-0.03, -0.04, -0.02)}, LOSS, "the switch loses 3.0 points"),
         ({"switched": (-0.06, -0.2, 0.1)}, LOSS, "the switch may lose"),

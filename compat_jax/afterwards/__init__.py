@@ -9,7 +9,7 @@ stand beside it on the same pictures.
 """
 
 from compat_jax.afterwards.comparing import METRICS, SAMPLE, compare, sampled
-from compat_jax.afterwards.measuring import Spaces, measure
+from compat_jax.afterwards.measuring import Spaces, left_out, measure
 from compat_jax.afterwards.plan import FORWARD, NAIVE, REINDEX, RESCORING, WAYS, Plan
 from compat_jax.afterwards.results import Comparison, Cost, Way
 
@@ -27,6 +27,7 @@ __all__ = [
     "Spaces",
     "Way",
     "compare",
+    "left_out",
     "measure",
     "sampled",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from compat_jax import align, evaluation
-from compat_jax.afterwards.measuring import Spaces, measure
+from compat_jax.afterwards.measuring import Spaces, left_out, measure
 from compat_jax.afterwards.plan import Plan
 from compat_jax.afterwards.results import Comparison, packed, unpacked
 from compat_jax.array_cache import Cache
@@ -40,11 +40,16 @@ def compare(
 ) -> Comparison:
     """Measure all ways between two versions of a chain, on at most 2,000 queries.
 
+    A way that cannot be measured on these data is left out, and the result says why: maps on fewer than
+    four gallery images, `slerp` where no class has two of the images to fit on, `naive` where the
+    features of the versions have different sizes.
+
     Args:
       chain: with at least two versions.
       query: labelled images that ask.
       gallery: labelled images that answer.
-      metrics: names or `Metric` objects.
+      metrics: names or `Metric` objects, of different names. Of those of yours nothing is kept in the
+        cache but the features.
       plan: the versions, and what maps are fitted on.
       dtype: of the networks' computation.
       session: devices and the cache: what an evaluation with it has embedded is not embedded again, and
@@ -53,10 +58,10 @@ def compare(
     Raises:
       Stopped: the session asked to stop.
       UserError: a chain of one version, versions out of order, unknown metrics, classes of query and
-        gallery that differ, too few images to fit on.
+        gallery that differ, a plan without a way that can be measured.
     """
     session, plan, dtype = session or Session(), plan or Plan(), computed_in(dtype)
-    found = [metrics_by_name.get(m) for m in metrics]
+    found = metrics_by_name.chosen(metrics)
     check_same_classes(query, gallery)
     old, new = _versions(chain, plan)
     settings = f"{dtype} {query.fingerprint()} {gallery.fingerprint()}"
@@ -70,6 +75,10 @@ def compare(
 
     def compute():
         spaces = _spaces((query, gallery), plan, features, mesh=session.devices())
+        gone = left_out(spaces, plan)
+        if not set(plan.ways) - gone.keys():
+            named = "; ".join(f"{way}: {reason}" for way, reason in gone.items())
+            raise UserError(f"no way can be measured ({named})", "ways")
         seconds = _seconds_an_image(new, gallery, dtype=dtype, session=session)
         ways = tuple(measure(spaces, found, plan, seconds_an_image=seconds))
         return packed(
@@ -81,10 +90,12 @@ def compare(
                 candidates=plan.candidates,
                 from_gallery=plan.pictures is None,
                 seconds_an_image=seconds,
+                left_out=gone,
             )
         )
 
-    return unpacked(Cache(session.cache, settings).get("ways", made_of, compute))
+    cache = evaluation.scores_cache(Cache(session.cache, settings), found)
+    return unpacked(cache.get("ways", made_of, compute))
 
 
 def sampled(count: int) -> np.ndarray:
@@ -125,7 +136,7 @@ def _spaces(data: tuple[Dataset, Dataset], plan: Plan, features: Callable, *, me
 
 
 def _rows(plan: Plan, count: int) -> np.ndarray:
-    return Maps(pairs=plan.pairs, seed=plan.seed).rows(count)
+    return Maps(pairs=plan.pairs, seed=plan.seed).drawn(count)
 
 
 def _pairs(plan: Plan, gallery: Both, features: Callable) -> align.Pairs:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from compat_jax import align
-from compat_jax.afterwards.plan import FORWARD, NAIVE, REINDEX, RESCORING, Plan
+from compat_jax.afterwards.plan import FORWARD, NAIVE, REINDEX, RESCORING, WAYS, Plan
 from compat_jax.afterwards.results import Cost, Way
 from compat_jax.backfill import Curve, Gallery, backfill, ranking
 from compat_jax.retrieval import mixed
@@ -24,7 +24,7 @@ class Spaces(NamedTuple):
     Attributes:
       queries: by both versions.
       gallery: by both versions.
-      pairs: to fit maps on.
+      pairs: to fit maps on, with labels; maps are left out where these are too few.
       mesh: devices.
       fitted: int[p], rows of the gallery that the pairs are; None for other pictures.
     """
@@ -48,15 +48,16 @@ def measure(
       seconds_an_image: to embed one by the new version.
 
     Yields:
-      A `Way` each, in the order of `WAYS`.
+      A `Way` each, in the order of `WAYS`, but for those that are `left_out`.
     """
     queries, gallery, pairs, *_ = spaces
     count, run = len(gallery.labels), functools.partial(_swapped, spaces, metrics, plan)
-    if NAIVE in plan.ways and queries.old.shape[1] == queries.new.shape[1]:
+    chosen = set(plan.ways) - left_out(spaces, plan).keys()
+    if NAIVE in chosen:
         yield Way(NAIVE, run(None), Cost())
     # Gallery images have their old features already.
     images = len(pairs.new) * (1 if plan.pictures is None else 2)
-    for kind in filter(plan.ways.__contains__, align.KINDS):
+    for kind in filter(chosen.__contains__, align.KINDS):
         began = time.perf_counter()
         found = align.fit(pairs.old, pairs.new, kind, labels=pairs.labels)
         fitting = time.perf_counter() - began
@@ -71,14 +72,36 @@ def measure(
             bytes=sum(array.nbytes for array in found.arrays.values()),
         )
         yield Way(kind, run(mapped), cost, dict(found.settings))
-    if FORWARD in plan.ways:
+    if FORWARD in chosen:
         yield _forward(spaces, metrics, plan, images * seconds_an_image)
-    if RESCORING in plan.ways:
+    if RESCORING in chosen:
         yield _rescoring(spaces, metrics, plan)
-    if REINDEX in plan.ways:
+    if REINDEX in chosen:
         bytes_ = gallery.new.size * _FLOAT
         cost = Cost(images=count, seconds=count * seconds_an_image, bytes=bytes_)
         yield Way(REINDEX, _reindexed(spaces, metrics, plan), cost)
+
+
+def left_out(spaces: Spaces, plan: Plan) -> dict[str, str]:
+    """Say which ways of a plan cannot be measured.
+
+    Args:
+      spaces: queries and gallery by both versions, and pairs to fit maps on.
+      plan: the ways.
+
+    Returns:
+      {name of the way: why}, in the order of `WAYS`.
+    """
+    sizes = [part.shape[1] for part in spaces.queries[:2]]
+    labels = spaces.pairs.labels
+    reasons = {kind: align.unfit(kind, labels) for kind in align.KINDS}
+    reasons[FORWARD] = align.unfit("ridge", labels)
+    if sizes[0] != sizes[1]:
+        reasons[NAIVE] = (
+            f"the versions' features have different sizes, {sizes[0]} and {sizes[1]}, and compare by "
+            "maps only"
+        )
+    return {way: reasons[way] for way in WAYS if way in plan.ways and reasons.get(way)}
 
 
 def _swapped(spaces: Spaces, metrics, plan: Plan, mapped: np.ndarray | None) -> dict[str, Curve]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from compat_jax.afterwards.plan import REINDEX
 from compat_jax.backfill import Curve
-from compat_jax.errors import unknown
+from compat_jax.errors import UserError, unknown
 from compat_jax.statistics import Interval, interval, resampled_means
 
 
@@ -93,12 +93,13 @@ class Comparison:
 
     Attributes:
       versions: numbers of the old version and of the new one.
-      ways: in the order of `WAYS`; naive is missing where the feature sizes differ.
+      ways: in the order of `WAYS`; those that are `left_out` are missing.
       gallery_size: number of gallery images.
       queries: number of queries asked.
       candidates: images that rescoring proposes to a query.
       from_gallery: whether maps were fitted on gallery images; else on the images that were given.
       seconds_an_image: measured, to read and embed one by the new version, in batches.
+      left_out: {name of a way that could not be measured on these data: why}.
     """
 
     versions: tuple[int, int]
@@ -108,6 +109,7 @@ class Comparison:
     candidates: int
     from_gallery: bool
     seconds_an_image: float
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -118,9 +120,11 @@ class Comparison:
         """Return a way by its name.
 
         Raises:
-          UserError: it was not measured.
+          UserError: it was not measured; says why, where it was left out.
         """
         found = {way.name: way for way in self.ways}
+        if name in self.left_out:
+            raise UserError(f"{name} was left out: {self.left_out[name]}", "name")
         if name not in found:
             raise unknown("way", name, found, "name")
         return found[name]
@@ -132,6 +136,7 @@ class Comparison:
             **fields,
             "versions": list(self.versions),
             "ways": [way.summary() for way in self.ways],
+            "left_out": dict(self.left_out),
         }
 
 

@@ -9,6 +9,6 @@ answers. `KINDS` names them; each takes seconds on 10^4 pairs.
 """
 
 from compat_jax.align.fitting import KINDS, fit
-from compat_jax.align.maps import Map, Pairs, load, needs_old
+from compat_jax.align.maps import Map, Pairs, load, needs_old, unfit
 
-__all__ = ["KINDS", "Map", "Pairs", "fit", "load", "needs_old"]
+__all__ = ["KINDS", "Map", "Pairs", "fit", "load", "needs_old", "unfit"]

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from compat_jax.errors import UserError, unknown
@@ -17,18 +18,27 @@ from compat_jax.files import storage, write_bytes
 Apply = Callable[[Mapping[str, np.ndarray], np.ndarray, np.ndarray | None], Any]
 _APPLY: dict[str, Apply] = {}
 _NEEDS_OLD: set[str] = set()
+_UNFIT: dict[str, Callable[[Any], str]] = {}
 _ABOUT = "about"
+_FEWEST = 2  # pictures that a map is fitted on
 
 
-def applies(kind: str, apply: Apply, *, needs_old: bool = False) -> None:
+def applies(
+    kind: str,
+    apply: Apply,
+    *,
+    needs_old: bool = False,
+    unfit: Callable[[Any], str] = lambda labels: "",
+) -> None:
     """Tell how the arrays of a kind of map apply to features; the result need not be normalised.
 
     Args:
       kind: its name.
       apply: the function.
       needs_old: whether it goes by the old version's features of a query as well.
+      unfit: (labels of the pictures to fit on, or None) -> why its defaults cannot be fitted on them.
     """
-    _APPLY[kind] = apply
+    _APPLY[kind], _UNFIT[kind] = apply, unfit
     if needs_old:
         _NEEDS_OLD.add(kind)
 
@@ -36,6 +46,21 @@ def applies(kind: str, apply: Apply, *, needs_old: bool = False) -> None:
 def needs_old(kind: str) -> bool:
     """Return whether a kind of map takes each query's features by both versions."""
     return kind in _NEEDS_OLD
+
+
+def unfit(kind: str, labels: Any) -> str:
+    """Say why a kind of map, with its defaults, cannot be fitted on pictures; "" where it can.
+
+    Args:
+      kind: its name.
+      labels: int[n], classes of the pictures.
+    """
+    if len(labels) < _FEWEST:
+        return (
+            f"a map is fitted on {_FEWEST} pictures at least, here on {len(labels)}: give more (of a "
+            "gallery half counts)"
+        )
+    return _UNFIT[kind](labels)
 
 
 class Pairs(NamedTuple):
@@ -164,7 +189,7 @@ def normalized(features: np.ndarray) -> np.ndarray:
 
 def _checked(features, name, size=None) -> np.ndarray:
     found = np.asarray(features)
-    is_matrix = found.ndim == 2 and np.issubdtype(found.dtype, np.floating)
+    is_matrix = found.ndim == 2 and jnp.issubdtype(found.dtype, jnp.floating)  # bfloat16 as well
     if not is_matrix or (size is not None and found.shape[1] != size):
         raise UserError(
             f"{name} must be float[n, {size or 'size'}], got {found.dtype}{list(found.shape)}", name

@@ -5,7 +5,7 @@ from typing import Annotated
 import numpy as np
 
 from compat_jax.align.linear import rotation
-from compat_jax.align.maps import Map, Pairs, applies, normalized
+from compat_jax.align.maps import Map, Pairs, applies, normalized, unfit
 from compat_jax.errors import UserError
 from compat_jax.fields import Rule
 
@@ -79,12 +79,9 @@ def _chosen(pairs, mapped, queries):
         raise UserError(
             "give labels of the pairs, by which to choose the factor, or factor", "labels"
         )
-    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    rows = np.flatnonzero(counts[inverse] > 1)[:queries]
-    if not len(rows):
-        raise UserError(
-            "no class has two pictures: recall cannot be measured, give factor", "labels"
-        )
+    if reason := unfit("slerp", labels):
+        raise UserError(f"{reason}; or give factor", "labels")
+    rows = np.flatnonzero(_has_other(labels))[:queries]
     # Scores are linear in the query, so that two products serve all factors; lengths do not matter.
     old_scores, new_scores = pairs.old[rows] @ pairs.old.T, mapped[rows] @ pairs.old.T
     cosine = np.sum(pairs.old[rows] * mapped[rows], axis=1)
@@ -100,6 +97,21 @@ def _chosen(pairs, mapped, queries):
     return chosen
 
 
+def _has_other(labels: np.ndarray) -> np.ndarray:
+    """Mark the pictures whose class has another one: bool[n]."""
+    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return counts[inverse] > 1
+
+
+def _unfit(labels):
+    if _has_other(labels).any():
+        return ""
+    return (
+        "no class has two pictures among those that the map is fitted on, by which slerp chooses its "
+        "factor: give two of a class"
+    )
+
+
 def _apply(arrays, new, old):
     if old is None:
         raise UserError(
@@ -111,4 +123,4 @@ def _apply(arrays, new, old):
     return interpolate(normalized(old), mapped, float(arrays["factor"]))
 
 
-applies("slerp", _apply, needs_old=True)
+applies("slerp", _apply, needs_old=True, unfit=_unfit)

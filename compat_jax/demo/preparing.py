@@ -13,6 +13,7 @@ from compat_jax.gallery.gallery import Gallery
 from compat_jax.gallery.opened import select
 from compat_jax.gallery.originals import embed
 from compat_jax.gallery.store import Rows, Where
+from compat_jax.means import mean_score
 from compat_jax.meter import Meter
 from compat_jax.retrieval import metric as metrics
 from compat_jax.retrieval.mixed import Both, Swap, measure
@@ -189,5 +190,5 @@ def _quality(shown: Showcase) -> Quality | None:
     for features in (shown.before[able], shown.after[able]):
         searcher = Swap(Both(features, features, codes[able], able), rows, one_space=True)
         scores = measure(searcher, [metric], order, SHARES)[metric.name].scores
-        found.append(np.nanmean(scores, axis=1))
+        found.append(np.array([mean_score(cell) for cell in scores]))
     return Quality(len(able), *found)

@@ -7,6 +7,7 @@ from typing import Annotated
 from compat_jax.errors import UserError
 from compat_jax.fields import Rule, check_fields
 from compat_jax.gallery.verdict import GO, LOSS, NO_GO, Figure, Stage
+from compat_jax.means import ROUNDING
 from compat_jax.models import DTYPE_CHOICES, computed_in
 
 _WHEN = {
@@ -66,7 +67,7 @@ def judge(stages: Mapping[str, Stage], terms: Terms) -> tuple[str, tuple[str, ..
     found = (_reason(name, stages[name].change, terms) for name in _WHEN)
     reasons = tuple(reason for reason in found if reason)
     switched = stages["switched"].change
-    if switched.value < -terms.limit and switched.high < -terms.margin:
+    if _loses(switched.value, terms.limit) and _loses(switched.high, terms.margin):
         return NO_GO, reasons
     if reasons:
         return LOSS, reasons
@@ -78,13 +79,19 @@ def judge(stages: Mapping[str, Stage], terms: Terms) -> tuple[str, tuple[str, ..
 
 def _reason(name: str, change: Figure, terms: Terms) -> str:
     """Say what is lost at a stage; "" for nothing."""
-    if change.low >= -terms.margin:
+    if not _loses(change.low, terms.margin):
         return ""
     when = _WHEN[name]
-    if change.high >= -terms.margin:
+    if not _loses(change.high, terms.margin):
         return f"{when} may lose more than {_size(terms.margin)}: {_points(change)}"
-    over = f", more than the limit of {100 * terms.limit:g}" if -change.value > terms.limit else ""
+    is_over = _loses(change.value, terms.limit)
+    over = f", more than the limit of {100 * terms.limit:g}" if is_over else ""
     return f"{when} loses {-100 * change.value:.1f} points{over}: {_points(change)}"
+
+
+def _loses(change: float, tolerance: float) -> bool:
+    """Return whether a change loses more than a tolerance; a loss of just as much does not."""
+    return change < -tolerance - ROUNDING
 
 
 def _size(loss: float) -> str:

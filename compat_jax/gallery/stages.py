@@ -14,10 +14,11 @@ from compat_jax.definition_1 import definition_1
 from compat_jax.errors import UserError
 from compat_jax.gallery.rule import Terms
 from compat_jax.gallery.verdict import STAGES, AtThreshold, ClassFlips, Figure, Measured, Stage
+from compat_jax.means import leveled, mean_score
 from compat_jax.retrieval import metric as metrics
 from compat_jax.retrieval.exact import search
 from compat_jax.retrieval.metric import Metric, Queries
-from compat_jax.retrieval.metrics import drop_self
+from compat_jax.retrieval.metrics import check_others, drop_self
 from compat_jax.retrieval.verification import QueryPairs, accept_below, query_pairs
 from compat_jax.session import Session
 from compat_jax.statistics import flips, flips_by_class, interval, resampled_means
@@ -76,10 +77,8 @@ class Asked(NamedTuple):
         mixed = {name: np.where(is_new[name][:, None], new, old) for name in MIXED}
         rows = {"old": old, **mixed, "new": new}
         own = same_pictures(query, gallery)
-        if own is not None and len(gallery) < 2:
-            raise UserError(
-                "the gallery has no picture but the one that asks: give more", "gallery"
-            )
+        if own is not None:
+            check_others(len(gallery))
         return cls(
             (features[0][0], features[0][1]),
             rows,
@@ -178,14 +177,16 @@ def _stages(quality, kept, new_rows) -> dict[str, Stage]:
     """Return means and intervals; all stages share the draws of the bootstrap."""
     names = list(STAGES)
     scores = np.stack([part[name] for part in (quality, kept) for name in names])
+    count = len(names)  # of each kind the first is today's, the others are compared with it
     means = resampled_means(scores)
-    count = len(names)
+    means[:, :count] = leveled(means[:, :count], means[:, :1])
 
     def figure(values: np.ndarray, draws: np.ndarray) -> Figure:
         low, high = interval(draws)
         return Figure(float(values), float(low), float(high))
 
-    whole = np.array([row[~np.isnan(row)].mean() for row in scores])
+    whole = np.array([mean_score(row) for row in scores])
+    whole[:count] = leveled(whole[:count], whole[0])
     return {
         name: Stage(
             figure(whole[i], means[:, i]),

@@ -12,6 +12,7 @@ from compat_jax.report.matrices import (
 )
 from compat_jax.report.page import write_page
 from compat_jax.report.wall import wall
+from compat_jax.report.ways import left_out
 
 __all__ = [
     "Findings",
@@ -20,6 +21,7 @@ __all__ = [
     "collect",
     "heat_map",
     "heat_maps",
+    "left_out",
     "sentence",
     "table",
     "titles",

@@ -20,7 +20,8 @@ from compat_jax.drift import Collapse
 from compat_jax.errors import Stopped
 from compat_jax.matrix import Evaluation, Evaluations
 from compat_jax.retrieval import ExactIndex, Metric, Queries
-from compat_jax.retrieval.metrics import drop_self
+from compat_jax.retrieval import metric as metrics_by_name
+from compat_jax.retrieval.metrics import nearest_others
 from compat_jax.session import Session
 from compat_jax.statistics import without_nan
 
@@ -157,9 +158,9 @@ def collect(
       Stopped: the session asked to stop.
       UserError: see `evaluation.evaluate`.
     """
-    session = session or Session()
+    session, chosen = session or Session(), metrics_by_name.chosen(metrics)
     results = evaluation.evaluate(
-        chain, query, gallery, metrics=metrics, dtype=dtype, session=session
+        chain, query, gallery, metrics=chosen, dtype=dtype, session=session
     )
     versions = _Versions(chain, query, gallery, dtype=dtype, session=session)
     means, geometry, digests = [], [], []
@@ -171,7 +172,7 @@ def collect(
         means.append(drift.class_means(found, gallery.need_labels()).means)
         geometry.append(_geometry(version.record, gallery, found, means=means[-1]))
         digests.append(version.sha256)
-    curves, answers, notes = versions.old_gallery(results.main.metric)
+    curves, answers, notes = versions.old_gallery(chosen[0])
     records = tuple(chain.record(number) for number in chain.numbers())
     return Findings(
         name or methods.title(records[-1].method),
@@ -202,7 +203,9 @@ class _Versions:
         """float32[n, d]."""
         return evaluation.features(version, data, dtype=self.dtype, session=self.session)
 
-    def old_gallery(self, metric: str) -> tuple[tuple[Curve, ...], Answers | None, tuple[str, ...]]:
+    def old_gallery(
+        self, metric: Metric
+    ) -> tuple[tuple[Curve, ...], Answers | None, tuple[str, ...]]:
         """The newest version's queries in the oldest gallery: a backfill an order, and answers."""
         numbers = self.chain.numbers()
         if len(numbers) < 2:
@@ -257,10 +260,7 @@ def _answers(queries: Queries, rows: np.ndarray, gallery, *, labels: np.ndarray)
     index = ExactIndex(queries.mesh)
     index.add(gallery)
     kept = min(ANSWERS, len(gallery) - (queries.own is not None))
-    if queries.own is None:
-        found = index.search(queries.features, kept)[1]
-    else:
-        found = drop_self(index.search(queries.features, kept + 1)[1], queries.own)
+    found = nearest_others(index, queries.features, kept, queries.own)
     right = labels[found] == queries.labels[:, None]
     order = np.random.default_rng(0).permutation(len(rows))
     _, firsts = np.unique(queries.labels[order], return_index=True)

@@ -161,7 +161,8 @@ def _ways(chains, files):
     files.write("ways-points.csv", ways.points(chains).csv().encode())
     quality = files.table("ways", ways.quality(chains))
     costs = files.table("ways-costs", ways.costs(chains))
-    return "Ways to upgrade", _about_ways(found) + "".join(grids) + quality + costs
+    gone = "".join(paragraph(says) for chain in chains for says in ways.left_out(chain))
+    return "Ways to upgrade", _about_ways(found) + gone + "".join(grids) + quality + costs
 
 
 def _about_ways(found):

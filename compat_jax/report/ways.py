@@ -39,6 +39,12 @@ def measured(chains: Sequence[Findings]) -> list[tuple[Findings, Comparison]]:
     return [(chain, chain.ways) for chain in chains if chain.ways is not None]
 
 
+def left_out(chain: Findings) -> list[str]:
+    """Say which ways of upgrading a chain were left out, a sentence each."""
+    gone = {} if chain.ways is None else chain.ways.left_out
+    return [f"{chain.name}: {title(way)} was left out: {reason}." for way, reason in gone.items()]
+
+
 def curves(chain: Findings, metric: str, top: float | None = None) -> "Figure":
     """Draw a metric against the share of the gallery that was embedded again, a line a way.
 

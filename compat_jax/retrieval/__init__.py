@@ -7,15 +7,13 @@ from compat_jax.retrieval.metric import Metric, Queries
 from compat_jax.retrieval.metrics import (
     MeanAveragePrecision,
     average_precision_scores,
-    class_templates,
     cumulative_matching_characteristic,
-    identification,
     mean_average_precision,
     neighbour_scores,
     precision_at_r_scores,
     recall_at_k,
-    template_scores,
 )
+from compat_jax.retrieval.templates import class_templates, identification, template_scores
 from compat_jax.retrieval.verification import (
     QueryPairs,
     make_pairs,

@@ -12,6 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from compat_jax import mesh as meshes
 from compat_jax.errors import UserError
 
+# Scores of queries and gallery images that a metric holds at a time.
+SCORES = 1 << 24
+
 
 class Block(NamedTuple):
     """Gallery rows of one step.

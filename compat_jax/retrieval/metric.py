@@ -4,18 +4,21 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
 from compat_jax.errors import UserError, unknown
 from compat_jax.retrieval.index import ExactIndex
+from compat_jax.retrieval.labels import in_one_form
 from compat_jax.retrieval.metrics import (
     average_precision_scores,
-    class_templates,
     neighbour_scores,
     precision_at_r_scores,
+)
+from compat_jax.retrieval.templates import (
+    class_templates,
     template_scores,
     template_scores_without_self,
 )
@@ -77,7 +80,7 @@ class Metric:
           float[galleries, queries] in 0..1, NaN where a query is left out.
 
         Raises:
-          UserError: another shape, or values out of range.
+          UserError: another shape, values out of range, or no query with a score.
         """
         found = np.asarray(self.score(queries, galleries))
         wanted = (len(galleries), len(queries.labels))
@@ -95,6 +98,14 @@ class Metric:
                 "shown times 100; NaN leaves a query out",
                 "metric",
             )
+        unscored = np.isnan(found).all(axis=1)
+        if found.shape[1] and unscored.any():
+            raise UserError(
+                f"metric {self.name!r} returns NaN, which leaves a query out, for all {wanted[1]} "
+                f"queries in gallery {int(unscored.argmax())} of {wanted[0]}: score those that count, "
+                "with 0 where nothing was found",
+                "metric",
+            )
         return found
 
     def score_features(
@@ -106,8 +117,10 @@ class Metric:
           float[queries], see `score`.
 
         Raises:
-          UserError: see `checked`.
+          UserError: see `checked`; labels of different kinds.
         """
+        asking, labels = in_one_form(queries.labels, labels)
+        queries = queries._replace(labels=asking)
         prepare = self.prepare if queries.own is None else everything
         return self.checked(queries, [prepare(features, labels)])[0]
 
@@ -196,11 +209,14 @@ def register(metric: Metric) -> Metric:
     """Make a metric known by its name.
 
     Raises:
-      UserError: another metric has this name.
+      UserError: another metric has this name, or the library has one for a number, such as "recall@7".
     """
-    if _METRICS.setdefault(metric.name, metric) is not metric:
-        raise UserError(f"there is another metric called {metric.name!r}: choose another name")
-    return metric
+    there = _of_name(metric.name)
+    if there is not None and there is not metric:
+        raise UserError(
+            f"there is another metric called {metric.name!r}: choose another name", "metric"
+        )
+    return _METRICS.setdefault(metric.name, metric)
 
 
 def names() -> tuple[str, ...]:
@@ -216,10 +232,38 @@ def get(metric: Metric | str) -> Metric:
     """
     if isinstance(metric, Metric):
         return metric
-    found = _METRICS.get(metric) or _numbered(metric)
+    found = _of_name(metric)
     if found is None:
         raise unknown("metric", metric, _METRICS, "metric")
     return found
+
+
+def chosen(metrics: Sequence[Metric | str] | Metric | str) -> list[Metric]:
+    """Return the metrics that were asked for, each once.
+
+    Args:
+      metrics: names or metrics, or a single one.
+
+    Raises:
+      UserError: unknown name, none at all, or two metrics of one name, by which results are told apart.
+    """
+    several = [metrics] if isinstance(metrics, str | Metric) else metrics
+    found: dict[str, Metric] = {}
+    for metric in map(get, several):
+        if found.setdefault(metric.name, metric) != metric:
+            raise UserError(
+                f"two different metrics are called {metric.name!r}, and results are told apart by "
+                "name: rename one",
+                "metrics",
+            )
+    if not found:
+        raise UserError("no metric: name at least one", "metrics")
+    return list(found.values())
+
+
+def _of_name(name: str) -> Metric | None:
+    """Return the one metric that a name stands for."""
+    return _METRICS.get(name) or _numbered(name)
 
 
 def _numbered(name: str) -> Metric | None:
@@ -234,6 +278,20 @@ def _numbered(name: str) -> Metric | None:
 def is_own(metric: Metric) -> bool:
     """Return whether a metric is the library's own, so that its name says all about it."""
     return metric is (_OWN.get(metric.name) or _numbered(metric.name))
+
+
+def judges(metric: Metric) -> Literal["classes", "images", "features"]:
+    """Return what a metric goes by: scores of the gallery's classes, of its images, or features alone.
+
+    Metrics of pairs of pictures go by features, and so do those of the user's, whatever their names.
+    """
+    if not is_own(metric) or _is_of_pairs(metric):
+        return "features"
+    return "classes" if metric is identification else "images"
+
+
+def _is_of_pairs(metric: Metric) -> bool:
+    return isinstance(metric.score, functools.partial) and metric.score.func is _pairs
 
 
 identification = register(

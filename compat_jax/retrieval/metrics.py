@@ -7,7 +7,6 @@ return the mean.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -17,12 +16,10 @@ from jax.sharding import Mesh
 
 from compat_jax import hosts
 from compat_jax.errors import UserError
-from compat_jax.retrieval.blocks import check_finite, check_sizes
-from compat_jax.retrieval.index import ExactIndex
-from compat_jax.retrieval.labels import check_labels
-
-# Scores that `mean_average_precision` holds at a time.
-SCORES = 1 << 24
+from compat_jax.means import mean_score
+from compat_jax.retrieval.blocks import SCORES, check_sizes
+from compat_jax.retrieval.index import ExactIndex, VectorIndex
+from compat_jax.retrieval.labels import in_one_form, labelled
 
 
 class MeanAveragePrecision(NamedTuple):
@@ -33,155 +30,10 @@ class MeanAveragePrecision(NamedTuple):
     num_without_match: int
 
 
-def class_templates(gallery: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Average the features of each class and L2-normalise the result.
-
-    Args:
-      gallery: float[n, d].
-      labels: int[n].
-
-    Returns:
-      float32[c, d] templates and the c class numbers, ascending.
-
-    Raises:
-      UserError: labels and features of different lengths, or none.
-
-    Source: `image2template_feature` in `src/iamcl2r/performance_metrics.py`.
-    """
-    gallery, labels = _checked("gallery", gallery, labels)
-    classes, codes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    order = np.argsort(codes, kind="stable")
-    starts = np.cumsum(sizes) - sizes
-    sums = np.add.reduceat(gallery[order], starts, axis=0, dtype=np.float64)
-    # The norm of the sum is that of the mean but for the class's size, which cancels.
-    norms = np.linalg.norm(sums, axis=1, keepdims=True)
-    return (sums / np.where(norms == 0, 1, norms)).astype(np.float32), classes
-
-
-def identification(
-    query: np.ndarray,
-    query_labels: np.ndarray,
-    gallery: np.ndarray,
-    gallery_labels: np.ndarray,
-) -> float:
-    """Return the share of queries whose nearest class template, by inner product, is of their class.
-
-    Args:
-      query: float[q, d], L2-normalised (the length of a query does not matter here).
-      query_labels: int[q].
-      gallery: float[n, d], L2-normalised; the lengths weigh the images within a template.
-      gallery_labels: int[n].
-
-    Returns:
-      A float in [0, 1]. A query whose class the gallery lacks counts as wrong.
-
-    Raises:
-      UserError: lengths that differ, or see `search`.
-
-    Source: the protocol's 1:N search; `identification` in `src/iamcl2r/performance_metrics.py`,
-      with the class that it names rather than its place among the templates, which is the same
-      when classes are numbered 0, 1, ….
-    """
-    check_labels(query_labels, gallery_labels)
-    templates, classes = class_templates(gallery, gallery_labels)
-    return float(template_scores(query, query_labels, [templates], classes=classes).mean())
-
-
-def template_scores(
-    query: np.ndarray,
-    query_labels: np.ndarray,
-    templates: Sequence[np.ndarray],
-    classes: np.ndarray,
-) -> np.ndarray:
-    """Score the same queries in the galleries of several versions, by one matmul.
-
-    Args:
-      query: float[q, d], L2-normalised.
-      query_labels: int[q].
-      templates: float32[c, d] for each version, of `class_templates`.
-      classes: int[c], the classes of the templates, the same in every version.
-
-    Returns:
-      float64[versions, q], 1 where the nearest template is that of the query's class, else 0. Several
-      processes (`jax.distributed`) share the queries.
-
-    Raises:
-      UserError: lengths or feature sizes that differ, an empty set, values that are not finite.
-    """
-    query, query_labels = _checked("query", query, query_labels)
-    check_labels(query_labels, classes)
-    check_sizes(query, templates[0])
-    # Filled up to a power of two: a chain that grows compiles few programs.
-    filled = np.zeros((1 << (len(templates) - 1).bit_length(), *templates[0].shape), np.float32)
-    filled[: len(templates)] = templates
-    on_device = jax.device_put(filled.reshape(-1, filled.shape[-1]))
-    size = min(len(query), max(1, SCORES // len(on_device)))
-    hits = np.zeros((len(templates), len(query)))
-    for start in range(size * jax.process_index(), len(query), size * jax.process_count()):
-        rows, labels = query[start : start + size], query_labels[start : start + size]
-        missing = size - len(rows)
-        rows = np.pad(rows, ((0, missing), (0, 0))) if missing else rows
-        nearest = np.asarray(_nearest_templates(rows, on_device, len(filled)))
-        found = classes[nearest[: len(labels), : len(templates)]]
-        hits[:, start : start + size] = (found == labels[:, None]).T
-    return hosts.sum_over_processes(hits.reshape(-1)).reshape(hits.shape)
-
-
-def template_scores_without_self(
-    query: np.ndarray,
-    query_labels: np.ndarray,
-    gallery: np.ndarray,
-    gallery_labels: np.ndarray,
-    own: np.ndarray,
-) -> np.ndarray:
-    """Score queries of which some are in the gallery; each leaves itself out of its class's template.
-
-    Args:
-      query: float[q, d], L2-normalised.
-      query_labels: int[q].
-      gallery: float[n, d], L2-normalised.
-      gallery_labels: int[n].
-      own: int[q], the gallery row of the same picture, -1 for none.
-
-    Returns:
-      float64[q], see `template_scores`.
-    """
-    query, query_labels = _checked("query", query, query_labels)
-    gallery, gallery_labels = _checked("gallery", gallery, gallery_labels)
-    check_labels(query_labels, gallery_labels)
-    check_sizes(query, gallery)
-    templates, classes = class_templates(gallery, gallery_labels)
-    codes = np.searchsorted(classes, gallery_labels)
-    sums = np.zeros(templates.shape)
-    np.add.at(sums, codes, gallery.astype(np.float64))
-    block, hits = max(1, SCORES // len(classes)), np.zeros(len(query))
-    for start in range(0, len(query), block):
-        rows = slice(start, start + block)
-        scores = query[rows].astype(np.float64) @ templates.T
-        inside = np.flatnonzero(own[rows] >= 0)
-        row = own[rows][inside]
-        rest = sums[codes[row]] - gallery[row]
-        norms = np.linalg.norm(rest, axis=1)
-        alone = np.bincount(codes, minlength=len(classes))[codes[row]] == 1
-        inner = np.einsum("nd,nd->n", query[rows][inside].astype(np.float64), rest)
-        scores[inside, codes[row]] = np.where(
-            alone, -np.inf, inner / np.where(norms == 0, 1, norms)
-        )
-        hits[rows] = classes[scores.argmax(axis=1)] == query_labels[rows]
-    return hits
-
-
-@partial(jax.jit, static_argnames="versions")
-def _nearest_templates(query, templates, versions):
-    """Return the nearest of each version's templates, int32[q, versions]."""
-    scores = jnp.dot(query, templates.T, precision="highest")
-    return scores.reshape(len(query), versions, -1).argmax(axis=-1).astype(jnp.int32)
-
-
 def neighbour_scores(
     query: np.ndarray,
     query_labels: np.ndarray,
-    index: ExactIndex,
+    index: VectorIndex,
     *,
     gallery_labels: np.ndarray,
     max_rank: int,
@@ -204,13 +56,10 @@ def neighbour_scores(
     Raises:
       UserError: labels of different kinds, no query with a match, or see `exact.search`.
     """
-    query, query_labels = _checked("query", query, query_labels)
-    gallery_labels = np.asarray(gallery_labels)
-    check_labels(query_labels, gallery_labels)
+    query, query_labels = labelled("query", query, query_labels)
+    query_labels, gallery_labels = in_one_form(query_labels, gallery_labels)
     has_match = _has_match(query_labels, gallery_labels, own)
-    neighbours = index.search(query, max_rank + (own is not None))[1]
-    if own is not None:
-        neighbours = drop_self(neighbours, own)
+    neighbours = nearest_others(index, query, max_rank, own)
     hits = gallery_labels[neighbours] == query_labels[:, None]
     found = np.logical_or.accumulate(hits, axis=1).astype(np.float64)
     found[~has_match] = np.nan
@@ -247,7 +96,7 @@ def cumulative_matching_characteristic(
       UserError: lengths that differ, labels of different kinds, no query with a match, or see
         `exact.search`.
     """
-    gallery, gallery_labels = _checked("gallery", gallery, gallery_labels)
+    gallery, gallery_labels = labelled("gallery", gallery, gallery_labels)
     index = ExactIndex(mesh=mesh)
     index.add(gallery)
     found = neighbour_scores(
@@ -330,7 +179,7 @@ def mean_average_precision(
         query, query_labels, gallery, gallery_labels=gallery_labels, own=own
     )
     chosen = precisions[~np.isnan(precisions)]
-    return MeanAveragePrecision(float(chosen.mean()), len(chosen), len(precisions) - len(chosen))
+    return MeanAveragePrecision(mean_score(chosen), len(chosen), len(precisions) - len(chosen))
 
 
 def average_precision_scores(
@@ -409,9 +258,9 @@ def precision_at_r_scores(
 
 def _score_rankings(query, query_labels, gallery, *, gallery_labels, own, score):
     """Score each query by its scores of all gallery images; the processes share the queries."""
-    query, query_labels = _checked("query", query, query_labels)
-    gallery, gallery_labels = _checked("gallery", gallery, gallery_labels)
-    check_labels(query_labels, gallery_labels)
+    query, query_labels = labelled("query", query, query_labels)
+    gallery, gallery_labels = labelled("gallery", gallery, gallery_labels)
+    query_labels, gallery_labels = in_one_form(query_labels, gallery_labels)
     check_sizes(query, gallery)
     has_match = _has_match(query_labels, gallery_labels, own)
     mine = np.flatnonzero(has_match)[jax.process_index() :: jax.process_count()]
@@ -450,6 +299,50 @@ def _precision_at_r(scores: np.ndarray, match: np.ndarray) -> float:
     return float(np.sum(first * np.cumsum(first) / np.arange(1, r + 1)) / r)
 
 
+def nearest_others(
+    index: VectorIndex, query: np.ndarray, k: int, own: np.ndarray | None
+) -> np.ndarray:
+    """Return the k rows nearest to each query, its own picture left out.
+
+    Args:
+      index: of the gallery, with ids 0..n-1.
+      query: float[q, d].
+      k: neighbours, 1..n (1..n-1 with `own`).
+      own: int[q], the gallery row of the same picture, -1 for none; None if no query is in the
+        gallery.
+
+    Returns:
+      int64[q, k], the nearest first.
+
+    Raises:
+      UserError: k is out of range, or see `exact.search`.
+    """
+    if own is None:
+        return index.search(query, k)[1]
+    check_others(len(index), k)
+    return drop_self(index.search(query, k + 1)[1], own)
+
+
+def check_others(count: int, k: int = 1) -> None:
+    """Refuse more neighbours than a gallery has beside the picture that asks.
+
+    Args:
+      count: rows of the gallery.
+      k: neighbours.
+
+    Raises:
+      UserError: k is out of 1..count-1.
+    """
+    if count < 2:
+        raise UserError("the gallery has no picture but the one that asks: give more", "gallery")
+    if not 1 <= k < count:
+        raise UserError(
+            f"k={k} neighbours of a gallery of {count} rows that holds the picture that asks: choose "
+            f"k in 1..{count - 1}",
+            "k",
+        )
+
+
 def drop_self(neighbours: np.ndarray, own: np.ndarray) -> np.ndarray:
     """Leave each query's own picture out, or its last neighbour where it is not among them.
 
@@ -483,16 +376,10 @@ def _has_match(query_labels, gallery_labels, own: np.ndarray | None) -> np.ndarr
     if own is not None:
         count = count - ((own >= 0) & (gallery_labels[np.maximum(own, 0)] == query_labels))
     if not (count > 0).any():
-        raise UserError("no query has an image of its class in the gallery: check the labels")
+        raise no_match()
     return count > 0
 
 
-def _checked(name: str, features, labels) -> tuple[np.ndarray, np.ndarray]:
-    features, labels = np.asarray(features, np.float32), np.asarray(labels)
-    if not len(features) or labels.shape != features.shape[:1]:
-        raise UserError(
-            f"{name}: {len(features)} features need as many labels (at least one), got labels of "
-            f"shape {labels.shape}"
-        )
-    check_finite(name, features)
-    return features, labels
+def no_match() -> UserError:
+    """Make the error for queries that have nothing to find."""
+    return UserError("no query has an image of its class in the gallery: check the labels")

@@ -10,7 +10,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from compat_jax.retrieval.metric import Metric, Queries
+from compat_jax.retrieval.metric import Metric, Queries, cmc, judges, recall
+from compat_jax.retrieval.metrics import no_match
+from compat_jax.retrieval.templates import names_right
 
 _BLOCK, _SCORES = 256, 1 << 24  # queries, and scores, at a time
 _BELOW = 4.0  # puts cosines of one kind below all cosines of another
@@ -62,10 +64,8 @@ class Searcher(Protocol):
 
 
 def judges_scores(metric: Metric) -> bool:
-    """Return whether a metric goes by scores of images or classes; pairs of pictures are otherwise."""
-    return metric.name in ("identification", "map", "map@r") or metric.name.startswith(
-        ("recall@", "cmc@")
-    )
+    """Return whether a metric goes by scores of images or classes; others go by features."""
+    return judges(metric) != "features"
 
 
 def renewals(order: np.ndarray, shares: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -97,6 +97,9 @@ def measure(
 
     Returns:
       {name of the metric: what it gives}.
+
+    Raises:
+      UserError: no query has an image of its class in the gallery, and a metric needs one.
     """
     labels, masks = searcher.queries.labels, renewals(order, shares)
     scores = {metric.name: np.full((len(shares), len(labels)), np.nan) for metric in metrics}
@@ -111,16 +114,18 @@ def measure(
             for metric in metrics:
                 scores[metric.name][place, rows] = (
                     _identified(searcher, rows, renewed)
-                    if metric.name == "identification"
+                    if judges(metric) == "classes"
                     else _ranked(metric, searcher, rows, found)
                 )
+    if any(np.isnan(found).all() for found in scores.values()):
+        raise no_match()
     return {name: Measured(found, answers / len(labels)) for name, found in scores.items()}
 
 
 def _identified(searcher, rows, renewed):
     classes = np.unique(searcher.gallery.labels)
-    found = classes[searcher.classes(renewed).argmax(axis=1)]
-    return (found == searcher.queries.labels[rows]).astype(np.float64)
+    right = names_right(searcher.classes(renewed), classes, searcher.queries.labels[rows])
+    return right.astype(np.float64)
 
 
 def _ranked(metric, searcher, rows, found):
@@ -133,7 +138,7 @@ def _ranked(metric, searcher, rows, found):
     has_match = matches.any(axis=1)
     if not has_match.any():
         return np.full(len(rows), np.nan)
-    if metric.name in ("recall@1", "cmc@1"):
+    if metric in (recall(1), cmc(1)):
         hits = np.take_along_axis(matches, found.argmax(axis=1)[:, None], 1)[:, 0]
         return np.where(has_match, hits, np.nan)
     units, columns = np.eye(len(rows), dtype=np.float32), np.ascontiguousarray(found.T)

@@ -8,10 +8,11 @@ import numpy as np
 
 from compat_jax.errors import UserError
 from compat_jax.retrieval.blocks import check_finite, check_sizes
-from compat_jax.retrieval.labels import check_labels
+from compat_jax.retrieval.labels import in_one_form
 
 # Values of gallery features that `pair_scores` holds at a time.
 VALUES = 1 << 22
+_FOLDS = 10
 
 
 class QueryPairs(NamedTuple):
@@ -55,7 +56,7 @@ def pair_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def verification_accuracy(
     distances: np.ndarray,
     same: np.ndarray,
-    folds: int = 10,
+    folds: int = _FOLDS,
     thresholds: np.ndarray | None = None,
 ) -> float:
     """Compute the cross-validated accuracy of "same class if the distance is below a threshold".
@@ -86,7 +87,7 @@ def verification_accuracy(
 def right_decisions(
     distances: np.ndarray,
     same: np.ndarray,
-    folds: int = 10,
+    folds: int = _FOLDS,
     thresholds: np.ndarray | None = None,
 ) -> np.ndarray:
     """Tell for each pair whether `verification_accuracy` decides it rightly.
@@ -118,8 +119,9 @@ _THRESHOLDS = np.arange(0, 4, 0.001)
 def _best_thresholds(distances, same, folds: int, *, thresholds):
     """Rows of each fold, number of the threshold that does best outside it, right answers [folds, m]."""
     if not 2 <= folds <= len(distances):
+        each = "pairs" if distances.ndim == 1 else "rows of pairs"
         raise UserError(
-            f"folds must lie in 2..{len(distances)} (the number of pairs), got {folds}", "folds"
+            f"folds must lie in 2..{len(distances)} (the number of {each}), got {folds}", "folds"
         )
     thresholds = _THRESHOLDS if thresholds is None else np.asarray(thresholds)
     parts = np.array_split(np.arange(len(distances)), folds)
@@ -241,12 +243,19 @@ def pair_scores(
     check_sizes(query, gallery)
     check_finite("query", query)
     check_finite("gallery", gallery)
+    if far is None and len(pairs.queries) < _FOLDS:
+        raise UserError(
+            f"verification finds its threshold in {_FOLDS} folds of the queries, but only "
+            f"{len(pairs.queries)} have an image of their class in the gallery: give {_FOLDS} or more, "
+            "or choose tar@FAR",
+            "query",
+        )
     genuine = _distances(query, gallery, pairs.queries, rows=pairs.genuine)
     impostor = _distances(query, gallery, pairs.queries, rows=pairs.impostor)
     if far is None:
         distances = np.concatenate([genuine, impostor], axis=1)
         same = np.broadcast_to(np.arange(distances.shape[1]) < genuine.shape[1], distances.shape)
-        right = right_decisions(distances, same)
+        right = right_decisions(distances, same, _FOLDS)
     else:
         right = genuine < accept_below(impostor.reshape(-1), [far])
     scores = np.full(len(query), np.nan)
@@ -325,7 +334,7 @@ def sample_pairs(
     Raises:
       UserError: these labels have no such pair.
     """
-    check_labels(labels_query, labels_gallery)
+    labels_query, labels_gallery = in_one_form(labels_query, labels_gallery)
     if count == 0:
         return np.zeros((2, 0), np.int64)
     own = np.arange(len(labels_query)) if same_set else None
@@ -342,14 +351,14 @@ class _Grouped:
     """A gallery in the order of its classes, to draw partners of queries without listing pairs."""
 
     def __init__(self, labels_query, labels_gallery, own: np.ndarray | None = None):
-        check_labels(labels_query, labels_gallery)
+        labels_query, labels_gallery = in_one_form(labels_query, labels_gallery)
         classes, gallery_class = np.unique(labels_gallery, return_inverse=True)
         self.order = np.argsort(gallery_class, kind="stable")
         self.sizes = np.bincount(gallery_class, minlength=len(classes) + 1)
         self.starts = np.cumsum(self.sizes) - self.sizes
         # A query class that the gallery lacks maps to an empty class after the last one.
         query_class = np.searchsorted(classes, labels_query)
-        known = classes[np.minimum(query_class, len(classes) - 1)] == np.asarray(labels_query)
+        known = classes[np.minimum(query_class, len(classes) - 1)] == labels_query
         self.query_class = np.where(known, query_class, len(classes))
         self.own = None
         if own is not None:  # -1 also where the same picture has another label
