@@ -1,6 +1,7 @@
 """Month after month: the next version on what is new, from a folder of photos that grows."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -103,6 +104,30 @@ def test_nothing_new_does_nothing_and_says_so(shop):
     assert variables_sha256(done.chain[-1].variables) == before
 
 
+def test_new_pictures_of_which_none_is_to_be_learnt_are_counted(shop):
+    files = sorted((shop / "photos").glob("*/*"))
+    drawn_photos.draw(shop / "photos", ["pear"], 1, first=12)
+    lines = [f"{file},{file.parent.name}," for file in files]
+    lines.append(f"{shop / 'photos' / 'pear' / '012.jpg'},pear,gallery")
+    (shop / "list.csv").write_text("\n".join(["path,label,split", *lines]))
+    done = month(shop / "list.csv", shop / "work")
+    assert done.version is None
+    assert str(done).startswith("1 new picture: 1 for gallery; nothing new to learn: 1 versions in")
+    assert "nothing new: 1 versions" in str(month(shop / "list.csv", shop / "work"))
+
+
+def test_a_workdir_that_is_read_only_is_refused_at_once(shop, monkeypatch):
+    allowed = os.access
+
+    def access(path, mode):
+        return Path(path) != shop / "work" and allowed(path, mode)
+
+    monkeypatch.setattr(os, "access", access)
+    with pytest.raises(UserError, match=r"cannot write to .*work: no permission in") as caught:
+        month(shop / "photos", shop / "work")
+    assert caught.value.argument == "workdir"
+
+
 def test_a_part_never_changes_when_pictures_are_added(first, second):
     before, after = (Ledger.read(root / "work" / LEDGER) for root in (first, second))
     assert len(after) == len(before) + 2 * 12 + 6
@@ -116,7 +141,9 @@ def test_a_class_that_is_gone_keeps_its_prototype(shop):
     drawn_photos.draw(shop / "photos", ["apple"], 12)
     done = month(shop / "photos", shop / "work")
     assert names(shop / "work") == ("melon", "pear", "apple")
-    assert "12 pictures that were there before are gone" in str(done)
+    assert "12 pictures that were there before are gone; the 7 of them that were learnt" in str(
+        done
+    )
     assert done.chain.record(-1).learnt["rehearsed"] == 4  # pears alone
 
 

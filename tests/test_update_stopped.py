@@ -1,7 +1,9 @@
 """A month that was stopped, refused or renamed goes on as it began, or says what differs."""
 
 import dataclasses
+import json
 import shutil
+from pathlib import Path
 
 import drawn_photos
 import numpy as np
@@ -95,6 +97,23 @@ def test_rehearsed_pictures_that_vanish_while_it_is_stopped_are_missed(shop):
         month(shop)
     for row in learnt:
         shutil.move(row.path + ".away", row.path)
+    assert month(shop).version == 1
+
+
+@pytest.mark.parametrize("version", [0, 1])  # one that is rehearsed, and a new one
+def test_a_picture_replaced_while_it_is_stopped_is_missed(shop, version):
+    drawn_photos.draw(shop / "photos", ["apple"], 12)
+    stopped(shop)
+    begun = json.loads((shop / "work" / "begun.json").read_text())
+    ledger = Ledger.read(shop / "work" / LEDGER)
+    file = Path(ledger.rows[begun["new" if version else "old"][0]].path)
+    assert ledger.rows[begun["new" if version else "old"][0]].version == version
+    content, ledger = file.read_bytes(), (shop / "work" / LEDGER).read_bytes()
+    shutil.copy(shop / "photos" / "apple" / "001.jpg", file)
+    with pytest.raises(UserError, match=rf"1 picture has other .*{file}: put them back") as caught:
+        month(shop)
+    assert caught.value.argument == "path" and (shop / "work" / LEDGER).read_bytes() == ledger
+    file.write_bytes(content)
     assert month(shop).version == 1
 
 

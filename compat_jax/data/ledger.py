@@ -3,8 +3,9 @@
 `pictures.csv` beside a chain has a row for every picture that was ever there, addressed by the BLAKE2
 digest of its file: a picture that was renamed or moved is the same one, and one that was learnt stays
 learnt. The part that a picture was assigned (train, validation, query, gallery) never changes when
-others are added. The file is written whole, before training starts, so that a run that was killed
-goes on with the pictures it began with.
+others are added. One that was trained on and is in a held-out class now is in no part. The file is
+written whole, before training starts, so that a run that was killed goes on with the pictures it began
+with.
 """
 
 import collections
@@ -13,7 +14,7 @@ import dataclasses
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 from etils import epath
@@ -23,6 +24,8 @@ from compat_jax.fields import Rule, check_fields
 from compat_jax.files import absolute, write_bytes
 
 PARTS = ("train", "validation", "query", "gallery")
+NO_PART = "none"  # of a picture that was trained on, in a class that is held out now
+_TRAINED = {"train", "validation"}
 SPLIT_BY = ("picture", "class")
 NOT_LEARNT = -1
 LEDGER = "pictures.csv"  # name of the file, in the folder of a run
@@ -34,7 +37,7 @@ class Row(NamedTuple):
     Attributes:
       digest: hexadecimal BLAKE2b-16 of the file.
       label: class name; an alias is replaced by its class.
-      part: "train", "validation", "query" or "gallery".
+      part: "train", "validation", "query", "gallery" or "none".
       version: number of the version that learnt it; -1 for pictures that none learns.
       path: where it is; empty for a picture that is gone.
       size: of the file in bytes.
@@ -48,6 +51,21 @@ class Row(NamedTuple):
     path: str
     size: int
     modified: int
+
+
+def held_out(rows: Iterable[Row], trained: Collection[str] = ()) -> frozenset[str]:
+    """Find the classes that are held out for query and gallery; the one function that decides it.
+
+    A class with a picture to train on or for validation is none of them, whatever else it has.
+
+    Args:
+      rows: of all pictures so far.
+      trained: classes that a version has, held out or not.
+    """
+    parts: dict[str, set[str]] = collections.defaultdict(set)
+    for row in rows:
+        parts[row.label].add(row.part)
+    return frozenset(x for x, found in parts.items() if x not in trained and not found & _TRAINED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,20 +102,37 @@ class Splits:
                 "splits.validation",
             )
 
-    def assign(self, rows: Iterable[Row], new: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    def held_out(self, rows: Iterable[Row], trained: Collection[str] = ()) -> frozenset[str]:
+        """Find the classes that no version may train on: none, where pictures are held out.
+
+        Args:
+          rows, trained: see `held_out`.
+        """
+        return held_out(rows, trained) if self.by == "class" else frozenset()
+
+    def assign(
+        self, rows: Iterable[Row], new: Mapping[str, Sequence[str]], trained: Collection[str] = ()
+    ) -> dict[str, str]:
         """Share out new pictures; what was assigned before counts and stays.
 
         Args:
           rows: of all pictures so far.
           new: {class: digests of its new pictures}.
+          trained: classes that a version has.
 
         Returns:
           {digest: part}.
         """
+        rows = list(rows)
         counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
         for row in rows:
             counts[row.label][row.part] += 1
-        held = self._held_classes(counts, new) if self.by == "class" else frozenset()
+        held = self.held_out(rows, trained)
+        if self.by == "class":
+            undecided = new.keys() - counts.keys() - set(trained)
+            decided = len(counts.keys() | new.keys()) - len(undecided)
+            totals = collections.Counter(train=decided - len(held), held=len(held))
+            held |= self._held_now(undecided, totals)
         found = {}
         for label in sorted(new):
             shares = self._shares(label in held)
@@ -118,17 +153,16 @@ class Splits:
             shares = (1 - self.validation, self.validation, 0.0, 0.0)
         return {part: share for part, share in zip(PARTS, shares, strict=True) if share}
 
-    def _held_classes(self, counts, new) -> frozenset[str]:
-        """Classes whose pictures all go to query and gallery, those held before among them."""
-        held = {label for label, c in counts.items() if c["query"] or c["gallery"]}
+    def _held_now(self, undecided, totals) -> set[str]:
+        """Choose which classes of those that nothing decides yet are held out."""
         shares = {"train": 1 - self.query - self.gallery, "held": self.query + self.gallery}
-        totals = collections.Counter(train=len(counts) - len(held), held=len(held))
-        for label in sorted(new.keys() - counts.keys(), key=lambda c: self._order("class", c)):
+        found = set()
+        for label in sorted(undecided, key=lambda c: self._order("class", c)):
             kind = _scarcest({k: v for k, v in shares.items() if v}, totals)
             totals[kind] += 1
             if kind == "held":
-                held.add(label)
-        return frozenset(held)
+                found.add(label)
+        return found
 
     def _order(self, kind, text):
         return hashlib.blake2b(f"{self.seed} {kind} {text}".encode(), digest_size=16).digest()
@@ -229,6 +263,6 @@ class Ledger:
 
 def _row(line: Sequence[Any]) -> Row:
     digest, label, part, version, path, size, modified = line
-    if part not in PARTS or len(digest) != 32 or not label:
+    if part not in (*PARTS, NO_PART) or len(digest) != 32 or not label:
         raise ValueError(f"a row reads {','.join(line)[:80]}")
     return Row(digest, label, part, int(version), path, int(size), int(modified))

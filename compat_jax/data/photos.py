@@ -7,28 +7,25 @@ between training and evaluation; `refresh` compares them with the ledger of a ru
 import collections
 import contextlib
 import dataclasses
-import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
-from etils import epath
 
-from compat_jax.data import listing, reading
-from compat_jax.data.class_register import Register, resolved
+from compat_jax.data import listing, parts, reading
+from compat_jax.data.class_register import Register
 from compat_jax.data.dataset import Dataset
-from compat_jax.data.ledger import NOT_LEARNT, PARTS, Ledger, Row, Splits
+from compat_jax.data.ledger import PARTS, Ledger, Row, Splits
+from compat_jax.data.ledger_files import Found, check_unchanged, digested, is_there
 from compat_jax.data.listing import Picture
-from compat_jax.data.pictures import FILTERS, RESIZES, Preparation, missing
+from compat_jax.data.pictures import FILTERS, RESIZES, Preparation
 from compat_jax.data.tasks import memory_indices
 from compat_jax.errors import UserError, unknown
-from compat_jax.fields import Rule, check_fields
-from compat_jax.files import absolute, in_bucket
-from compat_jax.meter import Meter
+from compat_jax.fields import PathText, Rule, check_fields
+from compat_jax.files import absolute
 
-_OTHER_PARTS = {"val": "validation", "valid": "validation", "dev": "validation", "test": "query"}
-_NAMED = 5
+_PUT_BACK = "put them back as they were"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +47,7 @@ class Photos:
       UserError: a value out of range.
     """
 
-    path: Annotated[str, Rule("folder of class folders, or a table (.csv, .tsv, .parquet)")]
+    path: Annotated[PathText, Rule("folder of class folders, or a table (.csv, .tsv, .parquet)")]
     size: Annotated[int, Rule("side of the pictures in pixels", low=1, high=8192)] = 224
     resize: Annotated[str, Rule("keep the aspect and crop, or squash", choices=RESIZES)] = "crop"
     filter: Annotated[str, Rule("of the resize, antialiased", choices=FILTERS)] = "bicubic"
@@ -98,7 +95,7 @@ class Photos:
         for picture in found:
             if picture.label is None:
                 raise UserError(f"{picture.path} has no label in {self.path}: give one", "path")
-            if picture.split and picture.split not in (*PARTS, *_OTHER_PARTS):
+            if picture.split and picture.split not in (*PARTS, *parts.OTHER_PARTS):
                 raise unknown(f"split of {picture.path}", picture.split, PARTS, "path")
         return found
 
@@ -106,17 +103,26 @@ class Photos:
         """List the paths of all pictures."""
         return [picture.path for picture in self.listing()]
 
-    def dataset(self, rows: Sequence[Row], register: Register, progress: str | None) -> Dataset:
+    def dataset(
+        self,
+        rows: Sequence[Row],
+        register: Register,
+        progress: str | None,
+        *,
+        remedy: str = _PUT_BACK,
+    ) -> Dataset:
         """Read the pictures of some rows, labelled with the numbers of a register.
 
         Args:
           rows: of a ledger.
           register: of the classes.
           progress: label of a progress bar; None for none.
+          remedy: what to do about pictures that are not what the ledger says.
 
         Raises:
-          UserError: pictures that vanished or cannot be read.
+          UserError: pictures that vanished, cannot be read or have other contents than the ledger says.
         """
+        check_unchanged(rows, remedy)
         files = tuple(row.path for row in rows)
         read = reading.read(files, self.preparation, verified=True, progress=progress)
         return Dataset(
@@ -139,7 +145,7 @@ class Photos:
         if all(is_there(row.path) for row in rows if row.path):
             return ledger
         with contextlib.suppress(UserError):  # the folder itself may be gone
-            for digest, picture, size, modified in _digested(self.listing(), ledger, None):
+            for digest, picture, size, modified in digested(self.listing(), ledger, None):
                 if digest in ledger.rows:
                     known = ledger.rows[digest]
                     ledger.rows[digest] = known._replace(
@@ -163,7 +169,7 @@ class Photos:
           progress: label of a progress bar; None for none.
 
         Raises:
-          UserError: no class has both.
+          UserError: no class has both, or pictures have other contents than the ledger says.
         """
         if not isinstance(ledger, Ledger):
             ledger = Ledger.of(ledger)
@@ -179,7 +185,12 @@ class Photos:
             )
         classes = Register(tuple(both))
         query, gallery = (
-            self.dataset([r for r in roles[part] if r.label in classes], classes, progress)
+            self.dataset(
+                [r for r in roles[part] if r.label in classes],
+                classes,
+                progress,
+                remedy="run the update again, which takes down what they are now",
+            )
             for part in ("query", "gallery")
         )
         return query, gallery
@@ -193,7 +204,8 @@ class News:
       ledger: with the new pictures assigned.
       register: with the new classes registered.
       classes: names of the new classes.
-      pictures: {class: new pictures to train on}.
+      pictures: {class: pictures to learn}.
+      parts: {part: pictures that are new}.
       notes: sentences on what was passed over or changed.
     """
 
@@ -201,6 +213,7 @@ class News:
     register: Register
     classes: tuple[str, ...]
     pictures: Mapping[str, int]
+    parts: Mapping[str, int]
     notes: tuple[str, ...]
 
     def __bool__(self) -> bool:
@@ -221,54 +234,65 @@ def refresh(
 
     Raises:
       UserError: a class that is another one under a new name, pictures that cannot be read (all of
-        them at once), an unknown alias, or more classes than prototypes.
+        them at once), an unknown alias or one of a trained class for a held-out one, a table that asks
+        to train on a held-out class, or more classes than prototypes.
     """
-    listed = _digested(photos.listing(), ledger, progress)
-    aliases = photos.aliases
-    names = Register(register.names, register.aliases).extended((), _usable(aliases, register))
-    called = functools.partial(_called, names, resolved(aliases))
+    listed = digested(photos.listing(), ledger, progress)
+    called = parts.naming(photos.aliases, ledger, register)
     # Merged classes first: parts are shared out, and copies counted, by class.
     listed = [
-        (digest, picture._replace(label=called(str(picture.label))), size, modified)
-        for digest, picture, size, modified in listed
+        one._replace(picture=one.picture._replace(label=called(str(one.picture.label))))
+        for one in listed
     ]
     ledger = Ledger(row._replace(label=called(row.label)) for row in ledger)
-    first, notes = _first_of_each(listed, ledger)
-    known: dict[str, tuple[Row, str | None]] = {}
-    new: dict[str, tuple[Row, str | None]] = {}
-    for digest, (picture, size, modified) in first.items():
-        found = Row(digest, str(picture.label), "train", version, picture.path, size, modified)
-        (known if digest in ledger.rows else new)[digest] = (found, picture.split)
-    rows = dict(ledger.rows)
-    moved = _relabelled(known, ledger)
-    _refuse_renamed(moved, names, (row.label for row, _ in new.values()))
-    for digest, (row, _) in known.items():
-        old, learnt = rows[digest], rows[digest].version
-        if digest in moved and old.part == "train":
-            learnt = version
-        label = row.label if digest in moved else old.label
-        rows[digest] = row._replace(label=label, part=old.part, version=learnt)
-    if moved:
-        again = sum(rows[digest].part == "train" for digest in moved)
-        notes.append(f"moved to another class: {len(moved)} pictures, {again} of them learnt again")
-    checked = reading.check_pictures(
-        [row.path for row, _ in new.values()], on_bad=photos.on_bad, progress=progress
+    first, notes = parts.first_of_each(listed, ledger)
+    found = {digest: _row(one, version) for digest, one in first.items()}
+    splits = {digest: one.picture.split for digest, one in first.items()}
+    continued = parts.continued(first, listed, ledger)
+    held = photos.splits.held_out(ledger, register.names)
+    kept = {digest: parts.kept(old, found[digest], held) for digest, old in continued.items()}
+    parts.refuse_renamed(
+        [(old, kept[digest]) for digest, old in continued.items()],
+        {*register.names, *(row.label for row in ledger)},
+        (row.label for digest, row in found.items() if digest not in kept),
     )
+    checked = reading.check_pictures(
+        [row.path for digest, row in found.items() if digest not in ledger.rows],
+        on_bad=photos.on_bad,
+        progress=progress,
+    )
+    good = {d: row for d, row in found.items() if d in ledger.rows or row.path not in checked.bad}
+    pairs = [(old, kept[digest]) for digest, old in continued.items() if digest in good]
+    notes += parts.notes_on(pairs, splits)
     if checked.problems:
         notes.append(checked.summary())
-    good = {d: pair for d, pair in new.items() if pair[0].path not in checked.bad}
-    rows |= _assigned(good, photos.splits, rows.values())
+    there = {old.digest for old, _ in pairs}
+    gone = [row for row in ledger if row.path and row.digest not in there]
+    rows = {
+        **{row.digest: row._replace(path="") for row in ledger},
+        **{row.digest: row for _, row in pairs},
+    }
+    new = {digest: (row, splits[digest]) for digest, row in good.items() if digest not in kept}
+    added = parts.assigned(new, photos.splits, rows.values(), held=held, trained=register.names)
+    rows |= added
     trained = [r for r in rows.values() if r.part == "train" and r.version == version]
     grown = register.extended(
-        {r.label for r in trained}, of_trained(aliases, Ledger(rows.values()))
+        {r.label for r in trained}, parts.of_trained(photos.aliases, rows.values(), register)
     )
-    counts = collections.Counter(str(grown.name(r.label)) for r in trained)
-    gone = [digest for digest in ledger.rows.keys() - first.keys() if rows[digest].path]
-    rows |= {digest: rows[digest]._replace(path="") for digest in gone}
-    if gone:
-        notes.append(f"{len(gone)} pictures that were there before are gone; they stay learnt")
-    added = grown.names[len(register) :]
-    return News(Ledger(rows.values()), grown, added, dict(counts), tuple(notes))
+    return News(
+        ledger=Ledger(rows.values()),
+        register=grown,
+        classes=grown.names[len(register) :],
+        pictures=dict(collections.Counter(str(grown.name(r.label)) for r in trained)),
+        parts=parts.counted_parts(added.values()),
+        notes=(*notes, *parts.note_on_gone(gone)),
+    )
+
+
+def _row(found: Found, version: int) -> Row:
+    """The row of a picture that is to be learnt."""
+    digest, picture, size, modified = found
+    return Row(digest, str(picture.label), "train", version, picture.path, size, modified)
 
 
 def to_learn(
@@ -312,138 +336,3 @@ def to_learn(
     labels = np.array([register.number(row.label) for row in old], np.int64)
     kept = memory_indices(labels, range(len(register)), rehearsal, seed)
     return new, [old[i] for i in kept]
-
-
-def _digested(
-    pictures: Sequence[Picture], ledger: Ledger, progress: str | None
-) -> list[tuple[str, Picture, int, int]]:
-    """(digest, picture, bytes, time) of every file; unchanged files are not read again."""
-    known = ledger.known_files()
-
-    def digested(picture):
-        size, modified = _size_and_time(picture.path)
-        row = known.get(picture.path)
-        if row and (row.size, row.modified) == (size, modified):
-            return row.digest, picture, size, modified
-        return reading.file_digest(picture.path).hex(), picture, size, modified
-
-    found = []
-    with Meter(progress, len(pictures), units="files", keep=False) as meter:
-        for one in reading.in_order(len(pictures), lambda i: digested(pictures[i]), block=16):
-            found.append(one)
-            meter.update()
-    return found
-
-
-def is_there(path: str) -> bool:
-    """Return whether a picture of the ledger is there, on a disk or in a bucket."""
-    if in_bucket(path):
-        return epath.Path(path).exists()
-    return bool(path) and os.path.exists(path)
-
-
-def _size_and_time(path: str) -> tuple[int, int]:
-    """Bytes and time in ns of a file.
-
-    Raises:
-      BadPictures: there is none.
-    """
-    try:
-        if in_bucket(path):
-            found = epath.Path(path).stat()
-            return found.length, int(found.mtime * 1e9)
-        known = os.stat(path)
-        return known.st_size, known.st_mtime_ns
-    except FileNotFoundError as error:
-        raise missing(path) from error
-
-
-def _first_of_each(listed, ledger):
-    """{digest: (picture, bytes, time)} of one copy of each picture, and notes on the others.
-
-    The copy in the class that the ledger knows counts, else the first.
-    """
-    first: dict[str, tuple[Picture, int, int]] = {}
-    copies, torn = 0, []
-
-    def is_known(item):
-        digest, picture, _, _ = item
-        return digest in ledger.rows and ledger.rows[digest].label == picture.label
-
-    listed = sorted(listed, key=lambda item: not is_known(item))
-    for digest, picture, size, modified in listed:
-        if digest not in first:
-            first[digest] = (picture, size, modified)
-            continue
-        copies += 1
-        if first[digest][0].label != picture.label:
-            torn.append((first[digest][0], picture))
-    notes = [f"copies of other files, which count once: {copies}"] if copies else []
-    if torn:
-        one, other = torn[0]
-        notes.append(
-            f"in two classes, and counted for the first: {len(torn)}, such as {one.path} "
-            f"({one.label} and {other.label})"
-        )
-    return first, notes
-
-
-def of_trained(aliases: Mapping[str, str], ledger: Ledger) -> dict[str, str]:
-    """Leave out aliases of classes that are held out for query and gallery, which have no prototype."""
-    parts: dict[str, set[str]] = collections.defaultdict(set)
-    for row in ledger:
-        parts[row.label].add(row.part)
-    held = {label for label, found in parts.items() if not found & {"train", "validation"}}
-    return {other: name for other, name in resolved(aliases).items() if name not in held}
-
-
-def _called(names: Register, aliases: Mapping[str, str], label: str) -> str:
-    """The class that a label stands for."""
-    return names.name(label) or aliases.get(label, label)
-
-
-def _usable(aliases, register):
-    """Aliases of classes that are registered; those of classes to come are for later."""
-    return {other: name for other, name in aliases.items() if name in register.names}
-
-
-def _relabelled(known, ledger) -> dict[str, tuple[str, str]]:
-    """{digest: (old class, new class)} of known pictures that are in another class now."""
-    found = {}
-    for digest, (row, _) in known.items():
-        old = ledger.rows[digest].label
-        if old != row.label:
-            found[digest] = (old, row.label)
-    return found
-
-
-def _refuse_renamed(moved, names: Register, new_labels: Iterable[str]) -> None:
-    """Refuse a class that has the pictures of another: it was renamed."""
-    new = collections.Counter(new_labels)
-    into = collections.Counter(pair for pair in moved.values() if pair[1] not in names)
-    for (old, label), count in into.items():
-        if count > new[label]:
-            raise UserError(
-                f"class {label!r} has {count} pictures of the class {old!r} and {new[label]} new ones: "
-                f"if it was renamed or merged, say aliases {label}={old}, so that it keeps its "
-                "prototype",
-                "aliases",
-            )
-
-
-def _assigned(good, splits: Splits, rows: Iterable[Row]) -> dict[str, Row]:
-    """The rows of new pictures, shared out: as the table says, or by the splits."""
-    open_ones: dict[str, list[str]] = collections.defaultdict(list)
-    given = {}
-    for digest, (row, split) in good.items():
-        if split:
-            given[digest] = _OTHER_PARTS.get(split, split)
-        else:
-            open_ones[row.label].append(digest)
-    parts = {**splits.assign(rows, open_ones), **given}
-    return {
-        digest: row._replace(
-            part=parts[digest], version=row.version if parts[digest] == "train" else NOT_LEARNT
-        )
-        for digest, (row, _) in good.items()
-    }

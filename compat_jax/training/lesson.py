@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from compat_jax.data.ledger import Ledger, Row
-from compat_jax.data.photos import is_there
+from compat_jax.data.ledger_files import is_there
 from compat_jax.errors import UserError
 from compat_jax.files import write_json
 

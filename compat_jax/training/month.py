@@ -11,7 +11,8 @@ from compat_jax import hosts
 from compat_jax.chain import Chain, Record, Version
 from compat_jax.data.class_register import Register
 from compat_jax.data.ledger import LEDGER, Ledger
-from compat_jax.data.photos import News, Photos, of_trained, refresh
+from compat_jax.data.parts import of_trained
+from compat_jax.data.photos import News, Photos, refresh
 from compat_jax.errors import UserError
 from compat_jax.training.lesson import Begun
 from compat_jax.training.run import Run
@@ -91,7 +92,7 @@ def month_of(run: Run, photos: Photos, folder: Workdir, *, start, session) -> Mo
         replaces=replaces,
         register=register,
         grown=register.extended(
-            (register.name(x) or x for x in labels), of_trained(photos.aliases, ledger)
+            (register.name(x) or x for x in labels), of_trained(photos.aliases, ledger, register)
         ),
         ledger=ledger,
         news=news,

@@ -14,7 +14,8 @@ from compat_jax.chain import Chain, Version
 from compat_jax.data.class_register import Register, merged_aliases
 from compat_jax.data.dataset import Dataset
 from compat_jax.data.ledger import PARTS
-from compat_jax.data.photos import News, Photos, is_there, to_learn
+from compat_jax.data.ledger_files import is_there
+from compat_jax.data.photos import News, Photos, to_learn
 from compat_jax.data.tasks import batch_plan
 from compat_jax.errors import Diverged, Stopped, UserError
 from compat_jax.fields import check_types
@@ -50,8 +51,8 @@ class Update:
         lines = [] if self.news is None else list(self.news.notes)
         room = self.register.room()
         if self.version is None:
-            versions = len(self.chain)
-            lines.append(f"nothing new: {versions} versions in {self.chain.path}; {room}")
+            news = _shared_out(self.news)
+            lines.append(f"{news}: {len(self.chain)} versions in {self.chain.path}; {room}")
             return "\n".join(lines)
         learnt = self.chain.record(self.version).learnt
         if self.news is not None:
@@ -100,7 +101,7 @@ def update(
     Raises:
       Stopped, Diverged: see `train`.
       UserError: see `photos.refresh` and `Workdir.claim`; a start that does not fit the chain; a
-        workdir within the folder of photos.
+        workdir within the folder of photos, or one that cannot be written to.
     """
     session = session or Session()
     check_types(run=(run, Run), photos=(photos, Photos))
@@ -114,6 +115,7 @@ def update(
         settings.check_epochs()
     folder = Workdir(workdir, start.backbone if start else run.given_backbone)
     folder.check_apart(photos.path)
+    hosts.on_first(folder.check_writable)
     identity = _identity(run, photos, session)
     with folder.claimed(identity, session.accept_changes), saved_on_interrupt(session) as session:
         known = merged_aliases(folder.aliases(), photos.aliases)
@@ -254,6 +256,15 @@ def _validation(photos: Photos, month: Month, session: Session) -> Dataset | Non
     if not rows:
         return None
     return photos.dataset(rows, month.grown, session.bar("reading validation pictures"))
+
+
+def _shared_out(news: News | None) -> str:
+    """Say where new pictures went of which none is to be learnt."""
+    if news is None or not news.parts:
+        return "nothing new"
+    total = counted(sum(news.parts.values()), "new picture")
+    shares = ", ".join(f"{count} for {part}" for part, count in news.parts.items())
+    return f"{total}: {shares}; nothing new to learn"
 
 
 def _in_words(learnt: Mapping[str, Any]) -> str:
