@@ -15,7 +15,7 @@ from PIL import Image
 from compat_jax import hosts, memory
 from compat_jax import mesh as meshes
 from compat_jax.data.augment import Preprocess
-from compat_jax.data.listing import list_pictures
+from compat_jax.data.listing import list_item, list_pictures
 from compat_jax.data.pictures import Preparation, decode
 from compat_jax.data.reading import LazyImages, block_size, in_order
 from compat_jax.errors import UserError
@@ -202,8 +202,10 @@ def _pictures(given: Any) -> Any:
         return given
     if hasattr(given, "__array__"):
         array = np.asarray(given)
-        return [array] if array.ndim in (2, 3) else array
-    if not isinstance(given, Iterable) or isinstance(given, Mapping):
+        if array.ndim:
+            return [array] if array.ndim in (2, 3) else array
+    is_number = hasattr(given, "__array__")
+    if is_number or not isinstance(given, Iterable) or isinstance(given, Mapping):
         raise UserError(
             f"pictures are paths, PIL images or uint8 arrays, one or many of them, got {given!r:.80}"
         )
@@ -214,7 +216,7 @@ def _pictures(given: Any) -> Any:
 def _of_item(item: Any) -> list[Any]:
     """Return the pictures of an item of a list: those of a path, or itself."""
     is_path = isinstance(item, str | os.PathLike) and not in_bucket(item)
-    return list_pictures(item) if is_path else [item]
+    return list_item(item) if is_path else [item]
 
 
 def _prepared(pictures, embedding, prepare, *, batch_size) -> Iterator[np.ndarray]:

@@ -10,12 +10,16 @@ import functools
 import inspect
 import math
 import numbers
+import os
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from compat_jax.errors import UserError, unknown
+
+# A path as users write it. Kept as a text; `files.absolute` decides what a path is.
+PathText = str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +184,29 @@ def check_types(**values: tuple[Any, type]) -> None:
             )
 
 
+def mapping_of(content, what, names) -> dict[str, Any]:
+    """Return a JSON mapping that has just these keys.
+
+    Args:
+      content: JSON value, of whatever origin.
+      what: name of it, for messages.
+      names: of the keys; or fields of a dataclass.
+
+    Raises:
+      UserError: no mapping, a key that is missing, or one too many.
+    """
+    names = {getattr(field, "name", field) for field in names}
+    if not isinstance(content, Mapping):
+        raise UserError(f"{what} must be a mapping, got {content!r:.80}")
+    missing = sorted(names - set(content))
+    if missing:
+        raise UserError(f"{what} lacks {', '.join(missing)}")
+    surplus = [key for key in content if key not in names]
+    if surplus:
+        raise UserError(f"{what} has {surplus[0]!r:.80}, which is no field of it")
+    return dict(content)
+
+
 def _groups(owner) -> Iterator[tuple[str, Any]]:
     for name, hint in typing.get_type_hints(owner, include_extras=True).items():
         kind, *notes = typing.get_args(hint) or (None,)
@@ -217,6 +244,7 @@ _WORDS = {
     float: "a finite number",
     bool: "true or false",
     str: "a text",
+    os.PathLike: "a path",
     tuple: "a list of numbers",
 }
 
@@ -237,6 +265,9 @@ def _as(kind, value):
         return _finite(value) if real else None
     if kind is str:
         return value if isinstance(value, str) and "\0" not in value else None
+    if typing.get_origin(kind) is os.PathLike:
+        text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+        return text if isinstance(text, str) else None
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)[0]
         if isinstance(value, str) or not hasattr(value, "__iter__"):

@@ -1,6 +1,7 @@
 """Write docs/configuration.md from the schema: `python docs/write_configuration.py`."""
 
 import inspect
+import os
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import get_args
@@ -49,8 +50,8 @@ def _kind(kind):
     words = {bool: "true or false", str: "text", int: "whole number", float: "number"}
     words |= {tuple[int, ...]: "list of whole numbers", tuple[float, ...]: "list of numbers"}
     words |= {tuple[str, ...]: "list of texts"}
-    if isinstance(kind, UnionType):  # such as `int | None`
-        (kind,) = set(get_args(kind)) - {NoneType}
+    if isinstance(kind, UnionType):  # such as `int | None`; a path is a text here
+        (kind,) = set(get_args(kind)) - {NoneType, os.PathLike[str]}
     return words[kind]
 
 

@@ -42,8 +42,8 @@ def check() -> int:
     from compat_jax import metrics
     from compat_jax.chain import Chain
     from compat_jax.gallery.checking import check
-    from compat_jax.gallery.comparing import differences
     from compat_jax.gallery.rule import Terms
+    from compat_jax.spaces import differences
 
     metrics.get(args.metric)
     terms = Terms(

@@ -4,8 +4,10 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 
 import drawn_photos
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -88,7 +90,7 @@ def test_every_kind_of_picture_has_the_same_features(version, expected, kind):
 def test_a_folder_and_a_pattern_are_lists_of_their_pictures(version, folder, expected):
     np.testing.assert_allclose(version.embed(str(folder)), expected[1], atol=2e-5)
     np.testing.assert_allclose(version.embed(folder / "p*" / "*"), expected[1], atol=2e-5)
-    several = [folder / "pear", str(folder / "plum" / "*.jpg"), opened(expected[0][0])]
+    several = [folder / "pear", str(folder / "plum"), opened(expected[0][0])]
     rows = np.r_[: 8 + len(list_pictures(several[1])), 0]
     for given in (several, iter(several)):
         files = [*list_pictures(several[:2]), expected[0][0]]
@@ -104,6 +106,20 @@ def test_a_name_with_the_signs_of_a_pattern_is_a_file(version, folder, tmp_path,
     want = version.embed(folder / "pear" / "000.jpg")
     for given in (strange, [strange], ["~/pear [1]*.jpg"], iter(["~/pear [1]*.jpg"])):
         np.testing.assert_array_equal(version.embed(given), want)
+
+
+@pytest.mark.parametrize("form", [list, iter, tuple])
+def test_a_path_of_a_list_whose_file_vanished_stands_for_no_other_files(
+    version, folder, tmp_path, form
+):
+    files = [shutil.copy(folder / "pear" / f"00{i}.jpg", tmp_path / f"a{i}.jpg") for i in (0, 1)]
+    vanished = tmp_path / "a[01].jpg"
+    message = r"no file or folder .*a\[01\]\.jpg \(in a list, each item is a file or a folder\)"
+    with pytest.raises(UserError, match=message):
+        version.embed(form([files[0], vanished, files[1]]))
+    with pytest.raises(UserError, match=message):
+        Index(version, form([files[0], str(vanished)]))
+    assert len(version.embed(vanished)) == 2  # given alone, it stands for a set of pictures
 
 
 def test_one_picture_gives_one_row(version, expected):
@@ -163,6 +179,9 @@ def test_large_pictures_go_in_fewer_on_a_cpu_which_changes_no_feature(monkeypatc
     ("pictures", "message"),
     [
         (3, "pictures are paths, PIL images or uint8 arrays, one or many of them, got 3"),
+        (np.uint8(3), r"pictures are paths, .* got np\.uint8\(3\)"),
+        (np.array(3, np.uint8), r"pictures are paths, .* got array\(3, dtype=uint8\)"),
+        (jnp.uint8(3), "pictures are paths"),
         ({"a": 1}, "pictures are paths"),
         (
             [3],

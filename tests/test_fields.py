@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import math
 import typing
+from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 
 from compat_jax import methods, models
 from compat_jax.data import Preprocess, Tasks
+from compat_jax.data.photos import Photos
 from compat_jax.errors import UserError
 from compat_jax.fields import Rule, check_arguments, describe
 from compat_jax.session import Session
@@ -168,3 +170,16 @@ def test_arguments_of_a_factory_of_ones_own_are_checked_like_the_librarys():
             check_arguments(factory, {"width": value}, "mine.")
     with pytest.raises(UserError, match=r"unknown argument of mine 'widht'\. Did you mean 'width'"):
         check_arguments(factory, {"widht": 3}, "mine.")
+
+
+@pytest.mark.parametrize("path", ["photos", Path("photos")])
+def test_a_path_may_be_a_text_or_an_object_and_is_kept_as_a_text(path):
+    assert Photos(path=path).path == str(Path("photos").absolute())
+    assert type(Photos(path=path).path) is str
+    assert Photos(path=path) == Photos(path="photos")
+
+
+def test_what_is_no_path_is_refused():
+    for wrong in (3, None, b"photos", ["photos"]):
+        with pytest.raises(UserError, match="path must be a text or a path, got "):
+            Photos(path=wrong)

@@ -12,7 +12,8 @@ import tiny
 from compat_jax.data import Preparation
 from compat_jax.errors import UserError
 from compat_jax.gallery.manifest import Lease, Manifest
-from compat_jax.gallery.member import LEARNT, Member, Preprocessing
+from compat_jax.gallery.member import Member
+from compat_jax.spaces import LEARNT, Preprocessing
 
 SIZE = tiny.K - 1
 HOSTILE = 100

@@ -1,5 +1,7 @@
 """Indexes against brute force; galleries of one version, queries of another."""
 
+import re
+
 import hypothesis
 import hypothesis.strategies as st
 import jax.numpy as jnp
@@ -175,6 +177,57 @@ def test_what_is_no_matrix_is_refused_by_an_empty_index_too():
             ExactIndex().add(features)
 
 
+@pytest.mark.parametrize("k", [1.5, True, "3", None, 2.0])
+def test_a_k_that_is_no_whole_number_is_refused_by_every_search(chain, k):
+    index, rows = Index(chain[0], GALLERY.images, engine=Plain()), ExactIndex()
+    rows.add(whole_numbers(3))
+    for ask in (
+        lambda: index.search(chain[1], QUERY.images, k=k),
+        lambda: rows.search(whole_numbers(1), k),
+        lambda: cj.retrieval.search(whole_numbers(1), whole_numbers(3), k),
+    ):
+        with pytest.raises(UserError, match=f"k must be a whole number, got {re.escape(repr(k))}"):
+            ask()
+    assert rows.search(whole_numbers(1), np.int8(2))[1].shape == (1, 2)
+
+
+def test_features_may_be_lists_of_numbers():
+    index = ExactIndex()
+    index.add([[1, 0], [0, 1]])
+    scores, ids = index.search([[0, 2]], 1)
+    assert (scores.tolist(), ids.tolist()) == ([[2.0]], [[1]])
+    assert cj.retrieval.search([[0, 2]], [[1, 0], [0, 1]], 1)[1].tolist() == [[1]]
+    message = r"features must be numbers \[rows, size\], every row as long, got "
+    for wrong in ([[1, 0], [1]], ["a"], {"a": 1}, object()):
+        for ask in (lambda w=wrong: index.add(w), lambda w=wrong: index.search(w, 1)):
+            with pytest.raises(UserError, match=message):
+                ask()
+    assert len(index) == 2
+
+
+def test_what_is_no_version_and_options_that_do_not_exist_are_refused(chain):
+    index = Index(chain[0], GALLERY.images)
+    for ask in (
+        lambda: Index("runs/chain"),
+        lambda: Index("runs/chain", GALLERY.images),
+        lambda: index.search("runs/chain", QUERY.images),
+        lambda: embed("runs/chain", QUERY.images),
+    ):
+        with pytest.raises(UserError, match="version must be a Version, got str 'runs/chain'"):
+            ask()
+    for old, new in (("x", chain[0]), (chain[0], "x")):
+        with pytest.raises(UserError, match=r"(old|new) must be a Version, got str 'x'"):
+            cj.gallery.check(old, new, query=QUERY, gallery=GALLERY)
+    message = "unknown option of embed 'batchsize'. Did you mean 'batch_size'"
+    for ask in (
+        lambda: Index(chain[0], batchsize=3),
+        lambda: Index(chain[0], GALLERY.images, batchsize=3),
+        lambda: embed(chain[0], GALLERY.images, batchsize=3),
+    ):
+        with pytest.raises(UserError, match=message):
+            ask()
+
+
 def test_what_cannot_be_removed_or_searched_is_refused():
     index = ExactIndex()
     for ask in (lambda: index.remove([0]), lambda: index.remove(0)):
@@ -248,16 +301,63 @@ def test_another_engine_may_hold_the_features(chain):
 
 def test_versions_that_cannot_be_compared_are_refused(chain):
     index = Index(chain[0], GALLERY.images)
-    message = "queries of version 2 have features of size 16, the gallery of version 0 of size 15"
+    message = (
+        "queries of version 2 cannot be compared with the gallery of version 0: features differ: 16 of "
+        "the new version, 15 of the old one; version 2 was trained with a learnable classifier"
+    )
     with pytest.raises(UserError, match=message):
         index.search(chain[2], QUERY.images, k=3)
-    smaller = tiny.record(num_prototypes=32)
-    other = cj.Version(7, smaller, {}, "", tiny.backbone_of(smaller))
-    with pytest.raises(
-        UserError, match=r"version 7 has num_prototypes=32, version 0 16: they share"
-    ):
-        check_comparable(other, chain[0])
     check_comparable(chain[1], chain[0])
+
+
+NAMED = {"class_names": ("a", "b"), "preparation": cj.Preparation(tiny.SIZE).describe()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_order": "ascending"}, "orders of the prototypes differ: ascending"),
+        (
+            {"class_names": ("b", "a")},
+            "other prototypes: class number 0 is 'a' in the chain, but 'b'",
+        ),
+        (
+            {"num_prototypes": 32, "feature_size": 31},
+            r"prototypes \(K\) differ: 32 of the new version",
+        ),
+        ({"method": "er", "head_classes": 4}, "version 1 was trained with a learnable classifier"),
+        (
+            {"preparation": cj.Preparation(tiny.SIZE, resize="squash").describe()},
+            "pictures are preprocessed in another way: .*squash",
+        ),
+        ({"fresh": ("projection",)}, "version 1 has layers that were never trained"),
+    ],
+)
+def test_an_index_refuses_what_a_check_of_a_gallery_refuses(changes, message):
+    old = tiny.version(0, 0, **{"task": 0, **NAMED})
+    new = tiny.version(1, 1, **{"task": 1, **NAMED, **changes})
+    index = Index(old, GALLERY.images)
+    with pytest.raises(UserError, match=message) as caught:
+        index.search(new, QUERY.images, k=3)
+    verdict = cj.gallery.check(old, new, query=QUERY, gallery=GALLERY)
+    assert verdict.refused and all(reason in str(caught.value) for reason in verdict.reasons)
+
+
+def test_a_preparation_that_is_given_to_an_index_is_that_of_both_versions():
+    given, other = cj.Preparation(tiny.SIZE), cj.Preparation(tiny.SIZE, resize="squash")
+    old, new = (
+        tiny.version(n, n, **{**NAMED, "task": n, "preparation": one.describe()})
+        for n, one in enumerate((given, other))
+    )
+    found = Index(old, GALLERY.images, preparation=given).search(new, QUERY.images, k=3)
+    assert found[1].shape == (len(QUERY), 3)
+
+
+def test_versions_of_a_learnable_head_are_compared_as_a_check_compares_them():
+    old, new = (
+        tiny.version(n, n, task=n, method="er", head_classes=4, feature_size=16) for n in (0, 1)
+    )
+    assert Index(old, GALLERY.images).search(new, QUERY.images, k=3)[0].shape == (len(QUERY), 3)
 
 
 def test_pictures_of_another_size_are_refused(chain):

@@ -375,7 +375,8 @@ def test_a_picture_has_the_same_path_in_every_list(folder, tmp_path, monkeypatch
     inside = table(folder / "cat", "path\n" + "".join(f"{one}\n" for one in written))
     beside = table(tmp_path / "lists", "path\n../pictures/cat/a.png\n../pictures/./cat//a.png\n")
     found = [picture.path for path in (inside, beside) for picture in list_table(path)]
-    found += list_pictures(["../pictures/cat/a.png", "../pictures/./cat/a.*"])
+    found += list_pictures(["../pictures/cat/a.png", "../pictures/./cat//a.png"])
+    found += list_pictures("../pictures/./cat/a.*")
     found += [list_folder("../pictures")[0].path, list_labelled(f"{folder}/cat/..")[0].path]
     assert set(found) == {str(folder / "cat/a.png")}
 
@@ -392,6 +393,32 @@ def test_a_table_of_a_spreadsheet(folder):
 def test_a_table_may_be_separated_by_semicolons(folder):
     found = list_table(table(folder, "path;label\ncat/a.png;x, y\ndog/a.png;z\n"))
     assert [picture.label for picture in found] == ["x, y", "z"]
+
+
+@pytest.mark.parametrize("line", ["sep=;\r\n", '"sep=;"\n', "\ufeffSEP=;\n"])
+def test_the_first_line_of_excel_says_what_separates(folder, line):
+    found = list_table(table(folder, f"{line}path;label\ncat/a.png;x, y\ndog/a.png;z, w, v\n"))
+    assert [(p.path, p.label) for p in found] == [
+        (str(folder / "cat/a.png"), "x, y"),
+        (str(folder / "dog/a.png"), "z, w, v"),
+    ]
+    (one,) = list_table(table(folder, "sep=|\npath|label\ncat/a.png|x,y;z\n"))
+    assert one == Picture(str(folder / "cat/a.png"), "x,y;z")
+
+
+def test_blanks_around_a_path_count_only_where_a_file_is_called_so(folder):
+    text = "label, path\nx, cat/a.png\ny, cat/b.png \nz,  ~/none.png\nw, gs://bucket/a.png\n"
+    found = [picture.path for picture in list_table(table(folder, text))]
+    home = os.path.expanduser("~/none.png")
+    assert found == [
+        *(str(folder / "cat" / n) for n in ("a.png", "b.png")),
+        home,
+        "gs://bucket/a.png",
+    ]
+    assert len(from_table(table(folder, "label, path\nx, cat/a.png\n"), size=2)) == 1
+    (folder / " blank.png ").write_bytes((folder / "cat" / "a.png").read_bytes())
+    (one,) = list_table(table(folder, "path,label\n blank.png ,x\n"))
+    assert one.path == str(folder / " blank.png ")
 
 
 def test_a_table_of_whole_numbers_and_categories(folder):
@@ -471,6 +498,7 @@ def test_trees_patterns_files_and_lists(folder, monkeypatch):
     for nothing, message in (
         ("owl", "no file or folder owl"),
         ("*.jpg", r"\*\.jpg holds no pictures"),
+        (["dog", "cat/?.png"], r"no file or folder cat/\?\.png \(in a list, each item is a file"),
     ):
         with pytest.raises(UserError, match=message):
             list_pictures(nothing)

@@ -242,6 +242,13 @@ def test_arrays_become_a_data_set():
         data.from_arrays(images, [1, 2, 1])
 
 
+def test_arrays_of_unequal_sizes_are_refused():
+    pictures = [np.zeros((4, side, 3), np.uint8) for side in (4, 5)]
+    for labels in (None, [0, 1]):
+        with pytest.raises(UserError, match="the pictures are of unequal sizes: bring them to one"):
+            data.from_arrays(pictures, labels)
+
+
 # TensorFlow Datasets
 
 

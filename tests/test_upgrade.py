@@ -22,12 +22,12 @@ from compat_jax.chain import Chain
 from compat_jax.data import Dataset, Preparation
 from compat_jax.errors import UserError
 from compat_jax.gallery.checking import check
-from compat_jax.gallery.comparing import differences
 from compat_jax.gallery.rule import Terms, judge
 from compat_jax.gallery.stages import overlap
 from compat_jax.gallery.verdict import GO, LOSS, NO_GO, STAGES, Figure, Stage
 from compat_jax.report.answers import Answer, answers_wall, versions_of, write_answers
 from compat_jax.session import never
+from compat_jax.spaces import differences
 from launch import _cli, _upgrade, _upgrade_inputs, upgrade
 from launch._upgrade import at_share
 from launch._upgrade_inputs import lasting

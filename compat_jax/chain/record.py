@@ -150,6 +150,10 @@ class Version:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields without what was made ready on devices, which is made again."""
+        return {**self.__dict__, "_ready": {}}
+
     def embedder(self, dtype: str = "float32") -> nn.Module:
         """Build the network that these variables fill.
 
@@ -185,7 +189,7 @@ class Version:
         Args:
           pictures: one picture, or any number of them: the path of a file, a folder or a pattern; a PIL
             image; uint8[h, w], [h, w, 1], [h, w, 3] or [h, w, 4] of any size; a list or a generator of
-            these; uint8[n, h, w, 3]; or a `Dataset`.
+            these, in which a path is never a pattern; uint8[n, h, w, 3]; or a `Dataset`.
           preparation: how pictures are brought to the version's size; as its record says by default.
           mesh: devices to spread each batch over; one device by default.
           batch_size: pictures per batch; on CPUs large pictures go in fewer, to save memory. Less than a

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,31 @@ from compat_jax.data.pictures import Preparation
 from compat_jax.errors import UserError
 
 _BLOCK = 4096
+
+
+class Images(Protocol):
+    """Images of a `Dataset`: an array uint8[n, height, width, channels], or what is read like one."""
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Return (n, height, width, channels)."""
+
+    @property
+    def ndim(self) -> int:
+        """Return 4."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Return uint8."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    def __getitem__(self, index: Any, /) -> Any:
+        """Return an image, or of some rows or a slice what is again like an array."""
+
+    def __array__(self) -> np.ndarray:
+        """Return all of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +61,8 @@ class Dataset:
         without an image.
     """
 
-    images: Any
-    labels: Any = None
+    images: Images
+    labels: np.ndarray | Any = None  # | Any rather than | None: see `need_labels`
     class_names: tuple[str, ...] = ()
     preparation: Preparation | None = None
     files: tuple[str, ...] | None = None
@@ -237,7 +262,7 @@ def from_arrays(
       UserError: see `Dataset`; labels that are not whole numbers.
     """
     if labels is None:
-        return Dataset(np.asarray(images), None, tuple(class_names or ()))
+        return Dataset(_array(images), None, tuple(class_names or ()))
     numbers = _whole_numbers(labels)
     if class_names is None:
         remedy = (
@@ -245,7 +270,19 @@ def from_arrays(
         )
         _check_range(numbers, len(numbers), remedy)
         class_names = [str(c) for c in range(max(map(int, numbers), default=-1) + 1)]
-    return Dataset(np.asarray(images), numbers, tuple(class_names))
+    return Dataset(_array(images), numbers, tuple(class_names))
+
+
+def _array(images):
+    """Return images as an array; pictures of one size only."""
+    try:
+        return np.asarray(images)
+    except ValueError as error:
+        raise UserError(
+            "the pictures are of unequal sizes: bring them to one, or read their files by "
+            "data.from_folder(path, size=...)",
+            "images",
+        ) from error
 
 
 def _whole_numbers(labels):

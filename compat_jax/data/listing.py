@@ -267,7 +267,7 @@ def list_pictures(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> lis
 
     Args:
       paths: a file, a folder (with all folders in it), a pattern such as "photos/**/*.jpg", or a list
-        of such.
+        of files and folders, see `list_item`.
 
     Returns:
       Absolute paths: those of a folder or pattern sorted, those of a list in its order.
@@ -275,21 +275,35 @@ def list_pictures(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> lis
     Raises:
       UserError: nothing there, or a folder that cannot be listed, see `list_folder`.
     """
-    if isinstance(paths, str | os.PathLike):
-        return _found(paths)
-    return [path for given in paths for path in _found(given)]
+    if not isinstance(paths, str | os.PathLike):
+        return [path for given in paths for path in list_item(given)]
+    root = Path(absolute(paths))
+    if root.exists() or not glob.has_magic(str(root)):
+        return list_item(paths)
+    return _some([str(path) for path in _matches(root)], paths)
 
 
-def _found(path):
+def list_item(path: str | os.PathLike) -> list[str]:
+    """List the pictures of an item of a list: a file itself, or those of a folder.
+
+    It is never a pattern: a file that vanished, called "a[12].png", must not stand for others.
+
+    Returns:
+      Absolute paths, those of a folder sorted.
+
+    Raises:
+      UserError: nothing there, or a folder that cannot be listed, see `list_folder`.
+    """
     root = Path(absolute(path))
     if root.is_dir():
-        files = [str(file) for file in _walk(root, ())]
-    elif root.exists():
-        files = [str(root)]
-    elif glob.has_magic(str(root)):
-        files = [str(path) for path in _matches(root)]
-    else:
-        raise UserError(f"no file or folder {path}", "path")
+        return _some([str(file) for file in _walk(root, ())], path)
+    if root.exists():
+        return [str(root)]
+    also = " (in a list, each item is a file or a folder)" if glob.has_magic(str(root)) else ""
+    raise UserError(f"no file or folder {path}{also}", "path")
+
+
+def _some(files, path):
     if not files:
         raise UserError(f"{path} holds no pictures", "path")
     return files
@@ -346,11 +360,25 @@ def list_table(path: str | os.PathLike, columns: Sequence[str] = COLUMNS) -> lis
             raise UserError(f"the path in row {row} of {path} has a NUL: mend the table", "path")
         label = None if labels is None else _label(labels[row - 1], row, path)
         split = None if splits is None else (splits[row - 1] or "").strip() or None
-        place = file if in_bucket(file) else os.path.join(base, os.path.expanduser(file))
-        found.append(Picture(plain(place), label, split))
+        found.append(Picture(_place(file, base), label, split))
     if not found:
         raise UserError(f"{path} has no rows", "path")
     return found
+
+
+def _place(text, base):
+    """Return where a file of a table is; blanks around its path count only if a file is called so."""
+    place = text if in_bucket(text) else os.path.join(base, os.path.expanduser(text))
+    bare = text.strip()
+    if bare != text and not _is_there(place):
+        return _place(bare, base)
+    return plain(place)
+
+
+def _is_there(place):
+    if not in_bucket(place):
+        return os.path.lexists(place)
+    return place == place.lstrip() and absolute(place).exists()
 
 
 def _label(text, row, path):

@@ -2,15 +2,16 @@
 
 import functools
 import inspect
-import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 from compat_jax.data.dataset import Dataset
 from compat_jax.errors import UserError, unknown
 from compat_jax.fields import Field, Rule, check_arguments, checked, describe
 
+P = ParamSpec("P")
 Source = Callable[..., Dataset]
+S = TypeVar("S", bound=Source)
 _SOURCES: dict[str, Source] = {}
 # Of every source that does not select classes and pictures itself.
 _SELECTION = (
@@ -19,7 +20,7 @@ _SELECTION = (
 )
 
 
-def register(name: str) -> Callable[[Source], Source]:
+def register(name: str) -> Callable[[S], S]:
     """Register a function that returns a Dataset as a source.
 
     Its parameters, annotated with `fields.Rule`, are the fields of a data section; `progress`, if it
@@ -32,7 +33,7 @@ def register(name: str) -> Callable[[Source], Source]:
       UserError: another source has this name.
     """
 
-    def decorate(source: Source) -> Source:
+    def decorate(source: S) -> S:
         if _SOURCES.setdefault(name, source) is not source:
             raise UserError(f"there is another data source called {name!r}: choose another name")
         return source
@@ -40,45 +41,38 @@ def register(name: str) -> Callable[[Source], Source]:
     return decorate
 
 
-def spread(source: Source) -> Source:
-    """Give a source's parameters one by one, also those of its groups, and check them by their rules.
+def spread(group: type) -> Callable[[Callable[P, Dataset]], Callable[P, Dataset]]:
+    """Give a source the fields of a dataclass as parameters of its own, and check all by their rules.
 
     Args:
-      source: annotated function, some of whose parameters may be a `fields.Group`.
+      group: dataclass whose fields the source's `**` stands for, annotated with `fields.Rule`.
 
     Returns:
-      The function `source(path, size=…, resize=…, …)`; texts may be paths.
+      A decorator of annotated functions. `source(path, *, progress, **how)` becomes
+      `source(path, size, …, progress)`, with the group's fields before `progress`.
     """
-    fields = {field.name: field for field in describe(source)}
-    kinds = {name: Annotated[field.kind, field.rule] for name, field in fields.items()}
-    parameter = inspect.Parameter
-    signature = inspect.Signature(
-        [
-            parameter(name, parameter.POSITIONAL_OR_KEYWORD, default=f.default, annotation=f.kind)
-            for name, f in fields.items()
-        ]
-    )
 
-    @functools.wraps(source)
-    def call(*args: Any, **kwargs: Any) -> Dataset:
-        given = dict(signature.bind(*args, **kwargs).arguments)
-        paths = {}
-        for name, value in given.items():
-            if (
-                isinstance(value, str | os.PathLike)
-                and fields[name].kind is str
-                and not fields[name].rule.choices
-            ):
-                paths[name], given[name] = (
-                    os.fspath(value),
-                    "",
-                )  # `files.absolute` decides what a path is
-        return source(**(check_arguments(source, given, "") | paths))
+    def decorate(source: Callable[P, Dataset]) -> Callable[P, Dataset]:
+        own = describe(source)
+        last = [field for field in own if field.name == "progress"]
+        fields = [*(field for field in own if field not in last), *describe(group), *last]
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        signature = inspect.Signature(
+            [inspect.Parameter(f.name, kind, default=f.default, annotation=f.kind) for f in fields]
+        )
 
-    del call.__wrapped__
-    call.__signature__ = signature  # type: ignore[attr-defined]
-    call.__annotations__ = {**kinds, "return": Dataset}
-    return call
+        @functools.wraps(source)
+        def call(*args: P.args, **kwargs: P.kwargs) -> Dataset:
+            given = dict(signature.bind(*args, **kwargs).arguments)
+            return source(**check_arguments(call, given, ""))  # type: ignore[call-arg]
+
+        del call.__wrapped__
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        kinds = {field.name: Annotated[field.kind, field.rule] for field in fields}
+        call.__annotations__ = {**kinds, "return": Dataset}
+        return call
+
+    return decorate
 
 
 def source_names() -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from typing import Annotated
+from typing import Annotated, TypedDict, Unpack
 
 import numpy as np
 from etils import epath
@@ -16,7 +16,7 @@ from compat_jax.data.pictures import BadPictures, Crop, Filter, Preparation, Res
 from compat_jax.data.registry import class_range, register, spread
 from compat_jax.data.streaming import RecordImages
 from compat_jax.errors import UserError, unknown
-from compat_jax.fields import Group, Rule
+from compat_jax.fields import Group, PathText, Rule
 from compat_jax.files import absolute
 
 Side = Annotated[int | None, Rule("side of the pictures in pixels", low=1, high=8192)]
@@ -71,13 +71,22 @@ class Reading:
         return dataset.per_class(self.per_class)
 
 
-How = Annotated[Reading, Group()]
+class ReadingFields(TypedDict, total=False):
+    """The fields of `Reading`, given one by one to a source."""
+
+    resize: str
+    filter: str
+    crop: float
+    on_bad: str
+    in_memory: bool | None
+    classes: tuple[int, ...] | None
+    per_class: int | None
 
 
 @register("folder")
-@spread
+@spread(Reading)
 def from_folder(
-    path: Annotated[str, Rule("folder with one sub-folder of pictures per class")],
+    path: Annotated[PathText, Rule("folder with one sub-folder of pictures per class")],
     size: Side = None,
     class_folders: Annotated[
         str,
@@ -89,8 +98,8 @@ def from_folder(
     exclude: Annotated[
         tuple[str, ...], Rule("patterns of names of files and folders to pass over, e.g. *.txt")
     ] = (),
-    how: How = Reading(),
     progress: Show = False,
+    **fields: Unpack[ReadingFields],
 ) -> Dataset:
     """Read a folder with one sub-folder of pictures per class, by the rules of `data.pictures`.
 
@@ -98,9 +107,8 @@ def from_folder(
       path: of the folder; sub-folders sort by name into classes.
       size: pictures are resized to size x size; None requires them all of one size.
       class_folders, exclude: see `listing.list_folder`.
-      how: resize, filter, crop, on_bad, in_memory, classes and per_class, given one by one; see
-        `Reading`.
       progress: whether to show a bar on a terminal.
+      **fields: resize, filter, crop, on_bad, in_memory, classes and per_class; see `Reading`.
 
     Returns:
       A Dataset, pictures in the order of their paths.
@@ -108,22 +116,23 @@ def from_folder(
     Raises:
       UserError: see `listing.list_folder`; files that are no pictures, all of them at once.
     """
+    how = Reading(**fields)
     shown = _shown(path, progress)
     pictures = listing.list_folder(path, class_folders=class_folders, exclude=exclude)
     return _from_list(pictures, how.preparation(size), how=how, shown=shown)
 
 
 @register("table")
-@spread
+@spread(Reading)
 def from_table(
-    path: Annotated[str, Rule("table (.csv, .tsv, .parquet) of paths, labels and splits")],
+    path: Annotated[PathText, Rule("table (.csv, .tsv, .parquet) of paths, labels and splits")],
     split: Part = None,
     size: Side = None,
     columns: Annotated[
         tuple[str, ...], Rule("names of the columns of paths, labels and splits, '' for none")
     ] = listing.COLUMNS,
-    how: How = Reading(),
     progress: Show = False,
+    **fields: Unpack[ReadingFields],
 ) -> Dataset:
     """Read the pictures of a table by the rules of `data.pictures`.
 
@@ -132,9 +141,8 @@ def from_table(
       split: takes the rows of this split; None takes all.
       size: pictures are resized to size x size; None requires them all of one size.
       columns: see `listing.list_table`; without labels, the Dataset has none.
-      how: resize, filter, crop, on_bad, in_memory, classes and per_class, given one by one; see
-        `Reading`.
       progress: whether to show a bar on a terminal.
+      **fields: resize, filter, crop, on_bad, in_memory, classes and per_class; see `Reading`.
 
     Returns:
       A Dataset, pictures in the order of the rows; labels sort by name into classes.
@@ -142,19 +150,22 @@ def from_table(
     Raises:
       UserError: see `listing.list_table`; unknown split; files that are no pictures.
     """
+    how = Reading(**fields)
     pictures = _of_split(listing.list_table(path, columns), split, path)
     shown = _shown(path, progress)
     return _from_list(pictures, how.preparation(size), how=how, shown=shown)
 
 
 @register("huggingface")
-@spread
+@spread(Reading)
 def from_huggingface(
-    path: Annotated[str, Rule("what save_to_disk wrote, or a folder of class folders per split")],
+    path: Annotated[
+        PathText, Rule("what save_to_disk wrote, or a folder of class folders per split")
+    ],
     split: Part = None,
     size: Side = None,
-    how: How = Reading(),
     progress: Show = False,
+    **fields: Unpack[ReadingFields],
 ) -> Dataset:
     """Read a data set of Hugging Face's `datasets` on disk.
 
@@ -162,13 +173,13 @@ def from_huggingface(
       path: of the folder.
       split: e.g. "train"; None for one without splits.
       size: pictures are resized to size x size; None requires them all of one size.
-      how: resize, filter, crop, on_bad, in_memory, classes and per_class, given one by one; see
-        `Reading`.
       progress: whether to show a bar on a terminal.
+      **fields: resize, filter, crop, on_bad, in_memory, classes and per_class; see `Reading`.
 
     Raises:
       UserError: `datasets` is not installed, unknown split, no pictures, or what is no picture.
     """
+    how = Reading(**fields)
     root = absolute(path)
     if not is_saved(root):
         pictures = _of_split(listing.list_parts(root), split, path)
@@ -184,25 +195,25 @@ def from_huggingface(
 
 
 @register("pictures")
-@spread
+@spread(Reading)
 def from_pictures(
-    path: Annotated[str, Rule("folder, file or pattern of pictures without labels")],
+    path: Annotated[PathText, Rule("folder, file or pattern of pictures without labels")],
     size: Side = None,
-    how: How = Reading(),
     progress: Show = False,
+    **fields: Unpack[ReadingFields],
 ) -> Dataset:
     """Read pictures without labels by the rules of `data.pictures`.
 
     Args:
       path: of a folder, with all folders in it, of a file, or a pattern such as "photos/*.jpg".
       size: pictures are resized to size x size; None requires them all of one size.
-      how: resize, filter, crop, on_bad, in_memory, classes and per_class, given one by one; see
-        `Reading`.
       progress: whether to show a bar on a terminal.
+      **fields: resize, filter, crop, on_bad, in_memory, classes and per_class; see `Reading`.
 
     Raises:
       UserError: see `listing.list_pictures`; files that are no pictures, all of them at once.
     """
+    how = Reading(**fields)
     pictures = [listing.Picture(file) for file in listing.list_pictures(path)]
     shown = _shown(path, progress)
     return _from_list(pictures, how.preparation(size), how=how, shown=shown)
@@ -256,14 +267,14 @@ def _from_list(pictures, preparation, *, how, shown):
 
 
 @register("tfds")
-@spread
+@spread(Reading)
 def from_tfds(
     name: Annotated[str, Rule("as in the TFDS catalogue")],
     split: Annotated[str, Rule("train, test, ...")] = "train",
     size: Side = None,
-    data_dir: Annotated[str | None, Rule("folder of the prepared data")] = None,
-    how: How = Reading(),
+    data_dir: Annotated[PathText | None, Rule("folder of the prepared data")] = None,
     progress: Show = False,
+    **fields: Unpack[ReadingFields],
 ) -> Dataset:
     """Read an image-classification data set of TensorFlow Datasets, without TensorFlow.
 
@@ -272,10 +283,10 @@ def from_tfds(
       split: e.g. "train", "test".
       size: pictures are resized to size x size; None requires them all of one size.
       data_dir: of the prepared data; TFDS_DATA_DIR or ~/tensorflow_datasets by default.
-      how: given one by one, as for `from_folder`. By default, all images are read into memory; with
-        in_memory=False they stay in their files as a `streaming.RecordImages`, for data larger than the
-        memory of the host.
       progress: whether to show a bar on a terminal.
+      **fields: as for `from_folder`. By default, all images are read into memory; with in_memory=False
+        they stay in their files as a `streaming.RecordImages`, for data larger than the memory of the
+        host.
 
     Returns:
       A Dataset with the class names of TFDS.
@@ -299,6 +310,7 @@ def from_tfds(
         raise UserError(f"split {split!r} of {name}: {str(error).splitlines()[0]}") from error
     names, where = tuple(builder.info.features["label"].names), f"{name} {split}"
     labels = np.fromiter((record["label"] for record in source), np.int32, len(source))
+    how = Reading(**fields)
     how = dataclasses.replace(how, in_memory=how.in_memory is not False)
     data = Dataset(
         RecordImages(source, (0, 0, 3)), labels, names, preparation=how.preparation(size)

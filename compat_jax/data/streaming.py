@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from compat_jax.data.dataset import Images
 from compat_jax.data.reading import LazyImages
 
 _IMAGE = operator.itemgetter("image")
@@ -101,7 +102,7 @@ def ring_plan(steps: int, batch: int, chunk: int) -> np.ndarray:
 
 
 def chunks(
-    images: np.ndarray | LazyImages,
+    images: Images,
     labels: np.ndarray,
     plan: np.ndarray,
     first: int,

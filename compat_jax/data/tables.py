@@ -1,6 +1,7 @@
 """Tables of pictures: .csv, .tsv and .parquet files with a column of paths."""
 
 import difflib
+import re
 from collections.abc import Sequence
 
 from etils import epath
@@ -9,6 +10,7 @@ from compat_jax.errors import UserError, unknown
 
 COLUMNS = ("path", "label", "split")
 TABLES = (".csv", ".tsv", ".parquet")
+_SAID = re.compile(rb"(?:\xef\xbb\xbf)?\"?sep=([\x09\x20-\x7e])\"?\r?\n", re.IGNORECASE)
 
 
 def read_table(root: epath.Path, columns: Sequence[str]) -> list[list[str | None] | None]:
@@ -49,14 +51,11 @@ def _read_text(file, root, columns):
     import pyarrow
     from pyarrow import csv
 
-    header = file.readline()
-    file.seek(0)
-    # Spreadsheets of many countries separate by semicolons, and call it CSV.
-    usual = (b"\t", b",", b";") if root.suffix.lower() == ".tsv" else (b",", b";", b"\t")
-    delimiter = max(usual, key=header.count).decode()
+    start, delimiter = _delimiter(file, root)
     parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    file.seek(start)
     names = csv.open_csv(file, parse_options=parse).schema.names
-    file.seek(0)
+    file.seek(start)
     wanted = _columns(names, columns, root)
     kept = [name for name in wanted if name]
     convert = csv.ConvertOptions(
@@ -65,6 +64,17 @@ def _read_text(file, root, columns):
     )
     table = csv.read_csv(file, parse_options=parse, convert_options=convert)
     return [name and table[name].to_pylist() for name in wanted]
+
+
+def _delimiter(file, root) -> tuple[int, str]:
+    """Return where the column names begin and what separates them."""
+    header = file.readline()
+    said = _SAID.fullmatch(header)
+    if said:  # the first line that Excel reads and does not show
+        return len(header), said[1].decode()
+    # Spreadsheets of many countries separate by semicolons, and call it CSV.
+    usual = (b"\t", b",", b";") if root.suffix.lower() == ".tsv" else (b",", b";", b"\t")
+    return 0, max(usual, key=header.count).decode()
 
 
 def _columns(names, columns, root) -> list[str | None]:

@@ -75,7 +75,7 @@ def picks_of(data: Dataset, count: int = PICKS) -> tuple[Pick, ...]:
     shuffled = draw(len(data), 0, seed=1)
     chosen = spread(_names(data.take(shuffled)), count)
     drawn = data.take(shuffled[chosen])
-    pictures = drawn.files or [np.asarray(image) for image in drawn.images]
+    pictures = drawn.files or list(np.asarray(drawn.images))
     return tuple(Pick(*one) for one in zip(pictures, _names(drawn), strict=True))
 
 

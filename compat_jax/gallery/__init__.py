@@ -5,7 +5,6 @@ from etils import epy
 # Imported when first used: a program that only asks need not load what checks versions.
 with epy.lazy_api_imports(globals()):
     from compat_jax.gallery.checking import check
-    from compat_jax.gallery.comparing import differences
     from compat_jax.gallery.enlarging import enlarge
     from compat_jax.gallery.gallery import Gallery
     from compat_jax.gallery.originals import Work
@@ -13,6 +12,7 @@ with epy.lazy_api_imports(globals()):
     from compat_jax.gallery.rule import Terms
     from compat_jax.gallery.store import Where
     from compat_jax.gallery.verdict import Verdict
+    from compat_jax.spaces import differences
 
 __all__ = [
     "Gallery",

@@ -4,13 +4,13 @@ from compat_jax.chain import Version
 from compat_jax.data.dataset import Dataset
 from compat_jax.data.roles import check_same_classes
 from compat_jax.errors import UserError
-from compat_jax.gallery.comparing import differences
 from compat_jax.gallery.rule import DEFAULT_TERMS, Terms, judge
 from compat_jax.gallery.stages import Asked, measure
 from compat_jax.gallery.verdict import NO_GO, Measured, Verdict
 from compat_jax.retrieval import metric as metrics
 from compat_jax.retrieval.metric import Metric
 from compat_jax.session import Session
+from compat_jax.spaces import differences
 
 
 def check(
@@ -59,9 +59,9 @@ def check(
     Raises:
       UserError: unknown metric, classes that differ, or too few pictures: without labels 2 `terms.k`.
     """
-    session, metric = session or Session(), metrics.get(metric)
+    session, metric, refused = session or Session(), metrics.get(metric), differences(old, new)
     numbers, digests = (old.number, new.number), (old.sha256, new.sha256)
-    if refused := differences(old, new):
+    if refused:
         return Verdict(NO_GO, refused, *numbers, sha256=digests)
     labelled = query.labels is not None and gallery.labels is not None
     if labelled:

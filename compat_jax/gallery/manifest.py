@@ -11,19 +11,11 @@ from typing import Annotated, Any
 
 from compat_jax.chain import Version
 from compat_jax.errors import UserError
-from compat_jax.fields import Rule, check_fields
+from compat_jax.fields import Rule, check_fields, mapping_of
 from compat_jax.gallery.conventions import columns
-from compat_jax.gallery.member import (
-    LEARNT,
-    SHA256,
-    Member,
-    Preprocessing,
-    Text,
-    mapping_of,
-    model_of,
-    order_of,
-)
+from compat_jax.gallery.member import SHA256, Member, Text, model_of
 from compat_jax.simplex import LABEL_ORDERS
+from compat_jax.spaces import LEARNT, Preprocessing, order_of
 
 FORMAT = 1
 # Sanity limits: larger claims are refused before any memory is allocated.

@@ -13,15 +13,10 @@ from compat_jax.fields import Field, Rule, check_types, checked
 from compat_jax.files import first_line
 from compat_jax.gallery import canary
 from compat_jax.gallery.manifest import Manifest
-from compat_jax.gallery.member import (
-    Member,
-    Preprocessing,
-    chain_fingerprint,
-    fingerprint,
-    order_of,
-)
+from compat_jax.gallery.member import Member, chain_fingerprint, fingerprint
 from compat_jax.gallery.originals import Originals, Work
 from compat_jax.gallery.store import EVERY, Rows, Store, Where
+from compat_jax.spaces import Preprocessing, order_of
 
 DEFAULT_WORK = Work()
 _ATTEMPTS = 100  # of a compare and set that others are in the way of

@@ -17,10 +17,10 @@ from compat_jax.data.reading import ON_BAD, block_size, content, digest, in_orde
 from compat_jax.errors import UserError
 from compat_jax.fields import Rule, check_fields
 from compat_jax.files import absolute
-from compat_jax.gallery.member import Preprocessing
 from compat_jax.mesh import make_mesh
 from compat_jax.models import DTYPE_CHOICES, computed_in
 from compat_jax.session import never
+from compat_jax.spaces import Preprocessing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,8 +86,9 @@ class Originals:
         """List pictures with their keys, each once.
 
         Args:
-          pictures: file, folder or pattern, or a list of these; a list of `data.listing.Picture`, whose
-            classes become the payload's "label"; or a mapping {key: picture}.
+          pictures: file, folder or pattern; a list of files and folders; a list of
+            `data.listing.Picture`, whose classes become the payload's "label"; or a mapping
+            {key: picture}.
 
         Raises:
           UserError: nothing there, a path outside the root, or a key that is no text in UTF-8.

@@ -20,11 +20,12 @@ from compat_jax.chain import Version
 from compat_jax.errors import Stopped, UserError
 from compat_jax.fields import Field, Rule, checked
 from compat_jax.gallery.lease import SECONDS, Holder
-from compat_jax.gallery.member import LEARNT, Member
+from compat_jax.gallery.member import Member
 from compat_jax.gallery.opened import Opened, rows_of, select
 from compat_jax.gallery.originals import embed
 from compat_jax.gallery.store import LABEL, Rows, Where, label_text
 from compat_jax.meter import Meter, counted, duration
+from compat_jax.spaces import LEARNT
 
 RANDOM, WORST, BEST = "random", "worst", "best"
 _NAMED = 10

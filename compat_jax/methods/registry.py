@@ -1,20 +1,24 @@
 """Methods by name. Titles, lists and help texts come from here, nowhere else."""
 
+import copyreg
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ParamSpec
 
 from compat_jax.errors import UserError, unknown
 from compat_jax.fields import check_arguments
 from compat_jax.methods.base import Method
 
+P = ParamSpec("P")
 Factory = Callable[..., Method]
 _FACTORIES: dict[str, Factory] = {}
 _TITLES: dict[str, str] = {}
+_MADE: set[Method] = set()  # by these functions; they are pickled by name and numbers
 
 
-def register(title: str, source: str) -> Callable[[Factory], Factory]:
+def register(title: str, source: str) -> Callable[[Callable[P, Method]], Callable[P, Method]]:
     """Register a function that makes a method; its name is the method's.
 
     The function's parameters are the method's own numbers, annotated with `fields.Rule`; they are
@@ -29,19 +33,25 @@ def register(title: str, source: str) -> Callable[[Factory], Factory]:
       UserError: another method has this name.
     """
 
-    def decorate(factory: Factory) -> Factory:
+    def decorate(factory: Callable[P, Method]) -> Callable[P, Method]:
         name = factory.__name__
 
         @functools.cache
         def made(items: tuple[tuple[str, Any], ...]) -> Method:
             arguments = dict(items)
-            method = factory(**arguments)
-            return dataclasses.replace(
+            method = factory(**arguments)  # type: ignore[call-arg]
+            method = dataclasses.replace(
                 method, name=name, arguments=arguments, title=title, source=source
             )
+            _MADE.add(method)
+            return method
+
+        signature = inspect.signature(factory)
 
         @functools.wraps(factory)
-        def make(**arguments: Any) -> Method:
+        def make(*args: P.args, **kwargs: P.kwargs) -> Method:
+            known = {key: value for key, value in kwargs.items() if key in signature.parameters}
+            arguments = signature.bind_partial(*args, **known).arguments | kwargs
             return made(tuple(check_arguments(factory, arguments, f"{name}.").items()))
 
         if name in _FACTORIES:
@@ -84,3 +94,13 @@ def get(name: str, arguments: Mapping[str, Any] | None = None) -> Method:
       UserError: unknown name or argument, or a number out of range.
     """
     return factory(name)(**(arguments or {}))
+
+
+def _reduced(method: Method) -> tuple[Any, ...]:
+    """Pickle a registered method by its name and numbers; another one as its functions allow."""
+    if method in _MADE:
+        return get, (method.name, dict(method.arguments))
+    return method.__reduce_ex__(2)  # type: ignore[return-value]
+
+
+copyreg.pickle(Method, _reduced)

@@ -102,6 +102,29 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def as_features(name: str, given: Any) -> np.ndarray | jax.Array:
+    """Return features as an array: an array of numbers as it is, lists of them as float32.
+
+    Args:
+      name: of the features, for the message.
+      given: as a user gave them.
+
+    Raises:
+      UserError: no numbers, or rows of unequal length.
+    """
+    if isinstance(given, jax.Array) or (
+        isinstance(given, np.ndarray) and given.dtype.kind in "biufV"
+    ):
+        return given
+    try:
+        return np.asarray(given, np.float32)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{name} features must be numbers [rows, size], every row as long, got {given!r:.60}",
+            name,
+        ) from error
+
+
 def check_finite(name: str, features, start: int = 0) -> None:
     """Refuse features with a NaN or an infinity.
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from compat_jax import hosts
 from compat_jax.errors import UserError
-from compat_jax.fields import Rule, check_fields
+from compat_jax.fields import Field, Rule, check_fields, checked
 from compat_jax.models.precision import multiplies_bfloat16
 from compat_jax.retrieval.block_search import (
     can_screen,
@@ -23,6 +23,7 @@ from compat_jax.retrieval.block_search import (
 )
 from compat_jax.retrieval.blocks import (
     Block,
+    as_features,
     check_sizes,
     gallery_blocks,
     place,
@@ -37,6 +38,7 @@ GALLERY_BYTES = 1 << 29
 GALLERY_ROWS, GALLERY_ROWS_ON_CPU = 1 << 18, 1 << 20
 # Of a gallery that is kept between searches, a device: two blocks, as many as streaming holds at once.
 KEPT_BYTES = 2 * GALLERY_BYTES
+_K = Field("k", int, Rule("neighbours of a query"), 10)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +106,7 @@ def search(
 
     Source: `calculate_rank` in `src/iamcl2r/performance_metrics.py`, there faiss.IndexFlatIP.
     """
+    gallery = as_features("gallery", gallery)
     blocks = partial(gallery_blocks, gallery, mesh=mesh)
     return _search(query, gallery, k, blocks=blocks, mesh=mesh, options=options)
 
@@ -126,7 +129,7 @@ class Prepared:
         mesh: Mesh | None = None,
         options: SearchOptions = DEFAULT_OPTIONS,
     ):
-        self._gallery, self._mesh, self._options = gallery, mesh, options
+        self._gallery, self._mesh, self._options = as_features("gallery", gallery), mesh, options
         self._size = 0
         self._kept: list[Block] = []
 
@@ -150,6 +153,7 @@ def _search(
     query, gallery, k: int, *, blocks: Callable[[int], Iterable[Block]], mesh, options
 ) -> tuple[np.ndarray, np.ndarray]:
     """Search the blocks of a gallery; `blocks` returns them, of so many rows each."""
+    query, k = as_features("query", query), neighbours(k)
     _check(query, gallery, k, mesh=mesh)
     query_size, size = _block_sizes(query.shape, len(gallery), k, mesh=mesh, options=options)
     approx_recall, screen = options.approx_recall, options.screen
@@ -212,6 +216,15 @@ def _block_sizes(
         gallery_block = min(most, power_of_two(GALLERY_BYTES // (4 * feature_size) + 1) // 2)
     rows = power_of_two(max(k, min(gallery_block, -(-num_rows // shards))))
     return power_of_two(min(options.query_block, num_queries)), shards * rows
+
+
+def neighbours(k: int) -> int:
+    """Return a number of neighbours as a plain whole number.
+
+    Raises:
+      UserError: anything else.
+    """
+    return checked(_K, k)
 
 
 def _check(query, gallery, k: int, *, mesh: Mesh | None) -> None:

@@ -1,7 +1,7 @@
 """Indexes: the protocol of a gallery of features, our exact one, and one that embeds pictures."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -9,10 +9,12 @@ from jax.sharding import Mesh
 
 from compat_jax.align import Map, needs_old
 from compat_jax.chain import Version
+from compat_jax.data.pictures import Preparation
 from compat_jax.errors import UserError
 from compat_jax.retrieval import exact
-from compat_jax.retrieval.blocks import check_finite, check_sizes
-from compat_jax.retrieval.embedding import embed
+from compat_jax.retrieval.blocks import as_features, check_finite, check_sizes
+from compat_jax.retrieval.embedding import EmbedOptions, check_embedding, embed
+from compat_jax.spaces import differences
 
 _LARGEST_ID, _RANGE = 2**63 - 1, "ids must lie in -2**63..2**63-1"
 
@@ -71,7 +73,7 @@ class ExactIndex:
           UserError: another feature size than the rows before, values that are not finite, or ids
             that are present, repeated or of another length.
         """
-        features = np.asarray(features, np.float32)
+        features = np.asarray(as_features("gallery", features), np.float32)
         check_sizes(features, features if self._features is None else self._features)
         check_finite("gallery", features)
         added = self._next_ids(len(features)) if ids is None else _whole_numbers(ids)
@@ -140,7 +142,10 @@ class Index:
       images: uint8[n, h, w, c] to begin with; None for an empty gallery.
       ids: int[n] of the pictures; 0, 1, … by default.
       engine: holds the features; an `ExactIndex` by default.
-      options: keywords of `embed`: mesh, batch_size, dtype, progress.
+      options: keywords of `embed`: preparation, mesh, batch_size, dtype, progress.
+
+    Raises:
+      UserError: no version, an unknown option, or see `add`.
     """
 
     def __init__(
@@ -150,8 +155,9 @@ class Index:
         ids: npt.ArrayLike | None = None,
         *,
         engine: VectorIndex | None = None,
-        **options: Any,
+        **options: Unpack[EmbedOptions],
     ):
+        check_embedding(version, options)
         self.version, self._options = version, options
         self.engine: VectorIndex = engine if engine is not None else ExactIndex(options.get("mesh"))
         if images is not None:
@@ -181,7 +187,9 @@ class Index:
         """Remove pictures by id."""
         self.engine.remove(ids)
 
-    def search(self, version: Version, images: Any, *, k: int = 10, map: Map | None = None):
+    def search(
+        self, version: Version, images: Any, *, k: int = 10, map: Map | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Embed queries with a version and find their nearest pictures.
 
         Args:
@@ -196,11 +204,13 @@ class Index:
           float32[q, k] scores, largest first, and int64[q, k] ids.
 
         Raises:
-          UserError: versions that cannot be compared, since feature size or K differ; a map between
-            other sizes; or see `embed` and the engine's `search`.
+          UserError: versions that cannot be compared, see `spaces.differences`; a map between other
+            sizes; a k that is no whole number; or see `embed` and the engine's `search`.
         """
+        check_embedding(version, self._options)
+        k = exact.neighbours(k)
         if map is None:
-            check_comparable(version, self.version)
+            check_comparable(version, self.version, self._options.get("preparation"))
             return self.engine.search(embed(version, images, **self._options), k)
         check_map(map, version, self.version)
         old = None
@@ -228,24 +238,25 @@ def check_map(found: Map, query: Version, gallery: Version) -> None:
         )
 
 
-def check_comparable(query: Version, gallery: Version) -> None:
+def check_comparable(
+    query: Version, gallery: Version, preparation: Preparation | None = None
+) -> None:
     """Refuse to compare versions whose features live in different spaces.
 
+    Args:
+      query: version that asks.
+      gallery: version that embedded the gallery.
+      preparation: that the pictures of both get; as their records say by default.
+
     Raises:
-      UserError: another feature size, another simplex, or layers that were never trained.
+      UserError: naming all that differs, see `spaces.differences`.
     """
-    new, old = query.record, gallery.record
-    if query.sha256 != gallery.sha256 and (untrained := query.untrained or gallery.untrained):
-        raise UserError(untrained)
-    if new.feature_size != old.feature_size:
+    if found := differences(gallery, query, preparation):
         raise UserError(
-            f"queries of version {query.number} have features of size {new.feature_size}, the gallery "
-            f"of version {gallery.number} of size {old.feature_size}: they cannot be compared"
-        )
-    if new.head.is_fixed and old.head.is_fixed and new.num_prototypes != old.num_prototypes:
-        raise UserError(
-            f"version {query.number} has num_prototypes={new.num_prototypes}, version "
-            f"{gallery.number} {old.num_prototypes}: they share no simplex"
+            f"queries of version {query.number} cannot be compared with the gallery of version "
+            f"{gallery.number}: {'; '.join(found)}. Embed the gallery with a version that shares the "
+            "queries' space, or fit a map (`align.fit`)",
+            "version",
         )
 
 

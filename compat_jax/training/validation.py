@@ -58,8 +58,8 @@ class Validation:
     def __post_init__(self):
         if self.previous is not None and not self._is_comparable(self.previous.record):
             self.previous = None
-        self.rows = np.flatnonzero(self.data.labels < self.task.num_seen)
-        self.labels = self.data.labels[self.rows]
+        self.rows = np.flatnonzero(self.data.need_labels() < self.task.num_seen)
+        self.labels: Any = self.data.need_labels()[self.rows]
 
     def _is_comparable(self, record):
         """Return whether queries of the task can search a gallery of a version."""
