@@ -206,7 +206,7 @@ def _is_of_a_library(function):
 
 
 def _of_code(code, text=None):
-    """What a compiled function computes, whatever its `text` says, and where it stands in its file."""
+    """List what decides what a compiled function computes: not its `text`, nor its place in a file."""
     parts: list[Any] = [code.co_code, code.co_names, code.co_varnames]
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -223,7 +223,7 @@ def _names(code):
 
 
 def _is_content(value):
-    """Whether a value of a module is content that stays: no object that may change while it is used."""
+    """Tell whether a value of a module is content that stays, no object that changes as it is used."""
     if isinstance(value, Mapping):
         return all(_is_content(part) for part in (*value.keys(), *value.values()))
     if isinstance(value, list | tuple | set | frozenset):

@@ -404,7 +404,7 @@ def chain(version, tmp_path_factory):
 
 
 def said_by_embed(chain, pictures, out, *more):
-    """What the command prints."""
+    """Run the command; return what it prints."""
     given = (f"--chain={chain.path}", f"--pictures={pictures}", f"--out={out}", "--noprogress")
     code, said, err = tiny.call("embed", *given, *more)
     assert (code, err) == (0, ""), err

@@ -72,18 +72,20 @@ RESULT = Evaluation(
     ((3, 1),),
 )
 FINE = Evaluation("map", np.array([[0.4, 0], [0.45, 0.5]]), ("0", "1"), (False, False))
+TABLE = (
+    "d-Simplex-HOC: identification %, rows = query version, columns = gallery version "
+    "(* model replaced, x not compatible)\n"
+    "             0       1       2       3\n"
+    "   0    50.00 \n"
+    "   1    55.00   60.00 \n"
+    "   2    50.00x  61.00   70.00 \n"
+    "   3*   10.00x   0.00x  12.30x  80.00 \n"
+    "AC 0.33   AA 44.83\n"
+)
 
 
 def test_the_table_marks_replacements_and_incompatible_pairs():
-    assert report.table({"hoc": RESULT, "mine": FINE}) == (
-        "d-Simplex-HOC: identification %, rows = query version, columns = gallery version "
-        "(* model replaced, x not compatible)\n"
-        "             0       1       2       3\n"
-        "   0    50.00 \n"
-        "   1    55.00   60.00 \n"
-        "   2    50.00x  61.00   70.00 \n"
-        "   3*   10.00x   0.00x  12.30x  80.00 \n"
-        "AC 0.33   AA 44.83\n"
+    assert report.table({"hoc": RESULT, "mine": FINE}) == TABLE + (
         "\n"
         "mine: map %, rows = query version, columns = gallery version "
         "(* model replaced, x not compatible)\n"
@@ -96,15 +98,7 @@ def test_the_table_marks_replacements_and_incompatible_pairs():
 
 def test_a_result_prints_its_matrix_what_it_means_and_what_a_replacement_did():
     result = dataclasses.replace(RESULT, method="hoc", notes=("3 of 4 are noted.",))
-    assert str(result) == (
-        "d-Simplex-HOC: identification %, rows = query version, columns = gallery version "
-        "(* model replaced, x not compatible)\n"
-        "             0       1       2       3\n"
-        "   0    50.00 \n"
-        "   1    55.00   60.00 \n"
-        "   2    50.00x  61.00   70.00 \n"
-        "   3*   10.00x   0.00x  12.30x  80.00 \n"
-        "AC 0.33   AA 44.83\n"
+    assert str(result) == TABLE + (
         "3 of 4 are noted.\n"
         "AC: in 2 of 6 pairs, queries of the newer version do better on the older version's gallery "
         "than the older version itself. AA: mean of all cells.\n"

@@ -17,12 +17,12 @@ PICTURES = tiny.dataset(classes=2, per_class=3).images
 
 
 def embedded(version):
-    """What a version embeds; in the other process, this module is imported and with it the backbone."""
+    """Embed; in the other process, this module is imported and with it the backbone."""
     return version.embed(PICTURES)
 
 
 def used(index, run):
-    """What an index answers, and which method a run has."""
+    """Return the answers of an index, and the method of a run."""
     return index.search(index.version, PICTURES, k=2), run.method is methods.hoc(mu=3.0)
 
 

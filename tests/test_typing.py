@@ -87,7 +87,7 @@ WRONG = {
 
 
 def reported(folder, text):
-    """What mypy says of a program outside of the clone: {number of the line: messages}."""
+    """Ask mypy about a program outside of the clone: {number of the line: messages}."""
     (folder / "program.py").write_text(text)
     (folder / "mypy.ini").write_text("[mypy]\nstrict = True\nfollow_imports = silent\n")
     # Its cache serves later runs of the test.

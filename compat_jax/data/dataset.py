@@ -88,7 +88,7 @@ class Dataset:
             check_once(self.class_names)
             numbers = _whole_numbers(self.labels)
             named = len(self.class_names)
-            _check_range(numbers, named, f"but there are {named} class names")
+            check_range(numbers, named, f"but there are {named} class names")
             object.__setattr__(self, "labels", numbers.astype(np.int32))
             self._check_complete()
         elif self.class_names:
@@ -268,7 +268,7 @@ def from_arrays(
         remedy = (
             "but must number classes 0, 1, … without a gap, as np.unique(…, return_inverse=True)"
         )
-        _check_range(numbers, len(numbers), remedy)
+        check_range(numbers, len(numbers), remedy)
         class_names = [str(c) for c in range(max(map(int, numbers), default=-1) + 1)]
     return Dataset(_array(images), numbers, tuple(class_names))
 
@@ -298,7 +298,17 @@ def _whole_numbers(labels):
     return numbers
 
 
-def _check_range(numbers, count, reason):
-    """Refuse labels outside of 0..count-1, before they are cast or counted."""
+def check_range(numbers: np.ndarray, count: int, reason: str, argument: str | None = None) -> None:
+    """Refuse labels outside of 0..count-1, before they are cast or counted.
+
+    Args:
+      numbers: whole numbers of any type, [n].
+      count: of classes.
+      reason: ends the message.
+      argument: see `UserError`.
+
+    Raises:
+      UserError: a label that lies outside.
+    """
     if len(numbers) and not 0 <= numbers.min() <= numbers.max() < count:
-        raise UserError(f"labels run from {numbers.min()} to {numbers.max()}, {reason}")
+        raise UserError(f"labels run from {numbers.min()} to {numbers.max()}, {reason}", argument)

@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
+from compat_jax.data.dataset import check_range
 from compat_jax.errors import UserError
 from compat_jax.retrieval.blocks import check_finite
 
@@ -84,8 +85,7 @@ def check_rows(labels: np.ndarray, count: int, rows: str, argument: str | None =
             f"{labels.dtype}",
             "labels",
         )
-    if labels.min() < 0 or labels.max() >= count:
-        raise UserError(f"labels run from {labels.min()} to {labels.max()}, but {rows}", argument)
+    check_range(labels, count, f"but {rows}", argument)
 
 
 def _kind(name: str, labels: np.ndarray) -> str:
