@@ -50,8 +50,8 @@ def test_a_version_that_has_embedded_embeds_to_the_same_bits_elsewhere(version, 
 
 def test_an_index_and_a_run_go_along(version, other_process):
     index, run = cj.Index(version, PICTURES), tiny.run(methods.hoc(mu=3.0))
-    (scores, rows), is_own = other_process(used, index, run)
     want = index.search(version, PICTURES, k=2)
+    (scores, rows), is_own = other_process(used, index, run)
     np.testing.assert_array_equal(scores, want[0])
     np.testing.assert_array_equal(rows, want[1])
     assert is_own

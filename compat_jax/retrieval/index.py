@@ -42,6 +42,9 @@ class VectorIndex(Protocol):
 class ExactIndex:
     """A `VectorIndex` in memory that compares with every row; see `exact.search`.
 
+    The first search after a change places the rows on the devices, where they stay for the next ones
+    (see `exact.Prepared`).
+
     Args:
       mesh: devices to spread the search over; one by default.
       options: of `exact.search`.
@@ -53,6 +56,10 @@ class ExactIndex:
         self._mesh, self._options = mesh, options
         self._features: np.ndarray | None = None
         self._ids = np.zeros(0, np.int64)
+        self._placed: exact.Prepared | None = None  # all rows, for searches until one changes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_placed": None}
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -66,7 +73,7 @@ class ExactIndex:
         """Append features.
 
         Args:
-          features: float[n, d]; float32 is kept without a copy.
+          features: float[n, d]; float32 is kept without a copy, and must not change afterwards.
           ids: int[n], none of them present; they count on from the largest by default.
 
         Raises:
@@ -89,6 +96,7 @@ class ExactIndex:
         self._ids = np.concatenate([self._ids, added])
         old = [] if self._features is None else [self._features]
         self._features = np.concatenate([*old, features]) if old else features
+        self._placed = None
 
     def _next_ids(self, count):
         first = int(self._ids.max(initial=-1)) + 1
@@ -109,6 +117,7 @@ class ExactIndex:
         if self._features is not None:
             keep = ~np.isin(self._ids, gone)
             self._features, self._ids = self._features[keep], self._ids[keep]
+            self._placed = None
 
     def search(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the k rows of largest inner product with each query, largest first.
@@ -125,9 +134,9 @@ class ExactIndex:
         """
         if self._features is None or not len(self):
             raise UserError("the index is empty: add features first")
-        scores, rows = exact.search(
-            query, self._features, k, mesh=self._mesh, options=self._options
-        )
+        if self._placed is None:
+            self._placed = exact.Prepared(self._features, mesh=self._mesh, options=self._options)
+        scores, rows = self._placed.search(query, k)
         return scores, self._ids[rows]
 
 

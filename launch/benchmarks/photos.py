@@ -78,32 +78,32 @@ def features(context: Context) -> Iterator[Result]:
 def latency(context: Context) -> Iterator[Result]:
     """Measure the time from the path of one picture to its feature, and of a decoded picture."""
     photos = context.sizes.photos
-    variants = [v for v in context.photo_variants if v == "eager"]
     with tempfile.TemporaryDirectory() as folder:
         path = pictures.draw(Path(folder), 1)[0]
         for backbone, size in photos.latency:
             sizes = context.sizes.of_photos(backbone, size)
             frozen = work.version(sizes, _PER_CLASS)
             preparation = Preparation(sizes.image)
+            from_file = {
+                "from the file, float32": _extraction(frozen, path, preparation=preparation)
+            }
             decoded = preparation(path)
             sides = {
-                "jax, from the file": _extraction(frozen, path, preparation=preparation),
-                "jax, decoded": _extraction(frozen, decoded, preparation=preparation),
+                f"jax {dtype}": _extraction(frozen, decoded, dtype=dtype)
+                for dtype in context.photo_dtypes
             }
             settings = _settings(sizes, path=path)
+            variants = context.photo_variants
             with torch_sides(context, "latency", "picture", variants=variants, **settings) as torch:
-                timings = alternate({**sides, **torch[0]}, photos.lookups, 3)
-            eager = timings.get("torch eager")
+                timings = alternate({**from_file, **sides, **torch[0]}, photos.lookups, 3)
             for name, timing in timings.items():
-                both = name == "jax, decoded" and eager is not None
                 yield Result.of(
                     "latency",
                     f"{name}, {sizes.backbone}, {sizes.image} px",
                     timing,
                     value=1e3 * timing.median,
                     unit="ms",
-                    ratio=timing.median / eager.median if both else None,
-                    note="ratio to torch eager" if both else "",
+                    **beside_torch("picture", name, timings),
                 )
             yield from torch[1]
 
@@ -127,35 +127,30 @@ def _what(name, sizes):
 
 
 def beside_torch(measure: str, name: str, timings: Mapping[str, Timing]) -> dict[str, Any]:
-    """Return the ratio to PyTorch, the goal and the note of a side of "step" or "features".
+    """Return the ratio to PyTorch, the goal and the note of a side of a measure.
 
-    A step is judged by eager PyTorch; features by its fastest variant, of ours the fastest dtype. The
-    goals are for the CPU.
+    All are judged by PyTorch's fastest variant, of ours the fastest dtype. The goals are for the CPU.
 
     Args:
-      measure: "step" or "features".
+      measure: "step" or "picture", judged by their time, or "features", by their rate.
       name: of the side.
-      timings: of all sides.
+      timings: of all sides; those of ours begin with "jax", of PyTorch's with "torch".
 
     Returns:
       Fields of `Result`: none for PyTorch's own sides, or where there is none to compare with.
     """
     ours = [side for side in timings if side.startswith("jax")]
     eager, best, own = timings.get("torch eager"), best_reference(timings), timings[name].median
-    fields: dict[str, Any] = {}
     if name not in ours or best is None:
-        return fields
-    if measure == "features":
-        ratio = best.median / own
-        goal, met = "at least 1.0 of the fastest variant of torch", ratio >= 1.0
-        fastest = name == min(ours, key=lambda side: timings[side].median)
-        fields = {"ratio": ratio, **({"goal": goal, "met": met} if fastest else {})}
-    else:
-        fields["note"] = f"{own / best.median:.2f} of the time of the fastest variant of torch"
-        if eager is not None:
-            ratio = own / eager.median
-            goal, met = "at most 1.0 of torch eager", ratio <= 1.0
-            fields |= {"ratio": ratio, "goal": goal, "met": met}
-    if on_accelerator():
-        fields = {field: fields[field] for field in fields if field not in ("goal", "met")}
+        return {}
+    by_rate = measure == "features"
+    ratio = best.median / own if by_rate else own / best.median
+    fields: dict[str, Any] = {"ratio": ratio}
+    if eager is not None:
+        beside, what = (eager.median / own, "rate") if by_rate else (own / eager.median, "time")
+        fields["note"] = f"{beside:.2f} of the {what} of torch eager"
+    if name == min(ours, key=lambda side: timings[side].median) and not on_accelerator():
+        limit = "at least" if by_rate else "at most"
+        fields["goal"] = f"{limit} 1.0 of the fastest variant of torch"
+        fields["met"] = ratio >= 1.0 if by_rate else ratio <= 1.0
     return fields

@@ -9,6 +9,7 @@ import numpy as np
 
 from compat_jax import Session, Version, embed, evaluation
 from compat_jax.retrieval import SearchOptions, search
+from compat_jax.retrieval.exact import Prepared
 from launch.benchmarks import work
 from launch.benchmarks.flops import forward_flops
 from launch.benchmarks.sides import Context, best_reference, on_accelerator, reference_sides
@@ -128,44 +129,60 @@ def evaluate(context: Context) -> Iterator[Result]:
 
 
 def nearest(context: Context) -> Iterator[Result]:
-    """Measure exact search, beside FAISS on the same cores."""
+    """Measure exact search, beside FAISS on the same cores; both hold the gallery already."""
     queries, for_faiss, rows, size, k = context.sizes.search
     rng = np.random.default_rng(0)
     gallery = rng.standard_normal((rows, size), np.float32)
     query = rng.standard_normal((queries, size), np.float32)
-    search(query[:256], gallery, k)  # compiles
-    sides = {f"jax, {queries} queries": lambda: _seconds(lambda: search(query, gallery, k))}
+    placed = Prepared(gallery)
+    full = rows > 10**5
+    yield from _beside_faiss(context, placed, query, for_faiss=for_faiss, repeats=1 if full else 2)
+    for few in context.sizes.few_queries:
+        yield from _beside_faiss(
+            context, placed, query[:few], for_faiss=few, repeats=context.sizes.repeats
+        )
+    if on_accelerator():
+        yield _approximate(query, gallery, k)
+
+
+def _beside_faiss(context, placed, query, *, for_faiss: int, repeats: int):
+    """Measure searches of one number of queries, FAISS's with a number of its own."""
+    _, _, rows, size, k = context.sizes.search
+    placed.search(query[:256], k)  # compiles
+    ours = f"jax, {_queries(len(query))}"
+    theirs = f"FAISS IndexFlatIP, {_queries(for_faiss)}"
+    counts = {ours: len(query), theirs: for_faiss}
+    sides = {ours: lambda: _seconds(lambda: placed.search(query, k))}
     refused = None
     try:
-        name = f"FAISS IndexFlatIP, {for_faiss} queries"
-        sides[name] = context.worker.prepare(
+        sides[theirs] = context.worker.prepare(
             "search", "search", queries=for_faiss, rows=rows, size=size, k=k, seed=0
         )
     except Unavailable as error:
-        refused = Result.not_run("search", "FAISS", error)
-    timings = alternate(sides, 1 if context.sizes.search[2] > 10**5 else 2, 0)
+        refused = Result.not_run("search", theirs, error)
+    timings = alternate(sides, repeats, 0)
     context.worker.forget("search")
-    ours, theirs = [*timings.values(), None][:2]
+    a_query = {name: timing.median / counts[name] for name, timing in timings.items()}
     for name, timing in timings.items():
-        count = queries if timing is ours else for_faiss
-        ratio = None
-        if timing is ours and theirs is not None:
-            ratio = (ours.median / queries) / (theirs.median / for_faiss)
+        judged = name == ours and theirs in a_query
+        ratio = a_query[ours] / a_query[theirs] if judged else None
         yield Result.of(
             "search",
             name,
             timing,
-            value=1e3 * timing.median / count,
+            value=1e3 * a_query[name],
             unit="ms/query",
-            flops=2.0 * count * rows * size / timing.median,
+            flops=2.0 * rows * size / a_query[name],
             ratio=ratio,
             goal=None if ratio is None else "at most 0.5 of FAISS",
             met=None if ratio is None else ratio <= 0.5,
         )
     if refused is not None:
         yield refused
-    if on_accelerator():
-        yield _approximate(query, gallery, k)
+
+
+def _queries(count: int) -> str:
+    return "1 query" if count == 1 else f"{count} queries"
 
 
 def _seconds(function):

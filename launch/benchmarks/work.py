@@ -100,6 +100,7 @@ class Sizes:
       versions: versions of `evaluation`.
       evaluated: (query images, gallery images) of `evaluation`.
       search: (queries, queries for FAISS, gallery rows, size, k) of `search`.
+      few_queries: numbers of queries that `search` is measured with besides.
       large_k: numbers of prototypes of `large_k`.
       scaling: sizes of `scaling`.
       streaming: (images, bytes for images on the device, steps) of `streaming`.
@@ -120,6 +121,7 @@ class Sizes:
     versions: int = 31
     evaluated: tuple[int, int] = (1000, 200)
     search: tuple[int, int, int, int, int] = (10_000, 1000, 1_000_000, 128, 10)
+    few_queries: tuple[int, ...] = (100, 1)
     large_k: tuple[int, ...] = (1000, 10_000, 100_000, 1_000_000)
     scaling: GrowthSizes = GrowthSizes()
     streaming: tuple[int, int, int] = (8000, 1 << 23, 24)
@@ -160,6 +162,7 @@ TINY = Sizes(
     versions=3,
     evaluated=(8, 4),
     search=(4, 4, 300, 8, 3),
+    few_queries=(2, 1),
     large_k=(10, 100, 1000),
     scaling=GrowthSizes(
         trained=("resnet_small", 8, 3), images=(8, 2), classes=(2, 200), gallery=(50, 8, 4, 3)
