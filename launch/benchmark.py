@@ -79,7 +79,9 @@ flags.DEFINE_list(
     "variants of PyTorch: eager, compile, channels_last, bf16, channels_last_bf16, best (compiled, "
     "channels last, bf16); by default those that each measure is judged by",
 )
-flags.DEFINE_string("backbone", None, "of photo_step and photo_features; by default resnet50")
+flags.DEFINE_string(
+    "backbone", None, "of photo_step and photo_features; by default resnet50 and vit_s16"
+)
 flags.DEFINE_integer(
     "size",
     None,
@@ -127,7 +129,9 @@ def main(_) -> None:
         cli.check_choice("dtype", dtype, sorted(models.DTYPES))
     if args.backbone is not None and ":" not in args.backbone:
         cli.check_choice("backbone", args.backbone, models.registered())
-    photo = {"backbone": args.backbone, "image": args.size, "batch": args.batch}
+    photo = {"image": args.size, "batch": args.batch}
+    if args.backbone is not None:
+        photo["backbones"] = (args.backbone,)
     photo["rows"] = args.gallery_rows
     if args.part:
         _part(args.part, benchmarks.sizes(args.sizes, **photo))

@@ -78,7 +78,7 @@ def small_photos():
     """Sizes of real pictures for a network that compiles quickly."""
     photos = dataclasses.replace(
         work.TINY.photos,
-        backbone="one_conv",
+        backbones=("one_conv",),
         image=8,
         trained=("one_conv", 40, 1),
         read=("one_conv", 3, 2),
@@ -167,7 +167,7 @@ def test_peak_memory_is_that_of_a_program_of_its_own():
 def test_torch_is_measured_without_the_reference():
     pytest.importorskip("torchvision")
     only, variants = ("photos", "latency"), ("eager", "channels_last_bf16")
-    sizes = {"backbone": "resnet18", "image": 32, "latency": (("resnet18", None),)}
+    sizes = {"backbones": ("resnet18",), "image": 32, "latency": (("resnet18", None),)}
     results = list(benchmarks.measure(only, sizes_name="tiny", variants=variants, photo=sizes))
     assert all(r.value > 0 for r in results)
     theirs = [(r.measure, r.what.split(",")[0]) for r in results if r.what.startswith("torch")]
@@ -186,7 +186,7 @@ def test_torch_is_measured_without_the_reference():
 @pytest.mark.torch
 def test_a_network_that_torch_lacks_is_one_line():
     pytest.importorskip("torchvision")
-    sizes = {"backbone": "flat:Flat", "image": 8}
+    sizes = {"backbones": ("flat:Flat",), "image": 8}
     *_, last = benchmarks.measure(
         ["photo_step"], sizes_name="tiny", variants=["eager"], photo=sizes
     )

@@ -29,7 +29,9 @@ def measured(names=MEASURED, sizes=None, more=()):
         for name, (what, value, unit) in MEASURED.items()
         if name in names
     ]
-    lines = [*lines, *more, Result.not_run("step", "torch eager", "no clone")]
+    what = "jax bfloat16, vit_s16, 224 px, batch 8"
+    vit = Result(measure="photo_step", what=what, value=1.0, unit="ms")
+    lines = [*lines, vit, *more, Result.not_run("step", "torch eager", "no clone")]
     parts = {"command": "c", "matmul": {}, "sizes": sizes or work.Sizes()}
     return json.loads(json.dumps(table.content(lines, machine=MACHINE, **parts)))
 

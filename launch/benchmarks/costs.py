@@ -185,7 +185,7 @@ def _measured(path, content):
     return Machine(name, command), _rates(content["results"], content["sizes"])
 
 
-# By measure: the program, and where its sizes stand.
+# By measure: the program, and whether the line names its backbone and image size.
 _MEASURES = {
     "step": ("training step", False),
     "features": ("features", False),
@@ -201,13 +201,20 @@ def _rates(results, sizes) -> Iterator[tuple[Work, Rate]]:
             continue
         program, is_photo = _MEASURES[line["measure"]]
         of = sizes["photos"] if is_photo else sizes
+        backbone, image = _network(line["what"]) if is_photo else (of["backbone"], of["image"])
         if program == "features":
             batch = of["batch"] if is_photo else of["feature_batch"]
             seconds = 1 / line["value"]
         else:
             batch = of["batch"]
             seconds = line["value"] / 1e3 / batch
-        yield Work(program, of["backbone"], of["image"]), Rate(seconds, dtype, batch)
+        yield Work(program, backbone, image), Rate(seconds, dtype, batch)
+
+
+def _network(what: str) -> tuple[str, int]:
+    """Return backbone and pixels of a line such as "jax float32, resnet50, 224 px, batch 8"."""
+    _, backbone, pixels, _ = what.split(", ")
+    return backbone, int(pixels.removesuffix(" px"))
 
 
 def table(found: Sequence[Machine]) -> str:

@@ -16,8 +16,12 @@ _PER_CLASS = 4  # random images: a batch is all that a step reads
 
 
 def step(context: Context) -> Iterator[Result]:
-    """Measure a step of HOC, beside PyTorch in all its variants."""
-    sizes = context.sizes.of_photos()
+    """Measure a step of HOC of each backbone, beside PyTorch in all its variants."""
+    for backbone in context.sizes.photos.backbones:
+        yield from _step(context, context.sizes.of_photos(backbone))
+
+
+def _step(context, sizes):
     sides, forward = {}, []
     for dtype in context.photo_dtypes:
         one = work.Training.create(sizes, dtype, per_class=_PER_CLASS)
@@ -45,8 +49,12 @@ def step(context: Context) -> Iterator[Result]:
 
 
 def features(context: Context) -> Iterator[Result]:
-    """Measure the images per second of a frozen version, beside PyTorch in all its variants."""
-    sizes = context.sizes.of_photos()
+    """Measure the images per second of frozen versions, beside PyTorch in all its variants."""
+    for backbone in context.sizes.photos.backbones:
+        yield from _features(context, context.sizes.of_photos(backbone))
+
+
+def _features(context, sizes):
     # Whole batches, because those are what PyTorch's side computes.
     count = max(sizes.photos.features // sizes.batch, 1) * sizes.batch
     images = work.dataset(1, count, sizes.image).images

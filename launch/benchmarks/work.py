@@ -19,7 +19,7 @@ class PhotoSizes:
     """Sizes of the measures of real pictures; the defaults are for two CPU cores.
 
     Attributes:
-      backbone: name of the backbone of `photo_step` and `photo_features`.
+      backbones: names of those of `photo_step` and `photo_features`; the first is also that of `cores`.
       image: height and width of the pictures, in pixels.
       batch: pictures in a batch.
       repeats: repetitions of most measures.
@@ -31,7 +31,7 @@ class PhotoSizes:
       lookups: repetitions of `latency`.
     """
 
-    backbone: str = "resnet50"
+    backbones: tuple[str, ...] = ("resnet50", "vit_s16")
     image: int = 224
     batch: int = 8
     repeats: int = 5
@@ -39,7 +39,11 @@ class PhotoSizes:
     files: int = 300
     trained: tuple[str, int, int] = ("resnet18", 100, 3)
     read: tuple[str, int, int] = ("resnet50", 5000, 64)
-    latency: tuple[tuple[str, int | None], ...] = (("resnet50", None), ("resnet18", 96))
+    latency: tuple[tuple[str, int | None], ...] = (
+        ("resnet50", None),
+        ("vit_s16", None),
+        ("resnet18", 96),
+    )
     lookups: int = 20
 
 
@@ -130,10 +134,10 @@ class Sizes:
     gallery: GallerySizes = GallerySizes()
 
     def of_photos(self, backbone: str = "", image: int | None = None) -> "Sizes":
-        """Return the sizes with the backbone, image size and batch of `photos`, or those given."""
+        """Return the sizes with the first backbone, image size and batch of `photos`, or those given."""
         return dataclasses.replace(
             self,
-            backbone=backbone or self.photos.backbone,
+            backbone=backbone or self.photos.backbones[0],
             image=image or self.photos.image,
             batch=self.photos.batch,
         )
@@ -170,7 +174,7 @@ TINY = Sizes(
     streaming=(64, 1 << 12, 4),
     protocol=(1, 4, 100),
     photos=PhotoSizes(
-        backbone="resnet_small",
+        backbones=("resnet_small",),
         image=16,
         repeats=2,
         files=6,
