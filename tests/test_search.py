@@ -230,6 +230,49 @@ def test_a_prepared_gallery_is_placed_once_unless_it_is_too_large(monkeypatch):
     assert placed == 9 * [2048]
 
 
+@pytest.fixture
+def screenings(monkeypatch):
+    """Record of each compiled call whether it screened, as on a CPU that multiplies in bfloat16."""
+    calls = []
+
+    def recorded(*args, coarse, **settings):
+        calls.append(coarse is not None)
+        return search_block(*args, coarse=coarse, **settings)
+
+    monkeypatch.setattr(exact, "multiplies_bfloat16", lambda _: True)
+    monkeypatch.setattr(exact, "search_block", recorded)
+    return calls
+
+
+def test_a_prepared_gallery_rounds_its_rows_once(screenings, monkeypatch):
+    query, gallery = random_features(40, 32, 0), random_features(8192, 32, 1)
+    rounded = []
+    monkeypatch.setattr(exact, "round_rows", lambda rows: rounded.append(rows) or round_rows(rows))
+    options = small(gallery_block=4096)
+    prepared = exact.Prepared(gallery, options=options)
+    for count, is_screened in ((1, True), (2, False), (40, True), (1, True)):
+        expected = search(query[:count], gallery, 5, options=options)
+        assert screenings == [False, False]  # a search of its own would round for each of these few
+        screenings.clear()
+        for found, wanted in zip(prepared.search(query[:count], 5), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+        assert screenings == 2 * [is_screened]
+        screenings.clear()
+    assert len(rounded) == 2
+
+
+def test_a_gallery_that_screening_never_settles_is_screened_no_more(screenings):
+    query = random_features(20, 32, 0)
+    gallery = random_features(1, 32, 2) + 1e-4 * random_features(4096, 32, 1)
+    options = small(gallery_block=4096)
+    prepared = exact.Prepared(gallery, options=options)
+    for one in query:
+        expected = search(one[None], gallery, 5, options=options)
+        for found, wanted in zip(prepared.search(one[None], 5), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+    assert screenings[1::2] == 8 * [True] + 12 * [False]
+
+
 def test_approximate_search_reaches_its_recall():
     query, gallery = random_features(64, 16, 0), random_features(5000, 16, 1)
     scores, rows = search(query, gallery, 10, options=small(approx_recall=0.9))

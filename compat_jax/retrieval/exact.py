@@ -1,7 +1,7 @@
 """Exact nearest neighbours by inner product, in blocks and over any number of devices."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Annotated
 
@@ -15,6 +15,7 @@ from compat_jax.errors import UserError
 from compat_jax.fields import Field, Rule, check_fields, checked
 from compat_jax.models.precision import multiplies_bfloat16
 from compat_jax.retrieval.block_search import (
+    Rounded,
     can_screen,
     no_neighbours,
     platform,
@@ -38,6 +39,11 @@ GALLERY_BYTES = 1 << 29
 GALLERY_ROWS, GALLERY_ROWS_ON_CPU = 1 << 18, 1 << 20
 # Of a gallery that is kept between searches, a device: two blocks, as many as streaming holds at once.
 KEPT_BYTES = 2 * GALLERY_BYTES
+# Once rounded rows are kept, screening is faster for a single query, and for so many; for a few XLA:CPU
+# multiplies in bfloat16 too slowly (1,000,000 rows of 128 numbers, jax 0.12).
+_SCREENED_QUERIES = 32
+# Searches in a row whose screening proves nothing, after which a kept gallery is screened no more.
+_VAIN = 8
 _K = Field("k", int, Rule("neighbours of a query"), 10)
 
 
@@ -49,7 +55,8 @@ class SearchOptions:
       approx_recall: None for the exact answer, or the recall in (0, 1) that `jax.lax.approx_max_k`
         aims at. Faster on TPU only; elsewhere JAX computes the exact answer.
       screen: screen in bfloat16 before scoring in float32. None screens on CPUs that multiply in
-        bfloat16, given enough queries and rows. The answer is the same either way.
+        bfloat16, given enough rows and a number of queries for which it is faster. The answer is the
+        same either way.
       query_block: queries of one compiled call, rounded up to a power of two.
       gallery_block: gallery rows per device of one compiled call, rounded up to a power of two; None
         for as many as take 512 MB. The largest arrays are the two blocks and, on accelerators, their
@@ -106,15 +113,41 @@ def search(
 
     Source: `calculate_rank` in `src/iamcl2r/performance_metrics.py`, there faiss.IndexFlatIP.
     """
-    gallery = as_features("gallery", gallery)
-    blocks = partial(gallery_blocks, gallery, mesh=mesh)
-    return _search(query, gallery, k, blocks=blocks, mesh=mesh, options=options)
+    return _search(query, _Rows(as_features("gallery", gallery), mesh), k, options=options)
+
+
+class _Rows:
+    """A gallery as a search reads it: in blocks that each search places anew.
+
+    Args:
+      gallery: float[n, d], on the host or on the device.
+      mesh: see `search`.
+    """
+
+    def __init__(self, gallery: np.ndarray | jax.Array, mesh: Mesh | None):
+        self.gallery, self.mesh = gallery, mesh
+
+    def blocks(self, size: int) -> Iterable[Block]:
+        """Return the blocks, of `size` rows over all devices."""
+        return gallery_blocks(self.gallery, size, self.mesh)
+
+    def rounded(self, block: Block) -> Rounded:
+        """Return the rows of a block for screening."""
+        return round_rows(block.rows)
+
+    def is_faster_screened(self, num_queries: int, size: int) -> bool:
+        """Return whether screening pays for so many queries in blocks of `size` rows, on a CPU."""
+        return num_queries >= QUERY_BLOCK
+
+    def screened(self, certain: bool) -> None:
+        """Hear whether the screening of a search proved something in its first block."""
 
 
 class Prepared:
     """A gallery for many searches: its rows are checked, padded and placed on the devices once.
 
-    Blocks of more than `KEPT_BYTES` a device are not kept, but streamed again by each search.
+    Where a search screens, the rows rounded to bfloat16 are kept as well, half as large. Blocks of more
+    than `KEPT_BYTES` a device are not kept, but streamed again by each search.
 
     Args:
       gallery: float[n, d], on the host or on the device; must not change afterwards.
@@ -129,30 +162,57 @@ class Prepared:
         mesh: Mesh | None = None,
         options: SearchOptions = DEFAULT_OPTIONS,
     ):
-        self._gallery, self._mesh, self._options = as_features("gallery", gallery), mesh, options
-        self._size = 0
-        self._kept: list[Block] = []
+        self._rows = _KeptRows(as_features("gallery", gallery), mesh)
+        self._options = options
 
     def search(self, query: np.ndarray | jax.Array, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return what `search` returns for this gallery, to the bit; see there."""
-        gallery, options = self._gallery, self._options
-        return _search(query, gallery, k, blocks=self._blocks, mesh=self._mesh, options=options)
+        return _search(query, self._rows, k, options=self._options)
 
-    def _blocks(self, size: int) -> Iterable[Block]:
-        num_rows, feature_size = self._gallery.shape
-        shards = 1 if self._mesh is None else self._mesh.shape["data"]
-        if 4 * feature_size * size * -(-num_rows // size) > KEPT_BYTES * shards:
-            return gallery_blocks(self._gallery, size, self._mesh)
+
+class _KeptRows(_Rows):
+    """A gallery whose blocks stay on the devices, unless they are too large."""
+
+    def __init__(self, gallery: np.ndarray | jax.Array, mesh: Mesh | None):
+        super().__init__(gallery, mesh)
+        self._size = 0
+        self._kept: list[Block] = []
+        self._rounded: dict[int, Rounded] = {}
+        self._vain = 0
+
+    def blocks(self, size: int) -> Iterable[Block]:
+        if not self._fits(size):
+            return super().blocks(size)
         if size != self._size:  # a k above a block's rows needs larger ones
-            self._kept = list(gallery_blocks(self._gallery, size, self._mesh))
+            self._kept, self._rounded = list(super().blocks(size)), {}
             self._size = size
         return self._kept
 
+    def rounded(self, block: Block) -> Rounded:
+        if len(block.rows) != self._size:
+            return super().rounded(block)
+        first = int(block.first)
+        if first not in self._rounded:
+            self._rounded[first] = super().rounded(block)
+        return self._rounded[first]
 
-def _search(
-    query, gallery, k: int, *, blocks: Callable[[int], Iterable[Block]], mesh, options
-) -> tuple[np.ndarray, np.ndarray]:
-    """Search the blocks of a gallery; `blocks` returns them, of so many rows each."""
+    def is_faster_screened(self, num_queries: int, size: int) -> bool:
+        if not self._fits(size):
+            return super().is_faster_screened(num_queries, size)
+        return self._vain < _VAIN and (num_queries == 1 or num_queries >= _SCREENED_QUERIES)
+
+    def screened(self, certain: bool) -> None:
+        self._vain = 0 if certain else self._vain + 1
+
+    def _fits(self, size):
+        num_rows, feature_size = self.gallery.shape
+        shards = 1 if self.mesh is None else self.mesh.shape["data"]
+        return 4 * feature_size * size * -(-num_rows // size) <= KEPT_BYTES * shards
+
+
+def _search(query, rows: _Rows, k: int, *, options) -> tuple[np.ndarray, np.ndarray]:
+    """Search the blocks of a gallery."""
+    gallery, mesh = rows.gallery, rows.mesh
     query, k = as_features("query", query), neighbours(k)
     _check(query, gallery, k, mesh=mesh)
     query_size, size = _block_sizes(query.shape, len(gallery), k, mesh=mesh, options=options)
@@ -160,7 +220,8 @@ def _search(
     if screen is None:
         # An accelerator takes its own program.
         on_cpu = platform(mesh) == "cpu"
-        screen = on_cpu and len(query) >= QUERY_BLOCK and multiplies_bfloat16("cpu")
+        faster = on_cpu and rows.is_faster_screened(len(query), size)
+        screen = faster and multiplies_bfloat16("cpu")
         if mesh is not None and mesh.is_multi_process:  # the hosts may have different processors
             screen = hosts.broadcast(screen)
     screen = screen and approx_recall is None and can_screen(size, k, mesh)
@@ -168,13 +229,14 @@ def _search(
     none_yet = tuple(place(part, mesh) for part in no_neighbours(query_size, k))
     best = [none_yet] * len(queries)
     step = partial(search_block, k=k, approx_recall=approx_recall, mesh=mesh)
-    for block in blocks(size):
-        coarse = round_rows(block.rows) if screen else None
+    for block in rows.blocks(size):
+        coarse = rows.rounded(block) if screen else None
         for i, one in enumerate(queries):
             best[i], certain = step(one, block, best[i], coarse=coarse)
-            if screen and block.first == i == 0 and not certain:
-                # Rows too close to each other for the bound to hold: stop screening.
-                screen, coarse = False, None
+            if screen and block.first == i == 0:
+                rows.screened(bool(certain))
+                if not certain:  # rows too close to each other for the bound to hold
+                    screen, coarse = False, None
     scores, found = (np.concatenate([np.asarray(b[i]) for b in best]) for i in (0, 1))
     return scores[: len(query)], found[: len(query)]
 
