@@ -51,7 +51,7 @@ machine that the files are of; those of launch.plan hold lower bounds for chips 
   python -m launch.benchmark --numbers=cpu.json,h100-paper.json,h100-month.json --costs
 
 On a CPU, convolutions in bfloat16 take in each pass the form that was fastest on an EPYC. On another
-processor (ten minutes, quiet):
+processor (two minutes, quiet):
 
   python -m launch.benchmark --only=forms --rates=rates.json
   COMPAT_JAX_RATES=rates.json python -m launch.benchmark --only=photos

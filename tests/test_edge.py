@@ -49,7 +49,7 @@ def test_points_and_requests_are_those_of_the_store(tmp_path, monkeypatch):
     client = package.QdrantClient(
         ":memory:"
     )  # a folder would write each point to the disk by itself
-    monkeypatch.setattr(package, "QdrantClient", lambda path: client)
+    monkeypatch.setattr(package, "QdrantClient", lambda **settings: client)
     given, new = rows(270), rows(40, version=1)
     store, shard = QdrantStore(tmp_path / "a", size=SIZE), edge.EdgeStore(tmp_path / "b", SIZE)
     sizes, written, upsert = [], {}, client.upsert

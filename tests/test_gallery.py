@@ -124,7 +124,10 @@ def test_no_gallery_lies_where_another_ones_manifest_does(tmp_path, engine, pack
     else:
         import qdrant_client
 
-        with contextlib.closing(qdrant_client.QdrantClient(path=str(tmp_path))) as client:
+        engine = qdrant_client.QdrantClient(
+            path=str(tmp_path), force_disable_check_same_thread=True
+        )
+        with contextlib.closing(engine) as client:
             vectors = qdrant_client.models.VectorParams(size=2, distance="Dot")
             client.create_collection("shop_manifest", vectors)
     with pytest.raises(UserError, match=r"shop_manifest.* is somebody else's"):

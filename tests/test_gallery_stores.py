@@ -265,7 +265,9 @@ def test_a_gallery_that_is_not_there_is_not_made(place, tmp_path):
 
 def test_tables_and_collections_of_others_are_refused(tmp_path):
     lance.lancedb.connect(tmp_path / "l").create_table("rows", pa.table({"id": [1]}))
-    client = qdrant_client.QdrantClient(path=str(tmp_path / "q"))
+    client = qdrant_client.QdrantClient(
+        path=str(tmp_path / "q"), force_disable_check_same_thread=True
+    )
     client.create_collection("rows", vectors_config={})
     client.close()
     for place in (f"lance:{tmp_path}/l/rows", f"qdrant:{tmp_path}/q/rows"):

@@ -365,7 +365,11 @@ def _connect(place: str | os.PathLike[str]) -> _Connection:
         with _FOLDERS_LOCK:
             connection = _FOLDERS.get(folder)
             if connection is None:
-                client = qdrant_client.QdrantClient(path=folder)
+                # Our lock serialises the callers. Asking SQLite whether it does, the client leaves
+                # a connection open, of which Python 3.13 warns.
+                client = qdrant_client.QdrantClient(
+                    path=folder, force_disable_check_same_thread=True
+                )
                 connection = _FOLDERS[folder] = _Connection(client, is_server=False)
         return connection
     address = urllib.parse.urlsplit(str(place))
