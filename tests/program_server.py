@@ -1,7 +1,8 @@
 """Runs programs in children of a process that has imported what they need: each starts in no time.
 
-It reads a line of JSON for each program and answers with its exit code and what it wrote. A child is a
-process of its own from the fork to its last exit handler; the server itself starts no device.
+It reads lines of JSON. One asks for a program and is answered by its process number; another asks for
+the exit code of a number, at once (null while it runs) or when it has ended. A child is a process of its
+own from the fork to its last exit handler, which signals reach; the server itself starts no device.
 """
 
 import atexit
@@ -11,7 +12,6 @@ import os
 import runpy
 import signal
 import sys
-import tempfile
 import threading
 import traceback
 import warnings
@@ -30,25 +30,28 @@ def main():
     """Serve until the reader has left; return whether this is a child, and now the program asked for."""
     for line in sys.stdin:
         request = json.loads(line)
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the fork: there are no threads to lose yet
-                child = os.fork()
-            if not child:
-                become(request, out, err)
-                return True
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            texts = [
-                os.pread(file.fileno(), 1 << 26, 0).decode(errors="replace") for file in (out, err)
-            ]
-        print(json.dumps([code, *texts]), flush=True)
+        if "wait" in request:
+            ended, status = os.waitpid(request["wait"], 0 if request["block"] else os.WNOHANG)
+            print(json.dumps(os.waitstatus_to_exitcode(status) if ended else None), flush=True)
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the fork: there are no threads to lose yet
+            child = os.fork()
+        if not child:
+            become(request)
+            return True
+        print(child, flush=True)
     return False
 
 
-def become(request, out, err):
+def become(request):
     """Take the place of the program that was asked for: its streams, variables and arguments."""
     signal.alarm(SECONDS)
-    with open(os.devnull) as nothing:
+    with (
+        open(os.devnull) as nothing,
+        open(request["out"], "wb") as out,
+        open(request["err"], "wb") as err,
+    ):
         for file, number in ((nothing, 0), (out, 1), (err, 2)):
             os.dup2(file.fileno(), number)
     os.environ.clear()

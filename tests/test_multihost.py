@@ -62,21 +62,9 @@ def folder(tmp_path_factory):
 
 
 def start(program, *arguments, devices=1, **process):
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-    }
     flags = [f"--{key}={value}" for key, value in process.items()]
-    return subprocess.Popen(
-        [sys.executable, ROOT / "tests/run_flat.py", program, *arguments, *flags, "--noprogress"],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    loopback = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    return tiny.start(program, *arguments, *flags, "--noprogress", flat=True, **loopback)
 
 
 def start_two(program, *arguments):
@@ -103,11 +91,11 @@ def finish(*processes, code=0):
 
 
 def training(folder, workdir):
-    return ("launch.train", f"--config={folder}/config.py", f"--workdir={folder / workdir}")
+    return ("train", f"--config={folder}/config.py", f"--workdir={folder / workdir}")
 
 
 def evaluation(folder, workdir):
-    return ("launch.evaluate", f"--chain={folder / workdir / 'chain'}", "--metric=map")
+    return ("evaluate", f"--chain={folder / workdir / 'chain'}", "--metric=map")
 
 
 @pytest.fixture(scope="module")
