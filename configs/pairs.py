@@ -3,9 +3,10 @@
     python -m launch.train --config=configs/pairs.py:kind=class,method=hoc --workdir=DIR
     python -m launch.evaluate --chain=DIR/chain --metric=cmc@1,cmc@5,map
 
-Both versions are trained from fresh weights on CIFAR-100 (TFDS_DATA_DIR), the new one on all of it and
-against the old one, by the method. Queries are the test pictures of all 100 classes, in a gallery of the
-same pictures: each leaves itself out. `kind` says what the new version has more of:
+Both versions are trained from fresh weights on CIFAR-100 (TFDS_DATA_DIR): the old one by cross-entropy
+(`tasks.first_loss`), the new one on all of it and against the old one, by the method. Queries are the
+test pictures of all 100 classes, in a gallery of the same pictures: each leaves itself out. `kind` says
+what the new version has more of:
 
     class     the first 50 classes, then all 100 (ml-fct, BT2; "extended class" elsewhere)
     data      30 % of the pictures of every class, then all ("extended data" of AdvBCT and MixBCT)
@@ -61,6 +62,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
             "increment": CLASSES - initial,
             "everything": True,
             "first_share": 0.3 if args.kind == "data" else 1.0,
+            "first_loss": "cross_entropy",
             "fresh_at": (1,),
         }
     )

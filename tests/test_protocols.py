@@ -128,6 +128,25 @@ def test_settings_that_came_later_change_no_run_that_began_before():
 # Fresh weights against the version before
 
 
+@pytest.mark.parametrize("kind", ["class", "size"])
+def test_the_old_version_of_a_pair_learns_by_cross_entropy_alone(pair, kind):
+    methods = [pair(kind).record(number).method for number in (0, 1)]
+    assert methods == ["sce", "hoc"]
+
+
+def test_a_first_task_learns_by_the_method_unless_asked(tmp_path):
+    def trained(method, folder, **fields):
+        run = pair_run(method, tasks=Tasks(initial=2, increment=2, **fields))
+        return tiny.train(run, tmp_path / folder, DATA)
+
+    plain, asked = trained("hoc", "plain"), trained("hoc", "asked", first_loss="cross_entropy")
+    simplex = trained("sce", "sce")
+    assert [chain.record(0).method for chain in (plain, asked)] == ["hoc", "sce"]
+    assert [chain.record(1).method for chain in (plain, asked)] == ["hoc", "hoc"]
+    hashes = [chain.open(0).sha256 for chain in (plain, asked, simplex)]
+    assert hashes[1] == hashes[2] != hashes[0]
+
+
 def pair_run(method="hoc", **changes):
     fields = {"tasks": Tasks(initial=2, increment=2, everything=True), "epochs": 1, "batch_size": 8}
     return tiny.run(method, **{**fields, **changes})

@@ -279,19 +279,6 @@ def test_the_loss_compares_with_the_model_that_the_task_started_from():
     )
 
 
-def test_from_fresh_weights_cross_entropy_alone_counts_until_there_is_a_version(tmp_path):
-    chain, log = train("hoc", tmp_path / "hoc", replace_at=())
-    shares = [0.1 if entry["task"] else 1.0 for entry in log]
-    assert shares.count(1.0) == 2 and shares.count(0.1) == 4
-    expected = [
-        share * entry["terms"]["cross_entropy"] + (1 - share) * entry["terms"]["contrast"]
-        for share, entry in zip(shares, log, strict=True)
-    ]
-    assert [entry["loss"] for entry in log] == pytest.approx(expected, rel=1e-5)
-    simplex, _ = train("sce", tmp_path / "sce", replace_at=())
-    chex.assert_trees_all_close(chain.open(0).variables, simplex.open(0).variables, rtol=1e-4)
-
-
 def test_the_first_loss_of_a_task_is_against_the_version_before(tmp_path):
     def stop():
         return len(Chain(tmp_path / "chain")) == 2

@@ -28,6 +28,8 @@ class Tasks:
         then `rehearsal` does not matter.
       first_share: share of the images of each class that the first task has; below 1, the second task
         brings the others, and its classes if there are any left.
+      first_loss: what a first task learns by that starts from fresh weights: "method", whose contrast
+        (hoc) then holds features to those that the fresh weights gave, or "cross_entropy" alone.
 
     Source: the paper's protocol on CIFAR-100 with 7 tasks.
     """
@@ -46,6 +48,14 @@ class Tasks:
             high=1,
         ),
     ] = 1.0
+    first_loss: Annotated[
+        str,
+        Rule(
+            "loss of a first task that starts from fresh weights: the method's, whose contrast (hoc) "
+            "then holds to them, or cross-entropy alone",
+            choices=("method", "cross_entropy"),
+        ),
+    ] = "method"
 
     def __post_init__(self):
         check_fields(self, "tasks.")
@@ -53,7 +63,7 @@ class Tasks:
     def describe(self) -> dict[str, Any]:
         """Return the fields as JSON values; those that came later only if they are not the defaults."""
         found = dataclasses.asdict(self)
-        for name in ("everything", "first_share"):
+        for name in ("everything", "first_share", "first_loss"):
             if found[name] == getattr(Tasks, name):
                 del found[name]
         return found

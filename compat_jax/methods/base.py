@@ -72,7 +72,6 @@ class TaskStart:
       num_known: classes whose columns of a learnable head were learnt; 0 where the task starts from a
         model of other classes, or from fresh weights.
       steps_per_epoch: of the task.
-      learnt: whether the previous model has learnt anything; False at a first task from fresh weights.
     """
 
     variables: Mapping[str, Any]
@@ -81,7 +80,6 @@ class TaskStart:
     mean_features: Callable[[], np.ndarray]
     num_known: int = 0
     steps_per_epoch: int = 1
-    learnt: bool = True
 
 
 def nothing(*_: Any) -> dict[str, Any]:

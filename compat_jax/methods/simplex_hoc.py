@@ -1,19 +1,12 @@
 """d-Simplex-HOC, the paper's method."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
-import numpy as np
 
 from compat_jax import losses
 from compat_jax.fields import Rule
-from compat_jax.methods.base import (
-    LossInputs,
-    Method,
-    TaskStart,
-    previous_features,
-    previous_variables,
-)
+from compat_jax.methods.base import LossInputs, Method, previous_features, previous_variables
 from compat_jax.methods.registry import register
 
 
@@ -31,24 +24,13 @@ def hoc(
 ) -> Method:
     """Train with lam * simplex cross-entropy + (1 - lam) * contrast against the previous model.
 
-    At a first task from fresh weights there are no features worth staying near: the cross-entropy
-    alone counts.
-
     Args:
-      lam: weight of the cross-entropy where there is a previous model, in [0, 1].
+      lam: weight of the cross-entropy, in [0, 1].
       mu: inverse temperature of the contrast, > 0.
       same_class: "exclude" (paper) or "as_coded" (reference), see `losses.info_nce`.
 
     Source: Equation 3 of the CVPR 2024 paper; `src/iamcl2r/train.py`.
     """
-
-    def freeze(start: TaskStart) -> dict[str, Any]:
-        share = lam if start.learnt else 1.0
-        return {
-            **previous_variables(start),
-            "cross_entropy": np.float32(share),
-            "contrast": np.float32(1.0 - share),
-        }
 
     def loss(inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
         contrast = losses.info_nce(
@@ -60,13 +42,12 @@ def hoc(
         )
         cross_entropy = inputs.cross_entropy()
         terms = {"cross_entropy": cross_entropy, "contrast": contrast}
-        weights = inputs.frozen
-        return weights["cross_entropy"] * cross_entropy + weights["contrast"] * contrast, terms
+        return lam * cross_entropy + (1.0 - lam) * contrast, terms
 
     return Method(
         "hoc",
         loss,
-        freeze=freeze,
+        freeze=previous_variables,
         teach=previous_features,
         terms=("cross_entropy", "contrast"),
         takes_padding=True,

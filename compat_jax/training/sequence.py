@@ -266,11 +266,14 @@ def _begin(run: Run, chain: Chain, replacements, index: int) -> tuple[Run, _Begi
     model = replacements[due]
     if isinstance(model, Version):
         return _adopted(run, model), _Beginning(model, replaced=True)
-    return dataclasses.replace(run, backbone=model), _Beginning(None, index > 0, before)
+    own = dataclasses.replace(run, backbone=model)
+    return own if before else _adopted(own, None), _Beginning(None, index > 0, before)
 
 
 def _adopted(run: Run, start: Version | None) -> Run:
-    return adopting(run) if start is not None and start.record.fresh else run
+    if start is None:
+        return adopting(run) if run.tasks.first_loss == "cross_entropy" else run
+    return adopting(run) if start.record.fresh else run
 
 
 def _steps(run, sequence, data):

@@ -133,7 +133,6 @@ class Task:
             mean_features=means,
             num_known=self.num_known,
             steps_per_epoch=self.steps_per_epoch,
-            learnt=self.start is not None or self.teacher is not None,
         )
         return trainer.shard(trainer.adapted.freeze(start))
 
