@@ -22,6 +22,18 @@ LEFT_OUT = (
     ".hypothesis",
 )
 
+NETWORK = """
+import flax.linen as nn
+
+
+class Small(nn.Module):  # compiles in a tenth of the time of the library's smallest
+    @nn.compact
+    def __call__(self, images, train):
+        layer = nn.Conv(16, (4, 4), strides=4, use_bias=False)(images)
+        norm = nn.BatchNorm(use_running_average=not train, momentum=0.9)
+        return nn.relu(norm(layer)).mean((1, 2))
+"""
+
 SCRIPT = """
 import importlib.util, sys
 from pathlib import Path
@@ -29,6 +41,7 @@ import numpy as np
 from PIL import Image
 import compat_jax as cj
 from compat_jax import report
+from small import Small
 
 assert Path(cj.__file__).is_relative_to(sys.prefix), cj.__file__
 for name in ("launch", "configs", "tests"):
@@ -54,7 +67,7 @@ data, query, gallery = (
 )
 run = cj.Run(
     method="hoc",
-    backbone=cj.models.Backbone("resnet_small", {"width": 4}),
+    backbone=Small(),
     tasks=cj.Tasks(initial=2, increment=2),
     num_prototypes=32,
     epochs=2,
@@ -124,6 +137,7 @@ def environment(cache):
 
 def check(python, folder, cache):
     folder.mkdir()
+    (folder / "small.py").write_text(NETWORK)
     (folder / "script.py").write_text(SCRIPT)
     out = run(python, "-W", "error", "script.py", cwd=folder, env=environment(cache))
     assert "d-Simplex-HOC: identification %" in out and "recall@1 %" in out and "AC: in " in out
