@@ -197,19 +197,22 @@ def test_resized_crops_have_the_area_and_the_aspect_that_were_asked_for():
 
 def test_a_crop_of_everything_is_the_image():
     batch = images(height=16, width=16)
-    found = np.asarray(resized_crops(jax.random.key(0), batch, 0.9999))
+    found = np.asarray(jax.jit(resized_crops)(jax.random.key(0), batch, 0.9999))
     np.testing.assert_allclose(found, batch, atol=1.0)
+
+
+compiled_jitter = jax.jit(jitter, static_argnums=(2, 3))
 
 
 def test_jitter_of_no_strength_changes_nothing():
     batch = images()
-    found = jitter(jax.random.key(0), batch, 0.0, 0.0)
+    found = compiled_jitter(jax.random.key(0), batch, 0.0, 0.0)
     np.testing.assert_allclose(found, batch, atol=1e-4)
 
 
 def test_jitter_scales_a_grey_image_and_keeps_it_grey():
     grey = np.full((200, 2, 2, 3), 100, np.uint8)
-    found = np.asarray(jitter(jax.random.key(0), grey, 0.4, 0.3))
+    found = np.asarray(compiled_jitter(jax.random.key(0), grey, 0.4, 0.3))
     np.testing.assert_allclose(found, found[:, :1, :1, :1] + 0 * found, atol=0.05)
     factors = found[:, 0, 0, 0] / 100
     assert 0.6 - 1e-3 < factors.min() < 0.65 and 1.35 < factors.max() < 1.4 + 1e-3
@@ -218,7 +221,7 @@ def test_jitter_scales_a_grey_image_and_keeps_it_grey():
 
 def test_the_hue_is_turned_and_nothing_else():
     batch = images(batch=20, height=2, width=2)
-    found = np.asarray(jitter(jax.random.key(0), batch, 0.0, 0.2)) / 255
+    found = np.asarray(compiled_jitter(jax.random.key(0), batch, 0.0, 0.2)) / 255
     for before, after in zip(batch / 255, found, strict=True):
         hsv = [colorsys.rgb_to_hsv(*pixel) for pixel in before.reshape(-1, 3)]
         turned = [colorsys.rgb_to_hsv(*pixel) for pixel in after.reshape(-1, 3)]

@@ -283,15 +283,16 @@ def test_bct_on_a_fixed_simplex_is_the_simplex_cross_entropy():
     def by_simplex(x):
         return losses.simplex_cross_entropy(x, head.targets(jnp.asarray(labels))).sum()
 
-    for one, other in zip(*(jax.value_and_grad(f)(features) for f in (by_old_head, by_simplex))):  # noqa: B905
+    found = (jax.jit(jax.value_and_grad(f))(features) for f in (by_old_head, by_simplex))
+    for one, other in zip(*found, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_bct_leaves_the_old_head_alone_and_equals_the_old_models_loss_on_old_features():
-    judged = functools.partial(influence, classes=jnp.asarray(LABELS), num_seen=jnp.int32(CLASSES))
-    grad = jax.grad(lambda head: judged(jnp.asarray(NEW), head).sum())
-    assert not np.any(grad(jnp.asarray(HEAD)))
-    found = judged(jnp.asarray(OLD), jnp.asarray(HEAD))
+    named = {"classes": jnp.asarray(LABELS), "num_seen": jnp.int32(CLASSES)}
+    judged = jax.jit(functools.partial(influence, **named))
+    assert not np.any(jax.jit(jax.grad(lambda head: judged(NEW, head).sum()))(HEAD))
+    found = judged(OLD, HEAD)
     np.testing.assert_allclose(found, plain_ce(OLD.astype(np.float64) @ HEAD), rtol=1e-5, atol=1e-6)
 
 
@@ -313,19 +314,17 @@ def test_an_old_head_keeps_what_was_learnt_and_makes_the_rest_of_class_means(kno
 
 @pytest.mark.parametrize("kind", DISTANCES)
 def test_alignment_sees_directions_only_and_rests_within_its_threshold(kind):
-    found = feature_distance(NEW, OLD, kind=kind)
-    np.testing.assert_allclose(feature_distance(7 * NEW, 0.1 * OLD, kind=kind), found, rtol=1e-5)
-    np.testing.assert_allclose(
-        feature_distance(3 * OLD, OLD, kind=kind), np.zeros(BATCH), atol=1e-6
-    )
+    distance = jax.jit(functools.partial(feature_distance, kind=kind))
+    found = distance(NEW, OLD)
+    np.testing.assert_allclose(distance(7 * NEW, 0.1 * OLD), found, rtol=1e-5)
+    np.testing.assert_allclose(distance(3 * OLD, OLD), np.zeros(BATCH), atol=1e-6)
     cosines = np.sum(UNIT_OLD * NEW, axis=1) / np.linalg.norm(NEW, axis=1)
     square = (2 - 2 * cosines) / SIZE
     expected = {"l2": np.sqrt(SIZE * square), "mean_square": square, "cosine": 1 - cosines}[kind]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     threshold = float(np.median(expected))
-    grad = jax.grad(lambda x: feature_distance(x, OLD, kind=kind, threshold=threshold).sum())(
-        jnp.asarray(NEW)
-    )
+    beyond = functools.partial(feature_distance, kind=kind, threshold=threshold)
+    grad = jax.jit(jax.grad(lambda x: beyond(x, OLD).sum()))(NEW)
     moves = np.any(np.asarray(grad) != 0, axis=1)
     np.testing.assert_array_equal(moves, expected > threshold)
     with pytest.raises(UserError, match="unknown distance 'l3'"):
@@ -334,13 +333,13 @@ def test_alignment_sees_directions_only_and_rests_within_its_threshold(kind):
 
 def test_lwf_rests_where_both_agree_and_adds_nothing_without_old_classes():
     new, old = NEW @ HEAD, OLD @ HEAD
-    found = functools.partial(distillation, num_old=jnp.int32(NUM_OLD))
+    found = jax.jit(functools.partial(distillation, num_old=jnp.int32(NUM_OLD)))
     shares = np.array([softmax(row[:NUM_OLD] / 2) for row in old.astype(np.float64)])
     entropy = -np.sum(shares * np.log(shares), axis=1)
     np.testing.assert_allclose(found(old, old), entropy, rtol=1e-5)
     assert np.all(found(new, old) >= entropy - 1e-6)
-    grad = jax.grad(lambda x: found(x, old).sum())
-    np.testing.assert_allclose(grad(jnp.asarray(old)), np.zeros_like(old), atol=1e-6)
+    grad = jax.jit(jax.grad(lambda x: found(x, old).sum()))
+    np.testing.assert_allclose(grad(old), np.zeros_like(old), atol=1e-6)
     np.testing.assert_allclose(found(new, old + 5), found(new, old), rtol=1e-4)
     assert not np.any(distillation(new, old, num_old=jnp.int32(0)))
 
