@@ -129,6 +129,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
             "initial": args.initial or initial,
             "increment": args.increment or increment,
             "rehearsal": 20,
+            "first_loss": "method",
             "replace_at": (0, 2, 4) if args.replace else (),
         }
     )

@@ -57,6 +57,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
             "initial": 30,
             "increment": 30,
             "rehearsal": 5,
+            "first_loss": "method",
             "replace_at": (0, 2, 4) if args.replace else (),
         }
     )

@@ -32,6 +32,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
             "initial": 10,
             "increment": _INCREMENTS[args.tasks],
             "rehearsal": 20,
+            "first_loss": "method",
             "replace_at": _REPLACE_AT[args.tasks] if args.replace else (),
         }
     )
