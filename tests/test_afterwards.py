@@ -6,6 +6,7 @@ import re
 
 import flat  # noqa: F401, registers its backbone
 import numpy as np
+import programs
 import pytest
 import tiny
 
@@ -493,7 +494,7 @@ def test_the_program_prints_a_matrix_for_each_kind_of_map(tmp_path):
         "--mesh=data:1",
         "--noprogress",
     ]
-    code, text, error = tiny.call("evaluate", *arguments, "--afterwards=ridge,slerp", flat=True)
+    code, text, error = programs.call("evaluate", *arguments, "--afterwards=ridge,slerp", flat=True)
     assert code == 0, error
     assert re.findall(r"d-Simplex-HOC(.*): identification %", text) == ["", ", ridge", ", slerp"]
     assert "fitted for each pair of versions on 6 gallery images" in text
@@ -506,12 +507,12 @@ def test_the_program_prints_a_matrix_for_each_kind_of_map(tmp_path):
     for seed in range(2):
         made.add(tiny.variables(described, seed), described)
     alone = [f"--chain={made.path}", "--mesh=data:1", "--noprogress"]
-    code, text, error = tiny.call(
+    code, text, error = programs.call(
         "evaluate", *alone, "--afterwards=procrustes,slerp,ridge", flat=True
     )
     assert code == 0, error
     shown = re.findall(r"d-Simplex-HOC(.*): identification %", text)
     assert shown == ["", ", procrustes", ", ridge"]
     assert "slerp was left out: no class has two pictures" in text
-    code, _, error = tiny.call("evaluate", *arguments, "--afterwards=rigde", flat=True)
+    code, _, error = programs.call("evaluate", *arguments, "--afterwards=rigde", flat=True)
     assert code == 2 and "ridge" in error, error

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import programs
 import pytest
-import tiny
 
 from compat_jax import Chain, methods, models
 from compat_jax.data.pictures import decode
@@ -19,7 +19,7 @@ from launch.benchmarks import flops, gallery, photos, pictures, table, timing, w
 def test_the_command_measures_and_writes_what_it_printed(tmp_path):
     file = tmp_path / "numbers.json"
     only = "large_k,search"
-    code, out, err = tiny.call("benchmark", "--sizes=tiny", f"--only={only}", f"--json={file}")
+    code, out, err = programs.call("benchmark", "--sizes=tiny", f"--only={only}", f"--json={file}")
     assert (code, err) == (0, "")
     written = json.loads(file.read_text())
     assert {"device", "processor", "cores", "versions", "command", "matmul_flops"} <= {*written}
@@ -240,9 +240,9 @@ def test_a_gallery_is_measured_in_qdrant_only_as_well():
 
 @pytest.mark.slow
 def test_what_cannot_be_measured_is_one_line(tmp_path):
-    code, out, err = tiny.call("benchmark", "--only=stp")
+    code, out, err = programs.call("benchmark", "--only=stp")
     assert (code, out) == (2, "") and "unknown measure 'stp'. Did you mean 'step'" in err
-    code, out, err = tiny.call("benchmark", f"--reference={tmp_path}", "--only=large_k")
+    code, out, err = programs.call("benchmark", f"--reference={tmp_path}", "--only=large_k")
     assert code == 2 and err.startswith(f"error: {tmp_path} is no clone of the reference")
 
 

@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 import tiny
 from etils import epath
@@ -166,10 +167,10 @@ def test_programs_on_the_bucket(folder):
     """As a user calls them; the parent's environment leads to the stand-in."""
     assert "STORAGE_EMULATOR_HOST" in os.environ
     flags = ["--config=configs/glyphs.py:replace=false", *tiny.flags(tiny.TRAIN, epochs=1)]
-    code, out, err = tiny.call("train", *flags, f"--workdir={folder}", "--noprogress")
+    code, out, err = programs.call("train", *flags, f"--workdir={folder}", "--noprogress")
     assert code == 0, err  # gcsfs warns that there are no credentials
     assert out.startswith(f"3 versions in {folder}/chain; next:")
-    code, out, err = tiny.call("evaluate", f"--chain={folder}/chain", "--noprogress")
+    code, out, err = programs.call("evaluate", f"--chain={folder}/chain", "--noprogress")
     assert code == 0, err
     assert f"{folder}/evaluation/matrix.json" in out
     assert json.loads((folder / "evaluation" / "matrix.json").read_text())["hoc"]["matrix"]

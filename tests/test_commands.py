@@ -5,6 +5,7 @@ import re
 import shutil
 
 import numpy as np
+import programs
 import pytest
 import tiny
 from PIL import Image
@@ -535,7 +536,7 @@ def ended():
     """(exit code, stdout, stderr) by (program, flags) of all programs that end at once."""
     commands = [(program, *flags) for program, flags, _ in MISTAKES]
     commands += [(program, "--help") for program, _ in HELPS] + list(OF_A_FILE)
-    return {command: tiny.call(*command) for command in commands}
+    return {command: programs.call(*command) for command in commands}
 
 
 @pytest.mark.parametrize(("program", "words"), HELPS)
@@ -577,7 +578,7 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(ended, progra
 
 def test_a_program_on_its_own_says_the_same(ended):
     for command in (("train", "--wrkdir=x"), ("evaluate", "--help")):
-        assert tiny.call_alone(*command) == ended[command]
+        assert programs.call_alone(*command) == ended[command]
 
 
 def test_train_and_evaluate_say_what_they_wrote(tmp_path):
@@ -586,7 +587,7 @@ def test_train_and_evaluate_say_what_they_wrote(tmp_path):
         described = small_net(task=task, config=json.loads(tiny.config().to_json()))
         chain.add(tiny.variables(described, task), described)
     flags = [f"--chain={chain.path}", "--noprogress"]
-    code, out, err = tiny.call("evaluate", *flags)
+    code, out, err = programs.call("evaluate", *flags)
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0].startswith("d-Simplex-HOC: identification %, rows = query version")
@@ -597,7 +598,7 @@ def test_train_and_evaluate_say_what_they_wrote(tmp_path):
     assert lines[5:] == [str(evaluation / name) for name in names]
     assert all((evaluation / name).exists() for name in names)
     # Several metrics, into a folder each.
-    several = tiny.call(
+    several = programs.call(
         "evaluate", *flags, "--metric=identification,recall@1", f"--out={tmp_path}/o"
     )
     assert (several[0], several[2]) == (0, "")

@@ -2,6 +2,7 @@
 
 import sys
 
+import programs
 import pytest
 import tiny
 from absl import flags as absl_flags
@@ -20,13 +21,13 @@ def test_an_error_of_a_configuration_file_is_told(tmp_path):
         ("train", ["--config.epochs=1", "--workdir=/proc/nowhere"]),
         ("sweep", ["--grid=seed=0", "--workdir=/proc/nowhere"]),
     ):
-        code, out, err = tiny.call(program, f"--config={file}", *flags)
+        code, out, err = programs.call(program, f"--config={file}", *flags)
         assert (code, out, err.count("\n")) == (2, "", 1) and reason in err
 
 
 def test_the_configurations_of_the_clone_are_found_from_any_folder(tmp_path, monkeypatch):
-    clone, file = str(tiny.ROOT / "configs" / "glyphs.py"), "configs/glyphs.py:method=er,seed=3"
-    monkeypatch.chdir(tiny.ROOT)
+    clone, file = str(programs.ROOT / "configs" / "glyphs.py"), "configs/glyphs.py:method=er,seed=3"
+    monkeypatch.chdir(programs.ROOT)
     assert (
         _config_flag.config_file(file) == file
         and _config_flag.examples() == "configs/ has some to start from"
@@ -35,7 +36,7 @@ def test_the_configurations_of_the_clone_are_found_from_any_folder(tmp_path, mon
     assert _config_flag.config_file(file) == f"{clone}:method=er,seed=3"
     for name in ("configs/none.py", "glyphs.py", ""):
         with pytest.raises(
-            UserError, match=f"file {name!r}: {tiny.ROOT}/configs has some"
+            UserError, match=f"file {name!r}: {programs.ROOT}/configs has some"
         ) as error:
             _config_flag.config_file(f"{name}:seed=3")
         assert error.value.argument == "config"

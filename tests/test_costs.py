@@ -2,8 +2,8 @@
 
 import json
 
+import programs
 import pytest
-import tiny
 
 from compat_jax import hlo, slice_cost
 from compat_jax.errors import UserError
@@ -209,7 +209,7 @@ def test_one_command_draws_and_prints_what_files_hold(tmp_path):
     (tmp_path / "month.json").write_text(json.dumps(planned("resnet50", 224)))
     numbers = ",".join(str(tmp_path / f"{name}.json") for name in ("cpu", "plan", "month"))
     flags = (f"--numbers={numbers}", "--costs", f"--charts={tmp_path}/drawn")
-    code, out, err = tiny.call("benchmark", *flags)
+    code, out, err = programs.call("benchmark", *flags)
     assert (code, err) == (0, "")
     assert rows(out)["compatible: pictures embedded before the switch"] == ["0", "0"]
     assert [*(tmp_path / "drawn").iterdir()] and f"wrote {tmp_path}/drawn/growth-images.png" in out
@@ -218,6 +218,6 @@ def test_one_command_draws_and_prints_what_files_hold(tmp_path):
 @pytest.mark.parametrize("program", ["benchmark", "plan"])
 @pytest.mark.slow
 def test_help_teaches_how_to_get_the_costs(program):
-    code, out, _ = tiny.call(program, "--help")
+    code, out, _ = programs.call(program, "--help")
     assert code == 0 and "--costs" in out and "launch.plan --topology=h100:1" in out
     assert "--numbers" in out and "--json" in out

@@ -9,6 +9,7 @@ import shutil
 import drawn_photos
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 import tiny
 from PIL import Image
@@ -406,7 +407,7 @@ def chain(version, tmp_path_factory):
 def said_by_embed(chain, pictures, out, *more):
     """Run the command; return what it prints."""
     given = (f"--chain={chain.path}", f"--pictures={pictures}", f"--out={out}", "--noprogress")
-    code, said, err = tiny.call("embed", *given, *more)
+    code, said, err = programs.call("embed", *given, *more)
     assert (code, err) == (0, ""), err
     return said
 

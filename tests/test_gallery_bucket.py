@@ -13,9 +13,9 @@ from pathlib import Path
 import drawn_photos
 import flat  # noqa: F401, registers it
 import numpy as np
+import programs
 import pytest
 import small_gallery
-import tiny
 from loopback import free_port, served
 from plain_store import D, Model, at_once, check_same, contents_of, make, names, step
 
@@ -84,12 +84,12 @@ def test_hosts_fill_a_gallery_in_a_bucket_and_it_is_upgraded(folder, tmp_path):
     index = ["index", *where, f"--pictures={tmp_path}/photos", "--version=0", "--noprogress"]
 
     def told(*arguments):
-        code, out, error = tiny.call("upgrade", *arguments, flat=True)
+        code, out, error = programs.call("upgrade", *arguments, flat=True)
         assert (code, error) == (0, ""), (out, error)
         return out
 
     hosts = [
-        tiny.start("upgrade", *index, f"--shard={shard}", flat=True) for shard in ("0/2", "1/2")
+        programs.start("upgrade", *index, f"--shard={shard}", flat=True) for shard in ("0/2", "1/2")
     ]
     ended = [host.communicate() for host in hosts]
     assert all(error == "" for _, error in ended), ended

@@ -4,8 +4,8 @@ import dataclasses
 import json
 
 import numpy as np
+import programs
 import pytest
-import tiny
 from PIL import Image
 
 from compat_jax.errors import UserError
@@ -164,7 +164,7 @@ def test_flags_that_do_not_go_together_are_refused(tmp_path):
         (["--numbers=some.json"], "draw --charts=FOLDER or print --costs"),
         (["--costs"], "--numbers=FILE,..."),
     ):
-        code, out, err = tiny.call("benchmark", *flags)
+        code, out, err = programs.call("benchmark", *flags)
         assert (code, out) == (2, "") and message in err
 
 

@@ -8,6 +8,7 @@ import inspect
 import random
 from pathlib import Path
 
+import programs
 import pytest
 import tiny
 
@@ -86,7 +87,7 @@ def failures(chosen) -> list[str]:
     for command in chosen:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TFDS_DATA_DIR", "/nowhere")
-            code, _, said = tiny.call(command[0].removeprefix("launch."), *command[1:])
+            code, _, said = programs.call(command[0].removeprefix("launch."), *command[1:])
         lines = said.strip().splitlines()
         if code != 2 or len(lines) != 1 or not lines[0].startswith("error: ") or len(said) > 6000:
             bad.append(f"{code}: {' '.join(command)[-300:]}: {said[-300:]!r}")

@@ -15,6 +15,7 @@ from pathlib import Path
 import flat  # noqa: F401, registers the backbone
 import jax
 import numpy as np
+import programs
 import pytest
 import tiny
 from loopback import free_port
@@ -64,7 +65,7 @@ def folder(tmp_path_factory):
 def start(program, *arguments, devices=1, **process):
     flags = [f"--{key}={value}" for key, value in process.items()]
     loopback = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
-    return tiny.start(program, *arguments, *flags, "--noprogress", flat=True, **loopback)
+    return programs.start(program, *arguments, *flags, "--noprogress", flat=True, **loopback)
 
 
 def start_two(program, *arguments):

@@ -6,8 +6,8 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
-import tiny
 
 from compat_jax.errors import UserError
 from compat_jax.models import forms, rates
@@ -168,7 +168,7 @@ def test_the_program_for_other_platforms_is_their_own_convolution(tmp_path, monk
 def test_the_benchmark_writes_a_table_that_is_read(tmp_path):
     path = tmp_path / "rates.json"
     flags = ("--sizes=tiny", "--only=forms", "--dtype=float32", f"--rates={path}")
-    code, out, err = tiny.call("benchmark", *flags)
+    code, out, err = programs.call("benchmark", *flags)
     assert (code, err) == (0, "") and "7x7/2 8 px 8-8 float32" in out
     (row,) = rates.measured(str(path))
     assert row[:6] == ("float32", 8, 8, 8, 7, 2)

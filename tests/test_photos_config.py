@@ -5,6 +5,7 @@ import json
 
 import drawn_photos
 import numpy as np
+import programs
 import pytest
 import tiny
 
@@ -156,7 +157,7 @@ def test_the_command_trains_what_is_new_and_says_what_comes_next(tmp_path):
     flags = tiny.flags({"backbone.name": "flat", "epochs": 1, "batch_size": 8, "mesh": "data:1"})
     config = f"--config=configs/photos.py:path={tmp_path / 'photos'},size=8"
     call = ("train", config, f"--workdir={tmp_path / 'work'}", *flags, "--noprogress")
-    code, out, err = tiny.call(*call, flat=True)
+    code, out, err = programs.call(*call, flat=True)
     assert code == 0, err
     assert "2 of them new (melon, pear); K = 1,024, 2 in use (room for 1,022 more)" in out
     assert (
@@ -164,6 +165,6 @@ def test_the_command_trains_what_is_new_and_says_what_comes_next(tmp_path):
     )
     drawn_photos.draw(tmp_path / "photos", ["apple"], 2)
     (tmp_path / "photos" / "apple" / "bad.jpg").write_bytes(b"bad")
-    code, out, err = tiny.call(*call, flat=True)
+    code, out, err = programs.call(*call, flat=True)
     assert code == 2 and "bad.jpg is not a picture" in err and err.count("\n") == 1
     assert json.loads((tmp_path / "work" / "run.json").read_text())["num_prototypes"] == 1024

@@ -60,11 +60,20 @@ def with_fresh(config, name):
         config.fresh_backbone = {"name": name, "arguments": {}}
 
 
-@pytest.mark.parametrize("fresh", ["", pytest.param("one_conv", marks=pytest.mark.slow)])
-def test_planned_programs_are_those_that_run(config, tmp_path, fresh):
+@pytest.mark.parametrize(
+    ("fresh", "first_loss", "twice"),
+    [
+        ("", "method", ()),
+        pytest.param("one_conv", "method", ("training", "features"), marks=pytest.mark.slow),
+        pytest.param("", "cross_entropy", ("training",), marks=pytest.mark.slow),
+    ],
+)
+def test_planned_programs_are_those_that_run(config, tmp_path, fresh, first_loss, twice):
     """JAX lowers the same texts in training and evaluation as in the plan."""
+    config.tasks.first_loss = first_loss
     if fresh:
         with_fresh(config, fresh)
+    jax.clear_caches()  # a program that another test has lowered would not be dumped
     jax.config.update("jax_dump_ir_to", str(tmp_path / "run"))
     try:
         session = Session(mesh=config.mesh, batch_size=16)
@@ -79,7 +88,7 @@ def test_planned_programs_are_those_that_run(config, tmp_path, fresh):
     functions = {"training": "_planned_step", "features": "features", "search": "search_block"}
     for kind, function in functions.items():
         texts = {p.as_text() for name, p in planned.items() if name.startswith(kind)}
-        assert len(texts) == (2 if fresh and kind != "search" else 1)
+        assert len(texts) == (2 if kind in twice else 1)
         assert modules(tmp_path / "run", function) == texts, kind
 
 
@@ -96,6 +105,18 @@ def test_the_network_of_fresh_weights_is_planned_beside_that_of_the_run(config):
     # The old model that teaches, a layer of 192 x 16, is an argument of the new one's step.
     assert "tensor<192x16xf32>" in planned["training step (one_conv)"].as_text()
     assert "tensor<192x16xf32>" not in planned["features (one_conv)"].as_text()
+
+
+@pytest.mark.parametrize(("method", "steps"), [("hoc", 2), ("sce", 1)])
+def test_the_step_of_a_first_task_by_cross_entropy_is_planned(config, method, steps):
+    sizes = {"gallery": 258, "k": 1, "batch_size": 16}
+    sizes |= {"labels": np.arange(60) % 6, "image_shape": (8, 8, 3)}
+    own = iamcl2r.get_config(f"method={method}")
+    config.method, config.loss = own.method, own.loss
+    config.tasks.first_loss = "cross_entropy"
+    planned = planning.programs(config, meshes.make_mesh(config.mesh), **sizes)
+    named = ["training step", "training step (first task)"]
+    assert [name for name in planned if name.startswith("training")] == named[:steps]
 
 
 @pytest.mark.parametrize(

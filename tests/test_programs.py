@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
-import tiny
 
 from launch import PROGRAMS
 
@@ -65,7 +65,7 @@ def test_the_help_shows_a_command_of_the_program(name):
 
 @pytest.mark.parametrize("program", [program.name for program in PROGRAMS])
 def test_help_is_no_failure(program):
-    code, out, err = tiny.call(program.removeprefix("launch."), "--help")
+    code, out, err = programs.call(program.removeprefix("launch."), "--help")
     assert (code, err) == (0, "")
     assert f"python -m {program}" in out and re.search(r"^ +--\S+[: ]", out, re.MULTILINE)
 

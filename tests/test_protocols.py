@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import programs
 import pytest
 import tiny
 from PIL import Image
@@ -428,7 +429,7 @@ def test_a_sweep_runs_over_protocols(downloads, tmp_path):
         ),
     }
     for name, flags in calls.items():
-        code, out, err = tiny.call(
+        code, out, err = programs.call(
             *("sweep", *flags, f"--workdir={tmp_path / name}", "--noprogress"), flat=True
         )
         assert code == 0, err

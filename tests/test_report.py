@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 import flat  # noqa: F401, registers its backbone
 import numpy as np
+import programs
 import pytest
 import tiny
 from PIL import Image
@@ -395,7 +396,7 @@ def test_the_program_writes_the_page(tmp_path):
     paths = [flat_chain(tmp_path, method, config) for method in ("hoc", "sce")]
     out = tmp_path / "out"
     arguments = [f"--chains={','.join(paths)}", f"--out={out}", "--mesh=data:1", "--noprogress"]
-    code, text, error = tiny.call("report", *arguments, flat=True)
+    code, text, error = programs.call("report", *arguments, flat=True)
     assert code == 0, error
     says = rf"^{out}/index.html \(\d\d pictures, tables and figures beside it\)$"
     assert re.search(says, text, re.M) and "d-Simplex-HOC: identification %" in text
@@ -421,7 +422,7 @@ def test_a_way_that_was_left_out_is_named(chains, tmp_path):
 def test_the_program_reports_on_a_gallery_of_a_picture_a_class(tmp_path):
     path = flat_chain(tmp_path, "hoc", tiny.config(**A_PICTURE_A_CLASS))
     arguments = [f"--chains={path}", f"--out={tmp_path / 'out'}", "--mesh=data:1", "--noprogress"]
-    code, text, error = tiny.call("report", *arguments, flat=True)
+    code, text, error = programs.call("report", *arguments, flat=True)
     assert code == 0, error
     assert "d-Simplex-HOC: SLERP was left out: no class has two pictures" in text
     page = (tmp_path / "out" / "index.html").read_text()
@@ -452,7 +453,7 @@ def test_chains_of_other_pictures_are_refused_before_any_is_embedded(tmp_path):
     paths = flat_chain(tmp_path, "hoc", tiny.config())
     paths += "," + flat_chain(tmp_path, "sce", tiny.config(data__query__seed=9))
     arguments = [f"--chains={paths}", f"--out={tmp_path / 'out'}", "--mesh=data:1", "--noprogress"]
-    code, _, error = tiny.call("report", *arguments, flat=True)
+    code, _, error = programs.call("report", *arguments, flat=True)
     assert code == 2 and "has other queries or another gallery" in error, error
     assert error.endswith("(flag --config)\n") and not (tmp_path / "hoc" / "evaluation").exists()
 

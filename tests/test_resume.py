@@ -12,6 +12,7 @@ from functools import partial
 
 import flat  # noqa: F401, registers the backbone
 import numpy as np
+import programs
 import pytest
 import tiny
 from orbax.checkpoint import v1 as ocp
@@ -426,7 +427,7 @@ def small(overrides):
     return tiny.flags({**kept, "backbone.name": "flat"})
 
 
-start, call = partial(tiny.start, flat=True), partial(tiny.call, flat=True)
+start, call = partial(programs.start, flat=True), partial(programs.call, flat=True)
 FLAGS = ["--config=configs/glyphs.py:method=hoc,replace=false", *small(tiny.TRAIN)]
 
 

@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 import tiny
 
@@ -26,7 +27,7 @@ ARGUMENTS = ("--config=configs/glyphs.py:method=hoc,replace=false", "--noprogres
 
 def started(folder):
     """A run in the middle of its first task."""
-    process = tiny.start("train", *ARGUMENTS, f"--workdir={folder}", flat=True)
+    process = programs.start("train", *ARGUMENTS, f"--workdir={folder}", flat=True)
     process.args_said = []
     deadline = time.monotonic() + 120
     while not (folder / "log.jsonl").exists():
@@ -49,7 +50,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path):
     (saved,) = (tmp_path / "run" / "progress").glob("task0-step*.json")
     step = int(saved.stem.rpartition("step")[2])
     assert step > 1
-    resumed = tiny.start("train", *ARGUMENTS, f"--workdir={tmp_path / 'run'}", flat=True)
+    resumed = programs.start("train", *ARGUMENTS, f"--workdir={tmp_path / 'run'}", flat=True)
     size = (tmp_path / "run" / "log.jsonl").stat().st_size
     deadline = time.monotonic() + 120
     while (tmp_path / "run" / "log.jsonl").stat().st_size <= size:

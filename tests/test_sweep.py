@@ -5,6 +5,7 @@ import json
 import re
 
 import numpy as np
+import programs
 import pytest
 import tiny
 
@@ -99,22 +100,22 @@ def test_the_command_resumes_and_prints_the_table(tmp_path):
         "--noprogress",
         f"--grid=method=hoc,er;seed=0,1;{shared}",
     )
-    code, out, err = tiny.call(*call, flat=True)
+    code, out, err = programs.call(*call, flat=True)
     assert code == 0, err
     assert out.count("cell ") == 4 and out.splitlines()[-3].split()[:2] == ["method", "runs"]
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     columns = {"identification AC", "identification AA"}
     assert len(lines) == 4 and set(json.loads(lines[0])["metrics"]) == columns
-    again = tiny.call(*call, flat=True)
+    again = programs.call(*call, flat=True)
     assert (
         again[0] == 0
         and "cell " not in again[1]
         and again[1].splitlines()[-3:] == out.splitlines()[-3:]
     )
     # Another metric is measured, not confused with the first; another configuration is refused.
-    code, out, err = tiny.call(*call, "--metric=map", flat=True)
+    code, out, err = programs.call(*call, "--metric=map", flat=True)
     assert code == 0 and "map AA" in out and "identification" not in out, err
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 8
     other = [part.replace("replace=false", "replace=false,optimizer=adamw") for part in call]
-    code, out, err = tiny.call(*other, flat=True)
+    code, out, err = programs.call(*other, flat=True)
     assert code == 2 and "another configuration" in err

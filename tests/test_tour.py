@@ -4,8 +4,8 @@ import json
 import re
 from pathlib import Path
 
+import programs
 import pytest
-import tiny
 from PIL import Image
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "tour.ipynb"
@@ -13,7 +13,7 @@ NOTEBOOK = Path(__file__).parents[1] / "docs" / "tour.ipynb"
 
 @pytest.mark.slow
 def test_the_tour_runs_every_cell_of_the_notebook(tmp_path):
-    code, text, error = tiny.call("tour", f"--out={tmp_path}")
+    code, text, error = programs.call("tour", f"--out={tmp_path}")
     assert (code, error) == (0, ""), error
     words = " ".join(text.split())
     for cell in json.loads(NOTEBOOK.read_text())["cells"]:
@@ -38,5 +38,5 @@ def test_the_tour_runs_every_cell_of_the_notebook(tmp_path):
 
 
 def test_a_bucket_is_no_place_for_the_picture():
-    code, _, error = tiny.call("tour", "--out=gs://bucket/tour")
+    code, _, error = programs.call("tour", "--out=gs://bucket/tour")
     assert code == 2 and error.startswith("error: ") and len(error.splitlines()) == 1

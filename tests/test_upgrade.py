@@ -14,6 +14,7 @@ from typing import NamedTuple
 import drawn_photos
 import grain  # noqa: F401  # defines flags, which would go with those of the command that imports it
 import numpy as np
+import programs
 import pytest
 import tiny
 
@@ -344,7 +345,7 @@ def test_each_help_shows_its_own_command():
 
 @pytest.mark.parametrize("command", upgrade.HELP)
 def test_each_command_explains_itself(command):
-    code, out, err = tiny.call("upgrade", command, "--help")
+    code, out, err = programs.call("upgrade", command, "--help")
     assert (code, err) == (0, "") and out.startswith(upgrade.HELP[command].splitlines()[0])
     assert "--chain: folder of the chain" in out and f"launch.upgrade {command}" in out
 

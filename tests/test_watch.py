@@ -8,6 +8,7 @@ import sys
 import flat  # noqa: F401, registers the backbone
 import numpy as np
 import optax
+import programs
 import pytest
 import tiny
 
@@ -188,7 +189,7 @@ def test_an_exploding_run_ends_with_exit_code_2_and_publishes_nothing(tmp_path):
     overrides = {k: v for k, v in tiny.TRAIN.items() if k != "backbone.arguments"}
     flags = tiny.flags({**overrides, "backbone.name": "flat", "optim.lr": 1e6})
     config = "--config=configs/glyphs.py:method=sce,replace=false"
-    code, out, err = tiny.call(
+    code, out, err = programs.call(
         "train", config, *flags, f"--workdir={tmp_path}", "--noprogress", flat=True
     )
     assert (code, out) == (2, "")

@@ -262,18 +262,24 @@ def _begin(run: Run, chain: Chain, replacements, index: int) -> tuple[Run, _Begi
         due = index if index in replacements else None
         before = chain.open(index - 1) if index else None
     if due is None:
-        return _adopted(run, before), _Beginning(before)
+        return adopted(run, before), _Beginning(before)
     model = replacements[due]
     if isinstance(model, Version):
-        return _adopted(run, model), _Beginning(model, replaced=True)
+        return adopted(run, model), _Beginning(model, replaced=True)
     own = dataclasses.replace(run, backbone=model)
-    return own if before else _adopted(own, None), _Beginning(None, index > 0, before)
+    return adopted(own, before), _Beginning(None, index > 0, before)
 
 
-def _adopted(run: Run, start: Version | None) -> Run:
-    if start is None:
-        return adopting(run) if run.tasks.first_loss == "cross_entropy" else run
-    return adopting(run) if start.record.fresh else run
+def adopted(run: Run, old: Version | None) -> Run:
+    """Return the run of a task by the old model that it has: by cross-entropy alone where there is none.
+
+    Args:
+      run: of the sequence.
+      old: the version that the task starts from or looks at; None at a first task from fresh weights,
+        which `first_loss` decides about. One whose projection is fresh is none either.
+    """
+    fresh = old.record.fresh if old else run.tasks.first_loss == "cross_entropy"
+    return adopting(run) if fresh else run
 
 
 def _steps(run, sequence, data):

@@ -18,7 +18,7 @@ from compat_jax.files import absolute, write_json
 from compat_jax.models import Backbone
 from compat_jax.retrieval.exact import lower as lower_search
 from compat_jax.training import make_trainer
-from compat_jax.training.sequence import check_replacements
+from compat_jax.training.sequence import adopted, check_replacements
 from compat_jax.training.step import DeviceData, Feed
 from compat_jax.training.task import longest_plan, lower_step
 
@@ -70,8 +70,9 @@ def programs(
       batch_size: images in a batch of the feature extraction.
 
     Returns:
-      {name: lowered program}; also those of the network of tasks.fresh_at, where it is another: its
-      step is that of the first such task.
+      {name: lowered program}; also the step of a first task that learns by cross-entropy alone
+      (tasks.first_loss), and those of the network of tasks.fresh_at, where it is another: its step is
+      that of the first such task.
 
     Raises:
       UserError: training would refuse the configuration.
@@ -95,6 +96,9 @@ def programs(
         "training step": lower_step(run, labels, image_shape, mesh=mesh),
         "features": features,
     }
+    first = adopted(run, None)
+    if first != run and 0 not in configs.own_field(config, "tasks.replace_at"):
+        found["training step (first task)"] = lower_step(first, labels, image_shape, mesh=mesh)
     if fresh != run.given_backbone:
         begun = dataclasses.replace(run, backbone=fresh)
         teacher = None if 0 in fresh_at or run.given_method.fresh_start else run.given_backbone
