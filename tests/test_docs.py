@@ -75,6 +75,35 @@ def test_a_block_that_does_not_run_says_why(page):
     assert set(fences) <= {"", "sh", "python", "text", "bibtex"}
 
 
+# The run of a folder: by command its configuration, in Python the function.
+COMMAND = re.compile(r"python -m launch\.(?:pretrain|train) (?P<flags>.*)")
+FLAG = r"--{}=(?P<value>\S+)"
+CALL = re.compile(r"cj\.(?P<name>train|pretrain|update)\(.*?\"(?P<folder>runs/\w[^\"]*)\"", re.S)
+
+
+def runs_of(page):
+    """(folder, run) of each training of a page. Months of photos are one run with other settings."""
+    for kind, text, *_ in blocks(page):
+        for command in COMMAND.finditer(text.replace("\\\n", " ")) if kind == "sh" else ():
+            flags = command["flags"]
+            config, folder = (
+                re.search(FLAG.format(n), flags)["value"] for n in ("config", "workdir")
+            )
+            yield folder, config.split(":")[0] if "photos.py" in config else flags
+        for call in CALL.finditer(text) if kind == "python" else ():
+            yield call["folder"], call["name"] if call["name"] == "update" else call[0]
+
+
+def test_two_runs_of_the_documents_never_share_a_folder():
+    """A reader of several pages is not refused because another page's run is there."""
+    found = {}
+    for page in PAGES:
+        for folder, run in runs_of(page):
+            found.setdefault(folder, {}).setdefault(run, page)
+    assert len(found) > 20 and found["runs/shop"].keys() == {"configs/photos.py"}
+    assert not {folder: runs for folder, runs in found.items() if len(runs) > 1}
+
+
 # Pages whose blocks train again what other tests train; test_upgrade.py runs the runbook's commands.
 SLOW_PAGES = tuple(
     f"docs/{name}.md"
