@@ -17,7 +17,7 @@ from pathlib import Path
 import loss_formulas as formulas
 import numpy as np
 import pytest
-from tiny import call
+from programs import call
 
 from compat_jax.errors import UserError
 from launch.reference import clone, lines, pieces
