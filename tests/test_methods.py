@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from selection import by_default
 
 from compat_jax import losses, methods
 from compat_jax.chain import Chain
@@ -121,10 +122,10 @@ def log_of(folder):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """Folder of each method's sequence run in one go, saving at every step."""
+    """Folder of each method's sequence run in one go, saving at every second step."""
     folders = {name: tmp_path_factory.mktemp(name) for name in METHODS}
     for name, folder in folders.items():
-        train(name, folder, save_every=1)
+        train(name, folder, save_every=2)
     return folders
 
 
@@ -140,9 +141,9 @@ def test_a_method_given_as_an_object_trains_and_its_chain_opens(unbroken, name):
     assert all(np.isfinite(line["loss"]) for line in log_of(unbroken[name]))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", by_default(METHODS, lambda name: name != "judged"))
 def test_killed_within_a_task_its_state_goes_on_to_the_same_bits(tmp_path, unbroken, name):
-    asked = iter(range(21))
+    asked = iter(range(18))
 
     def kill():
         if next(asked, None) is None:
@@ -150,10 +151,10 @@ def test_killed_within_a_task_its_state_goes_on_to_the_same_bits(tmp_path, unbro
         return False
 
     with pytest.raises(KeyboardInterrupt):
-        train(name, tmp_path, should_stop=kill, save_every=1)
+        train(name, tmp_path, should_stop=kill, save_every=2)
     saved = sorted(p.name for p in (tmp_path / "progress").iterdir())
     assert saved[0].startswith("task2-step") and len(saved) == 2
-    chain = train(name, tmp_path, save_every=1)
+    chain = train(name, tmp_path, save_every=2)
     assert bits(chain) == bits(Chain(unbroken[name] / "chain"))
     assert log_of(tmp_path) == log_of(unbroken[name])
 
@@ -259,14 +260,14 @@ def stopped_on(mesh, name, folder):
 
 def test_carried_weights_go_on_with_another_model_axis(tmp_path, unbroken):
     stopped_on("data:2,model:4", "ema", tmp_path)
-    chain = train("ema", tmp_path, save_every=1)
+    chain = train("ema", tmp_path)
     for found, expected in zip(chain, Chain(unbroken["ema"] / "chain"), strict=True):
         chex.assert_trees_all_close(found.variables, expected.variables, rtol=1e-3, atol=1e-4)
 
 
 def test_carried_features_go_on_with_another_model_axis(tmp_path, unbroken):
     stopped_on("data:2,model:4", "queue", tmp_path)
-    chain = train("queue", tmp_path, save_every=1)
+    chain = train("queue", tmp_path)
     for found, expected in zip(chain, Chain(unbroken["queue"] / "chain"), strict=True):
         chex.assert_trees_all_close(found.variables, expected.variables, rtol=1e-3, atol=1e-4)
 
@@ -293,7 +294,7 @@ def test_terms_are_watched_and_change_no_bit(tmp_path, unbroken):
 
     watched = dataclasses.replace(plain, loss=loss, terms=("half", "constant"))
     run = tiny.run(watched, backbone="flat")
-    chain = tiny.train(run, tmp_path, DATA, replacements={0: start_of("ema")}, save_every=1)
+    chain = tiny.train(run, tmp_path, DATA, replacements={0: start_of("ema")})
     assert bits(chain) == bits(Chain(unbroken["ema"] / "chain"))
     for line in log_of(tmp_path):
         assert line["terms"]["half"] == pytest.approx(line["loss"] / 2, rel=1e-5)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from jax.sharding import PartitionSpec
+from selection import by_default
 
 from compat_jax import losses, methods, simplex
 from compat_jax import mesh as meshes
@@ -62,7 +63,10 @@ def unsharded():
 
 @pytest.mark.parametrize(
     ("text", "columns"),
-    [("data:2", 11), ("data:1,model:8", 16), ("data:2,model:4", 12)],
+    by_default(
+        [("data:2", 11), ("data:1,model:8", 16), ("data:2,model:4", 12)],
+        lambda case: case[0] != "data:1,model:8",
+    ),
 )
 def test_split_step_equals_the_unsplit_one(unsharded, text, columns):
     expected, _, reference = unsharded

@@ -16,10 +16,10 @@ import tiny
 from launch import _cli
 
 LONG = tiny.flags(
-    tiny.TRAIN,
-    epochs=100_000,
-    save_every=100_000,
-    **{"data__train__per_class": 8, "mesh": "data:1"},
+    {k: v for k, v in tiny.TRAIN.items() if k != "backbone.arguments"},
+    backbone__name="flat",
+    epochs=20_000,  # the plan of all steps is made at the start
+    save_every=20_000,
 )
 # The program of test_resume.py, which is compiled once for both.
 ARGUMENTS = ("--config=configs/glyphs.py:method=hoc,replace=false", "--noprogress", *LONG)
@@ -161,7 +161,7 @@ import sys
 import tiny
 import compat_jax as cj
 try:
-    cj.train(tiny.run(epochs=100_000), tiny.dataset(), sys.argv[1], session=tiny.session())
+    cj.train(tiny.run(epochs=20_000), tiny.dataset(), sys.argv[1], session=tiny.session())
 except KeyboardInterrupt as interrupt:
     print("interrupted:", interrupt)
     raise SystemExit(7)

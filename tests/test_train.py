@@ -289,7 +289,7 @@ def test_the_first_loss_of_a_task_is_against_the_version_before(tmp_path):
             tmp_path,
             DATA,
             replacements={0: tiny.start_of("hoc")},
-            save_every=1,
+            log_every=1,
             should_stop=stop,
         )
     lines = log_of(tmp_path)
