@@ -5,13 +5,15 @@ import shutil
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile more than they compute: LLVM's passes on the CPU cost a quarter of the suite's time, and
-# cutting small programs into parts to compile at once a tenth.
+# Tests compile more than they compute: LLVM's passes on the CPU cost a quarter of the suite's time,
+# cutting small programs into parts to compile at once a tenth, and the newer of two ways to emit fused
+# loops a quarter. An extra option that a release of XLA does not know is ignored.
 # To test the code that users run: XLA_FLAGS= pytest
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_parallel_codegen_split_count=1",
+    "--xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
 )
 # As the programs do (launch/_huge_pages.py): for the workers of xdist, and programs that tests start.
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")

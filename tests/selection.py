@@ -7,9 +7,15 @@ import pytest
 
 
 def by_default(cases: Iterable[Any], is_tried: Callable[[Any], bool]) -> list[Any]:
-    """Mark the others as slow: a fault that only they show is one of an edge, not of the rule."""
-    marked = [(case, () if is_tried(case) else (pytest.mark.slow,)) for case in cases]
-    return [
-        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks)
-        for case, marks in marked
-    ]
+    """Return the cases as parameters of a test, those that are not tried by default marked slow.
+
+    Args:
+      cases: values, or tuples of the values of several parameters.
+      is_tried: whether the default suite tries a case; one of each kind, in less time than all take.
+    """
+    parameters = []
+    for case in cases:
+        values = case if isinstance(case, tuple) else (case,)
+        marks = () if is_tried(case) else pytest.mark.slow
+        parameters.append(pytest.param(*values, marks=marks))
+    return parameters
