@@ -172,7 +172,7 @@ compiled_conv = quick_jit(conv, static_argnames=("stride", "padding", "groups", 
     "name",
     [
         pytest.param(name, marks=pytest.mark.slow)
-        if name.startswith(("convnext", "dinov2", "regnet", "resnet18d", "resnet50", "senet18"))
+        if name.startswith(("convnext", "dinov2", "regnet", "resnet18d"))
         else name
         for name in BACKBONES
     ],

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from selection import by_default
 
 from compat_jax import losses, methods
 from compat_jax.chain import Chain
@@ -141,7 +140,7 @@ def test_a_method_given_as_an_object_trains_and_its_chain_opens(unbroken, name):
     assert all(np.isfinite(line["loss"]) for line in log_of(unbroken[name]))
 
 
-@pytest.mark.parametrize("name", by_default(METHODS, lambda name: name != "judged"))
+@pytest.mark.parametrize("name", METHODS)
 def test_killed_within_a_task_its_state_goes_on_to_the_same_bits(tmp_path, unbroken, name):
     asked = iter(range(18))
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 from jax.sharding import PartitionSpec
-from selection import by_default
 
 from compat_jax import losses, methods, simplex
 from compat_jax import mesh as meshes
@@ -63,10 +62,7 @@ def unsharded():
 
 @pytest.mark.parametrize(
     ("text", "columns"),
-    by_default(
-        [("data:2", 11), ("data:1,model:8", 16), ("data:2,model:4", 12)],
-        lambda case: case[0] != "data:1,model:8",
-    ),
+    [("data:2", 11), ("data:1,model:8", 16), ("data:2,model:4", 12)],
 )
 def test_split_step_equals_the_unsplit_one(unsharded, text, columns):
     expected, _, reference = unsharded

@@ -129,7 +129,7 @@ def test_settings_that_came_later_change_no_run_that_began_before():
 # Fresh weights against the version before
 
 
-@pytest.mark.parametrize("kind", ["class", pytest.param("size", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["class", "size"])
 def test_the_old_version_of_a_pair_learns_by_cross_entropy_alone(pair, kind):
     methods = [pair(kind).record(number).method for number in (0, 1)]
     assert methods == ["sce", "hoc"]
