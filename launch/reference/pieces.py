@@ -57,6 +57,7 @@ _quick_jit = functools.partial(
     compiler_options={
         "xla_backend_optimization_level": 0,
         "xla_llvm_disable_expensive_passes": True,
+        "xla_backend_extra_options": "",  # rounding as in programs, whatever XLA_FLAGS says
     },
 )
 
