@@ -305,9 +305,8 @@ def flags_for(program: str, arguments: list[str]) -> list[str]:
         smaller = {"backbone.name": "one_conv", "backbone.arguments": {"width": other}}
         photos = {"epochs": 1, "batch_size": 8, "mesh": "data:1", "data.photos.size": 8}
         return [*tiny.flags({**smaller, **photos}), *quiet]
-    smaller = {**(tiny.TRAIN if program == "launch.train" else tiny.PRETRAIN)}
-    del smaller["backbone.arguments"]
-    smaller |= {"backbone.name": "one_conv", "epochs": 1}
+    smaller = tiny.TRAIN if program == "launch.train" else tiny.PRETRAIN
+    smaller = {**tiny.with_backbone("one_conv", smaller), "epochs": 1}
     if "glyphs" in text:
         smaller |= {"tasks.replace_at": (0, 1)} if program == "launch.train" else {}
     else:  # class folders have the classes and pictures that they have

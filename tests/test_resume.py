@@ -422,14 +422,11 @@ def test_a_damaged_identity_is_named(tmp_path):
 # Programs, killed for real
 
 
-def small(overrides):
-    """Flags of a program that compiles in no time."""
-    kept = {k: v for k, v in overrides.items() if k != "backbone.arguments"}
-    return tiny.flags({**kept, "backbone.name": "flat"})
-
-
 start, call = partial(programs.start, flat=True), partial(programs.call, flat=True)
-FLAGS = ["--config=configs/glyphs.py:method=hoc,replace=false", *small(tiny.TRAIN)]
+FLAGS = [
+    "--config=configs/glyphs.py:method=hoc,replace=false",
+    *tiny.flags(tiny.with_backbone("flat", tiny.TRAIN)),
+]
 
 
 def saved(workdir, task):
@@ -489,7 +486,10 @@ def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_pretraining_ends_with_the_bits_of_an_unbroken_one(tmp_path):
-    flags = ("--config=configs/pretrain.py:data=glyphs", *small(tiny.PRETRAIN))
+    flags = (
+        "--config=configs/pretrain.py:data=glyphs",
+        *tiny.flags(tiny.with_backbone("flat", tiny.PRETRAIN)),
+    )
     unbroken, workdir = Chain(tmp_path / "unbroken" / "chain"), tmp_path / "killed"
     assert call("pretrain", *flags, f"--workdir={tmp_path / 'unbroken'}")[0] == 0
     command = ("pretrain", *flags, "--config.save_every=1", f"--workdir={workdir}", "--noprogress")

@@ -16,8 +16,7 @@ import tiny
 from launch import _cli
 
 LONG = tiny.flags(
-    {k: v for k, v in tiny.TRAIN.items() if k != "backbone.arguments"},
-    backbone__name="flat",
+    tiny.with_backbone("flat", tiny.TRAIN),
     epochs=20_000,  # the plan of all steps is made at the start
     save_every=20_000,
 )
@@ -28,7 +27,6 @@ ARGUMENTS = ("--config=configs/glyphs.py:method=hoc,replace=false", "--noprogres
 def started(folder):
     """A run in the middle of its first task."""
     process = programs.start("train", *ARGUMENTS, f"--workdir={folder}", flat=True)
-    process.args_said = []
     deadline = time.monotonic() + 120
     while not (folder / "log.jsonl").exists():
         assert process.poll() is None, process.communicate()

@@ -90,8 +90,7 @@ def test_the_names_of_a_cell_are_filled_in():
 
 @pytest.mark.slow
 def test_the_command_resumes_and_prints_the_table(tmp_path):
-    fields = {**tiny.TRAIN, "epochs": 1, "backbone.name": "flat"}
-    del fields["backbone.arguments"]
+    fields = {**tiny.with_backbone("flat", tiny.TRAIN), "epochs": 1}
     shared = ";".join(f"{k}={v}" for k, v in fields.items())
     call = (
         "sweep",

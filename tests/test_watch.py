@@ -186,8 +186,7 @@ def test_without_tensorboardx_one_reads_what_to_install(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_an_exploding_run_ends_with_exit_code_2_and_publishes_nothing(tmp_path):
-    overrides = {k: v for k, v in tiny.TRAIN.items() if k != "backbone.arguments"}
-    flags = tiny.flags({**overrides, "backbone.name": "flat", "optim.lr": 1e6})
+    flags = tiny.flags(tiny.with_backbone("flat", tiny.TRAIN), optim__lr=1e6)
     config = "--config=configs/glyphs.py:method=sce,replace=false"
     code, out, err = programs.call(
         "train", config, *flags, f"--workdir={tmp_path}", "--noprogress", flat=True

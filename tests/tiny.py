@@ -165,6 +165,12 @@ TRAIN = {
 PRETRAIN = {**_SHARED, "pretrain_classes": (2, 2), "data.train.classes": (10, 14)}
 
 
+def with_backbone(name: str, overrides: dict) -> dict:
+    """The overrides with another backbone, which takes no width."""
+    kept = {field: value for field, value in overrides.items() if field != "backbone.arguments"}
+    return {**kept, "backbone.name": name}
+
+
 def start_of(method: str, **changes) -> Version:
     """A model to start from, so that no initialisation is compiled."""
     if methods.get(method).fixed_simplex:
